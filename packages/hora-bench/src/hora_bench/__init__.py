@@ -1,0 +1,1 @@
+"""The experiments of the HoRA paper and real fine-tuning runs, on both backends."""

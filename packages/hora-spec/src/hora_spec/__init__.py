@@ -1,0 +1,1 @@
+"""The HoRA method as a specification: shapes, initialisation, reference, files and the conformance kit."""
