@@ -1,0 +1,162 @@
+"""The one door: what continuous integration does, a person does.
+
+``nox`` checks everything, ``nox -s demo`` runs the main job, ``nox --list`` shows the rest. Sessions that need
+both frameworks share one environment under ``.nox/``, filled again only when requirements change.
+"""
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.sessions = ["lint", "types", "parity", "docs", "tests"]
+nox.options.error_on_missing_interpreters = True
+
+ROOT = Path(__file__).parent
+CONSTRAINTS = ROOT / "constraints.txt"
+PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+PACKAGES = ("hora-spec", "hora-torch", "hora-jax", "hora-bench")
+SOURCES = tuple(f"packages/{name}/src" for name in PACKAGES)
+
+# One thread per process: tests run in one process per core. CPU and no model hub: the same numbers everywhere.
+TEST_ENV = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+
+
+def environment(session: nox.Session, name: str, *, packages=(), groups=(), constrained=True) -> Path:
+    """Bin folder of the shared environment ``name``, created and filled when it is missing or out of date."""
+    folder = ROOT / ".nox" / f"{name}-{sys.version_info.major}.{sys.version_info.minor}"
+    binaries = folder / ("Scripts" if os.name == "nt" else "bin")
+    python = binaries / "python"
+
+    requirements = [*nox.project.dependency_groups(PYPROJECT, *groups)]
+    for package in packages:  # all in one install: alone, hora-torch would look for hora-spec on the index
+        requirements += ["--editable", f"packages/{package}"]
+
+    digest = hashlib.sha256(repr((sys.version, requirements, constrained)).encode())
+    for file in (CONSTRAINTS, *sorted(ROOT.glob("packages/*/pyproject.toml"))):
+        digest.update(file.read_bytes())
+    stamp = folder / "installed.sha256"
+    if stamp.exists() and stamp.read_text() == digest.hexdigest():
+        return binaries
+
+    stamp.unlink(missing_ok=True)
+    if not python.exists():
+        session.run(sys.executable, "-m", "virtualenv", "--quiet", str(folder), external=True)
+    constraint = ("--constraint", str(CONSTRAINTS)) if constrained else ()
+    run(session, binaries, "python", "-m", "pip", "install", "--quiet", *constraint, *requirements)
+    stamp.write_text(digest.hexdigest())
+    return binaries
+
+
+def everything(session: nox.Session) -> Path:
+    """Bin folder of the environment with all four packages and both frameworks."""
+    return environment(session, "all", packages=PACKAGES, groups=("test", "integrations", "types"))
+
+
+def run(session: nox.Session, binaries: Path, command: str, *args: str, env=None) -> None:
+    """Run a command of an environment, with its other commands on the path."""
+    path = os.pathsep.join((str(binaries), os.environ.get("PATH", "")))
+    session.run(str(binaries / command), *args, env={"PATH": path, **(env or {})}, external=True)
+
+
+@nox.session(python=False)
+def lint(session):
+    """Style, imports, docstrings (ruff) and spelling (codespell)."""
+    tools = environment(session, "lint", groups=("lint",))
+    run(session, tools, "ruff", "check", ".")
+    run(session, tools, "ruff", "format", "--check", ".")
+    run(session, tools, "codespell")
+
+
+@nox.session(python=False)
+def types(session):
+    """Static types of everything that is published (ty)."""
+    tools = everything(session)
+    run(session, tools, "ty", "check", "--python", str(tools.parent), *SOURCES)
+
+
+@nox.session(python=False)
+def parity(session):
+    """torch, JAX and the reference agree on full arrays; writes results/parity/parity-report.{md,json}."""
+    tools = everything(session)
+    run(session, tools, "pytest", "tests/parity", *parallel(), *session.posargs, env=TEST_ENV)
+
+
+@nox.session(python=False)
+def docs(session):
+    """Build the documentation site strictly into site/ (``-- serve`` for a live preview)."""
+    tools = environment(session, "docs", groups=("docs",))
+    run(session, tools, "mkdocs", *(session.posargs or ["build", "--strict", "--quiet"]))
+
+
+@nox.session(python=False)
+@nox.parametrize("scope", ["spec", "all"], ids=["spec", "all"])
+def tests(session, scope):
+    """Unit, golden, property and repository tests: hora-spec on its three dependencies, then all packages."""
+    if scope == "spec":
+        tools = environment(session, "spec", packages=("hora-spec",), groups=("test",))
+        run(session, tools, "pytest", "packages/hora-spec", *session.posargs, env=TEST_ENV)
+    else:
+        tools = everything(session)
+        paths = ("packages", "tests", "--ignore=tests/parity")
+        run(session, tools, "pytest", *paths, *parallel(), *session.posargs, env=TEST_ENV)
+
+
+@nox.session(python=False)
+def newest_jax(session):
+    """hora-spec and hora-jax on the newest JAX and NumPy that this Python can have."""
+    packages = ("hora-spec", "hora-jax")
+    tools = environment(session, "newest-jax", packages=packages, groups=("test", "jax"), constrained=False)
+    paths = [f"packages/{name}" for name in packages]
+    run(session, tools, "pytest", *paths, *parallel(), *session.posargs, env=TEST_ENV)
+
+
+@nox.session(python=False)
+def demo(session):
+    """The main job: fine-tune a pretrained ViT with HoRA on torch and JAX, merge, export, and report."""
+    tools = everything(session)
+    if not (ROOT / "packages/hora-bench/src/hora_bench/cli.py").exists():
+        session.error("hora-bench has no command line yet: the demo cannot run")
+    run(session, tools, "hora-bench", "demo", *session.posargs)
+
+
+@nox.session(python=False)
+def goldens(session):
+    """Rebuild the stored reference cases and prove them unchanged."""
+    tools = environment(session, "spec", packages=("hora-spec",), groups=("test",))
+    run(session, tools, "python", "-m", "hora_spec.goldens", *session.posargs)
+
+
+@nox.session(python=False)
+def peft_conformance(session):
+    """PEFT's own tests, from its source distribution, run on HoraConfig."""
+    tools = everything(session)
+    extra = nox.project.dependency_groups(PYPROJECT, "conformance")
+    run(session, tools, "python", "-m", "pip", "install", "--quiet", "--constraint", str(CONSTRAINTS), *extra)
+    run(session, tools, "python", "packages/hora-torch/conformance/run.py", *session.posargs, env=TEST_ENV)
+
+
+@nox.session(python=False)
+@nox.parametrize("backend", ["torch", "jax"], ids=["torch", "jax"])
+def bench(session, backend):
+    """Time and memory of one backend beside its peers in one process; prints a table of ratios."""
+    tools = everything(session)
+    for script in sorted((ROOT / f"packages/hora-{backend}/benchmarks").glob("[a-z]*.py")):
+        run(session, tools, "python", str(script), *session.posargs)
+
+
+@nox.session(python=False)
+def build(session):
+    """Source distributions and wheels of all four packages, checked, into dist/."""
+    tools = environment(session, "build", groups=("release",))
+    for package in PACKAGES:
+        run(session, tools, "python", "-m", "build", "--outdir", "dist", f"packages/{package}")
+    run(session, tools, "twine", "check", "--strict", *map(str, sorted((ROOT / "dist").iterdir())))
+
+
+def parallel() -> tuple[str, ...]:
+    """Options of pytest for one process per core."""
+    return ("--numprocesses=logical", "--maxprocesses=8", "--dist=worksteal")
