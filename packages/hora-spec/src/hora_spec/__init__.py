@@ -1,1 +1,34 @@
-"""The HoRA method as a specification: shapes, initialisation, reference, files and the conformance kit."""
+"""The HoRA method as a specification: shapes, initialisation, reference, files and the conformance kit.
+
+HoRA (arXiv 2510.04295) lets one small hypernetwork per attention layer generate the low-rank factors of all heads of
+its projections together. This package decides every number; ``hora_torch`` and ``hora_jax`` allocate and contract.
+"""
+
+from hora_spec import reference
+from hora_spec.activations import ACTIVATIONS, LEAKY_RELU_SLOPE
+from hora_spec.errors import HoraError
+from hora_spec.init import init_params
+from hora_spec.layout import Layout, Window
+from hora_spec.reference import Factors
+from hora_spec.shapes import LayerShape, ProjectionShape, check_params, count_params, param_shapes
+from hora_spec.spec import LAYER_NORM_EPS, AdapterSpec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ACTIVATIONS",
+    "LAYER_NORM_EPS",
+    "LEAKY_RELU_SLOPE",
+    "AdapterSpec",
+    "Factors",
+    "HoraError",
+    "LayerShape",
+    "Layout",
+    "ProjectionShape",
+    "Window",
+    "check_params",
+    "count_params",
+    "init_params",
+    "param_shapes",
+    "reference",
+]
