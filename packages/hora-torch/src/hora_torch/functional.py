@@ -1,0 +1,137 @@
+"""HoRA's equations on tensors: factors, delta, and the adapted linear map.
+
+The same functions, names and argument order as `hora_spec.reference`, vectorised over heads.
+Axes: h heads, k head_dim, d embed, r rank, m hidden, e head_embed.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from hora_spec import LAYER_NORM_EPS, LEAKY_RELU_SLOPE, AdapterSpec, Factors, LayerShape
+from torch import Tensor
+from torch.nn import functional as F
+
+from hora_torch.linear import Branch, Route, low_rank_linear
+
+__all__ = ["Factors", "delta", "factor_a", "factor_b", "factors", "hora_linear"]
+
+Params = Mapping[str, Tensor]
+
+
+def factors(spec: AdapterSpec, layer: LayerShape, params: Params) -> dict[str, Factors]:
+    """Factors of every projection of a layer (spec G1 to G6).
+
+    Parameters
+    ----------
+    spec, layer
+        Method and shapes.
+    params
+        Canonical name to tensor, shapes as in `hora_spec.param_shapes`.
+
+    Returns
+    -------
+    dict
+        Projection to ``Factors(a, b)``: a (rank, embed), or (heads, rank, embed) when free per head; b (heads,
+        head_dim, rank).
+    """
+    return {p: Factors(factor_a(spec, params, p), factor_b(spec, layer, params, p)) for p in layer}
+
+
+def delta(spec: AdapterSpec, layer: LayerShape, params: Params) -> dict[str, Tensor]:
+    """Dense update of every projection, ``scaling * stack_i(B_i) A``, (heads * head_dim, embed) (spec D1, D2)."""
+    return {
+        p: spec.scaling * (b @ a).reshape(-1, a.shape[-1]) for p, (a, b) in factors(spec, layer, params).items()
+    }
+
+
+def hora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    factors: Factors,
+    scaling: float,
+    *,
+    route: Route = "auto",
+) -> Tensor:
+    """Adapted projection ``x (W + delta)^T + bias`` without a dense delta or a dense gradient (spec D3).
+
+    Parameters
+    ----------
+    x
+        (..., embed).
+    weight
+        Frozen weight (heads * head_dim, embed); a transposed view of a stored (embed, heads * head_dim) is as fast.
+    bias
+        (heads * head_dim,) or None.
+    factors
+        Of the projection; cast to the dtype of `x`.
+    scaling
+        ``spec.scaling``.
+    route
+        ``"branch"`` adds ``scaling * (x A^T) B^T`` in place; ``"merge"`` multiplies with ``W + delta``, for float32;
+        ``"auto"`` chooses.
+
+    Returns
+    -------
+    Tensor
+        (..., heads * head_dim). Differentiable twice, under `torch.func`, autocast, checkpointing and compilation.
+    """
+    a, b = stacked(factors)
+    return low_rank_linear(x, weight, bias, [Branch(a, b, scaling, 0, b.shape[0])], route=route)
+
+
+def stacked(factors: Factors) -> tuple[Tensor, Tensor]:
+    """The factors as two matrices, a (rank, embed) and b (heads * head_dim, rank).
+
+    Heads that own their A stand block-diagonally, at rank ``heads * rank``.
+    """
+    a, b = factors
+    if a.ndim == 2:
+        return a, b.flatten(0, 1)
+    heads, head_dim, rank = b.shape
+    eye = torch.eye(heads, dtype=b.dtype, device=b.device)
+    return a.flatten(0, 1), torch.einsum("hkr,hg->hkgr", b, eye).reshape(heads * head_dim, heads * rank)
+
+
+def factor_a(spec: AdapterSpec, params: Params, projection: str) -> Tensor:
+    """A of one projection: free, or ``(g_A W_2 s(W_1 diag(seed)))^T`` (spec G4)."""
+    if not spec.generates_a:
+        return params[f"a.{projection}"]
+    hidden = activation(spec.activation, params["a_in"] * params["a_seed"])
+    return spec.gain_a * (hidden.T @ params[f"a_out.{projection}"].T)
+
+
+def factor_b(spec: AdapterSpec, layer: LayerShape, params: Params, projection: str) -> Tensor:
+    """B of all heads of one projection: free, or ``g_B W_2 s(W_1 LN(E_i))``, plus the residual (spec G1 to G3)."""
+    if not spec.generates_b:
+        return params[f"b.{projection}"]
+    embed = params["head_embed"].mT  # h r e: the normalised axis last
+    group = layer.group_size(projection)
+    if group > 1:
+        embed = embed.unflatten(0, (-1, group)).mean(1)
+    if spec.normalize:
+        embed = F.layer_norm(embed, embed.shape[-1:], eps=LAYER_NORM_EPS)
+    hidden = activation(spec.activation, F.linear(embed, params["b_in"]))
+    b = (params[f"b_out.{projection}"] * spec.gain_b) @ hidden.mT
+    return b + params[f"b.{projection}"] if spec.residual else b
+
+
+def activation(name: str, u: Tensor) -> Tensor:
+    """``s(u)`` (spec G3)."""
+    return _ACTIVATIONS[name](u)
+
+
+def _leaky_relu(u: Tensor) -> Tensor:
+    return F.leaky_relu(u, LEAKY_RELU_SLOPE)
+
+
+_ACTIVATIONS: dict[str, Any] = {
+    "leaky_relu": _leaky_relu,
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "identity": lambda u: u,
+}

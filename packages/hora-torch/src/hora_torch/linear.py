@@ -1,0 +1,213 @@
+"""The adapted linear map as one differentiable operation, by two routes that never form a dense weight gradient.
+
+Shapes: n tokens, D embed, O output rows of the stored weight, R the ranks of all branches together.
+``branch``: ``y = x W^T + bias``, then ``y[:, window] += scaling * (x A^T) B^T`` in place.
+``merge``: ``y = x (W + delta)^T + bias`` with the same low-rank gradients; the merged weight is rebuilt for backward.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional as F
+
+Route = Literal["auto", "branch", "merge"]
+
+
+class Branch(NamedTuple):
+    """One low-rank addition to the output columns ``start:stop``: ``scaling * x a^T b^T``.
+
+    ``a`` is (rank, embed), ``b`` (stop - start, rank).
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    start: int
+    stop: int
+
+
+class _Window(NamedTuple):
+    """Output columns of a branch, and its columns in the stacked ``u = x A^T``."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+    scaling: float
+
+
+def low_rank_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    branches: Sequence[Branch],
+    *,
+    keep: Tensor | None = None,
+    route: Route = "auto",
+) -> Tensor:
+    """``x W^T + bias`` plus every branch.
+
+    Parameters
+    ----------
+    x
+        (..., embed), in the dtype of `weight` unless autocast is on.
+    weight, bias
+        Stored weight (rows, embed), any strides, and (rows,) or None. Frozen weights get no gradient and cost none.
+    branches
+        At least one; factors of any floating dtype, cast to that of `x`.
+    keep
+        Dropout mask on the branches' input, boolean, of the shape of `x`; the caller scales the branches.
+    route
+        ``"auto"`` merges float32 weights without dropout when tokens outnumber the embed width.
+
+    Returns
+    -------
+    Tensor
+        (..., rows).
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        if x.dtype != torch.float64:
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+    windows, first = [], 0
+    for a, b, scaling, start, stop in branches:
+        windows.append(_Window(start, stop, first, first + a.shape[0], scaling))
+        first += a.shape[0]
+    a = (branches[0].a if len(branches) == 1 else torch.cat([branch.a for branch in branches])).to(x.dtype)
+    bs = [branch.b.to(x.dtype) for branch in branches]
+    if _merges(route, x, keep):
+        return _Merged.apply(x, weight, bias, tuple(windows), a, *bs)
+    return _Branched.apply(x, weight, bias, keep, tuple(windows), a, *bs)[0]
+
+
+def _merges(route: Route, x: Tensor, keep: Tensor | None) -> bool:
+    if route == "auto":
+        return keep is None and x.dtype == torch.float32 and x.numel() > x.shape[-1] ** 2 and torch.is_grad_enabled()
+    return route == "merge" and keep is None
+
+
+class _Branched(Function):
+    """Branch route. ``u`` is an output so that second derivatives flow through it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        keep: Tensor | None,
+        windows: tuple[_Window, ...],
+        a: Tensor,
+        *bs: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        y = F.linear(x, weight, bias)
+        u = _rows(_kept(x, keep)) @ a.T
+        columns = y.view(-1, y.shape[-1])
+        for (start, stop, first, last, scaling), b in zip(windows, bs, strict=True):
+            columns[:, start:stop].addmm_(u[:, first:last], b.T, alpha=scaling)
+        return y, u
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, bias, keep, windows, a, *bs = inputs
+        ctx.windows = windows
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, keep, output[1], a, *bs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, keep, u, a, *bs = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        if grad_y is None:  # only a second derivative can want u alone
+            grad_y = x.new_zeros(*x.shape[:-1], weight.shape[0])
+        g = _rows(grad_y)
+        down = _grad_u(g, bs, ctx.windows)
+        down = down if grad_u is None else down + grad_u
+        grad_x = None
+        if needs_x:
+            grad_x = g @ weight
+            if keep is None:
+                grad_x.addmm_(down, a)
+            else:
+                grad_x += (down @ a) * _rows(keep)
+            grad_x = grad_x.view(x.shape)
+        return (
+            grad_x,
+            g.T @ _rows(x) if needs_weight else None,
+            g.sum(0) if needs_bias else None,
+            None,
+            None,
+            down.T @ _rows(_kept(x, keep)),
+            *_grad_bs(g, u, ctx.windows),
+        )
+
+
+class _Merged(Function):
+    """Merge-forward route: one dense product each way, gradients of the factors through the low rank."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        windows: tuple[_Window, ...],
+        a: Tensor,
+        *bs: Tensor,
+    ) -> Tensor:
+        return F.linear(x, _merged_weight(weight, windows, a, bs), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, windows, a, *bs = inputs
+        ctx.windows = windows
+        ctx.save_for_backward(x, weight, a, *bs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, *bs = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        g, rows = _rows(grad_y), _rows(x)
+        return (
+            (g @ _merged_weight(weight, ctx.windows, a, bs)).view(x.shape) if needs_x else None,
+            g.T @ rows if needs_weight else None,
+            g.sum(0) if needs_bias else None,
+            None,
+            _grad_u(g, bs, ctx.windows).T @ rows,
+            *_grad_bs(g, rows @ a.T, ctx.windows),
+        )
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _kept(x: Tensor, keep: Tensor | None) -> Tensor:
+    return x if keep is None else x * keep
+
+
+def _merged_weight(weight: Tensor, windows: Sequence[_Window], a: Tensor, bs: Sequence[Tensor]) -> Tensor:
+    if len(windows) == 1 and windows[0].stop - windows[0].start == weight.shape[0]:
+        return torch.addmm(weight, bs[0], a, alpha=windows[0].scaling)
+    merged = weight.clone()
+    for (start, stop, first, last, scaling), b in zip(windows, bs, strict=True):
+        merged[start:stop].addmm_(b, a[first:last], alpha=scaling)
+    return merged
+
+
+def _grad_u(g: Tensor, bs: Sequence[Tensor], windows: Sequence[_Window]) -> Tensor:
+    parts = [
+        (g[:, window.start : window.stop] @ b) * window.scaling
+        for window, b in zip(windows, bs, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _grad_bs(g: Tensor, u: Tensor, windows: Sequence[_Window]) -> list[Tensor]:
+    return [(g[:, start:stop].T @ u[:, first:last]) * scaling for start, stop, first, last, scaling in windows]
