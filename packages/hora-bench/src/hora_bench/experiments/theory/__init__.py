@@ -1,0 +1,9 @@
+"""The paper's sample-efficiency theorems as a regression: what sharing identifies, and how fast.
+
+NumPy and SciPy only. The theorems are about *recovery of the updates* when a head is redundant.
+"""
+
+from .plot import plot
+from .run import theory
+
+__all__ = ["plot", "theory"]

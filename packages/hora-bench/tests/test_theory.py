@@ -1,0 +1,145 @@
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+from hora_bench.experiments import theory as package
+from hora_bench.experiments.theory import plot, theory
+from hora_bench.experiments.theory.fit import fit, losses
+from hora_bench.experiments.theory.identify import identify
+from hora_bench.experiments.theory.model import (
+    SHARINGS,
+    Factors,
+    Problem,
+    count_params,
+    jacobian,
+    predict,
+)
+from hora_bench.experiments.theory.rates import GRIDS, Grid, gates, summarise
+from scipy.optimize import check_grad
+
+TINY = Grid(sizes=(60, 120), trials=2)
+
+
+@pytest.fixture
+def problem():
+    return Problem.draw(np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_the_hand_written_jacobian_is_the_derivative(problem, sharing, heads):
+    rng = np.random.default_rng(1)
+    data = problem.sample(7, rng)
+    weights = rng.normal(size=data.y.shape)
+
+    def value(theta):
+        return np.sum(weights * predict(problem, Factors.unpack(theta, sharing, heads), data))
+
+    def slope(theta):
+        return weights.ravel() @ jacobian(problem, theta, sharing, heads, data)
+
+    assert check_grad(value, slope, rng.normal(size=count_params(sharing, heads))) < 1e-5
+
+
+def test_one_head_without_tokens_that_differ_is_linear_in_the_value_update(problem):
+    data = problem.sample(5, np.random.default_rng(2))
+    data.x[:] = data.x[:, :1]
+    value = problem.p_v + problem.truth.updates()[1, 0]
+    np.testing.assert_allclose(predict(problem, problem.truth, data), data.x[:, 0] @ value.T, rtol=1e-12)
+
+
+def test_losses_do_not_see_the_gauge(problem):
+    rng = np.random.default_rng(3)
+    test = problem.sample(50, rng)
+    factors = Factors(*rng.normal(size=(4, 2, 3)))
+    scaled = Factors(factors.b_q * 2, factors.a_q / 2, factors.b_v / 4, factors.a_v * 4)
+    assert losses(problem, factors, test) == pytest.approx(losses(problem, scaled, test))
+
+
+def test_the_truth_has_no_loss(problem):
+    assert set(losses(problem, problem.truth, problem.sample(50, np.random.default_rng(4))).values()) == {0.0}
+
+
+def test_a_fit_is_at_least_as_close_to_the_data_as_the_truth(problem):
+    data = problem.sample(200, np.random.default_rng(5))
+    found = fit(problem, "full", 2, data, np.random.default_rng(6))
+    assert found.reached
+    error, bound = (np.sum((predict(problem, f, data) - data.y) ** 2) for f in (found.factors, problem.truth))
+    assert error <= bound
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_only_full_sharing_identifies_the_updates(sharing):
+    found = identify(sharing)
+    assert found.prediction_error < 1e-6
+    if sharing == "full":
+        assert found.identified
+        assert found.split_order == pytest.approx(2, abs=0.1)
+    else:
+        assert not found.identified
+        assert found.split_order is None
+        assert found.value_error > 0.5
+
+
+def test_slopes_and_intervals_of_an_exact_power_law():
+    sizes = (100, 1000, 10_000)
+    values = np.outer([1.0, 2.0, 4.0], np.array(sizes, float) ** -0.5)
+    summary = summarise(sizes, values)
+    for statistic in summary.values():
+        assert statistic["slope"] == pytest.approx(-0.5)
+        assert statistic["slope_interval"] == pytest.approx([-0.5, -0.5])
+    assert summary["mean"]["value"][0] == pytest.approx(7 / 3 / 10)
+    assert summary["median"]["value"][0] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(("shared", "passed"), [(-0.5, True), (-0.1, False), (-0.9, False)])
+def test_gates_judge_the_shared_slope(shared, passed):
+    slopes = {("full", "d2"): shared, ("none", "d2"): shared, ("none", "value_error"): 0.0}
+    records = [
+        {
+            "fitted_heads": heads,
+            "sharing": sharing,
+            "loss": loss,
+            **{key: {"slope": slopes.get((sharing, loss), -0.5)} for key in ("mean", "median")},
+        }
+        for heads in (2, 1)
+        for sharing in ("full", "none")
+        for loss in ("d2", "value_error", "prediction_error")
+    ]
+    assert [gate["passed"] for gate in gates(records)] == [passed, True, True, True, True]
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(package.run.GRIDS, "quick", TINY)
+    monkeypatch.setattr(package.run, "identify", partial(identify, fits=1))
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_killed_run_goes_on_and_ends_in_the_same_result(tmp_path):
+    journal = tmp_path / "pieces.jsonl"
+    whole = theory("quick", journal=journal)
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[:3]) + lines[3][:-9])
+    seen = []
+    assert theory("quick", journal=journal, progress=lambda done, total: seen.append((done, total))) == whole
+    assert seen[0] == (3, 8)
+    assert seen[-1] == (8, 8)
+    assert json.loads(json.dumps(whole)) == whole
+    plots = [tmp_path / name for name in ("a.svg", "b.svg")]
+    for path in plots:
+        plot(whole, path)
+    assert plots[0].read_bytes() == plots[1].read_bytes()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_another_seed_does_not_take_over_pieces(tmp_path):
+    journal = tmp_path / "pieces.jsonl"
+    first, second = (theory("quick", seed=seed, journal=journal)["pieces"] for seed in (0, 1))
+    assert first != second
+
+
+def test_sizes_grow_from_quick_to_full():
+    work = [sum(grid.sizes) * len(list(grid.pieces())) for grid in GRIDS.values()]
+    assert work == sorted(work)
