@@ -1,5 +1,5 @@
 import json
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -15,10 +15,8 @@ from hora_bench.experiments.theory.model import (
     jacobian,
     predict,
 )
-from hora_bench.experiments.theory.rates import GRIDS, Grid, gates, summarise
+from hora_bench.experiments.theory.rates import GRIDS, LOSSES, Grid, gates, measure, summarise
 from scipy.optimize import check_grad
-
-TINY = Grid(sizes=(60, 120), trials=2)
 
 
 @pytest.fixture
@@ -111,33 +109,54 @@ def test_gates_judge_the_shared_slope(shared, passed):
 
 
 @pytest.fixture
-def tiny(monkeypatch):
-    monkeypatch.setitem(package.run.GRIDS, "quick", TINY)
-    monkeypatch.setattr(package.run, "identify", partial(identify, fits=1))
+def measured(monkeypatch):
+    """A tiny grid whose fits are replaced by numbers from a seed; the pieces asked for."""
+    asked = []
+
+    def measure(heads, sharing, trial, *, sizes, seed):
+        asked.append((heads, sharing, trial))
+        rng = np.random.default_rng([heads, len(sharing), trial, seed])
+        return {name: rng.uniform(1, 2, len(sizes)).tolist() for name in LOSSES} | {"starts": 2, "unreached": 0}
+
+    monkeypatch.setitem(package.run.GRIDS, "quick", Grid(sizes=(60, 120), trials=2))
+    monkeypatch.setattr(package.run, "measure", measure)
+    monkeypatch.setattr(package.run, "identify", cache(partial(identify, fits=1)))
+    return asked
 
 
-@pytest.mark.usefixtures("tiny")
-def test_a_killed_run_goes_on_and_ends_in_the_same_result(tmp_path):
+def test_a_killed_run_goes_on_and_ends_in_the_same_result(tmp_path, measured):
     journal = tmp_path / "pieces.jsonl"
     whole = theory("quick", journal=journal)
+    assert json.loads(json.dumps(whole)) == whole
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines[:3]) + lines[3][:-9])
-    seen = []
-    assert theory("quick", journal=journal, progress=lambda done, total: seen.append((done, total))) == whole
+    before, seen = list(measured), []
+    assert theory("quick", journal=journal, progress=lambda *counts: seen.append(counts)) == whole
+    assert measured == before + before[3:]
     assert seen[0] == (3, 8)
     assert seen[-1] == (8, 8)
-    assert json.loads(json.dumps(whole)) == whole
-    plots = [tmp_path / name for name in ("a.svg", "b.svg")]
-    for path in plots:
-        plot(whole, path)
-    assert plots[0].read_bytes() == plots[1].read_bytes()
 
 
-@pytest.mark.usefixtures("tiny")
-def test_another_seed_does_not_take_over_pieces(tmp_path):
+def test_another_seed_does_not_take_over_pieces(tmp_path, measured):
     journal = tmp_path / "pieces.jsonl"
     first, second = (theory("quick", seed=seed, journal=journal)["pieces"] for seed in (0, 1))
     assert first != second
+    assert len(measured) == 16
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_plot_is_rebuilt_byte_for_byte(tmp_path):
+    result = theory("quick")
+    for name in ("a.svg", "b.svg"):
+        plot(result, tmp_path / name)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+def test_one_trial_is_measured_at_every_size():
+    found = measure(2, "full", 0, sizes=(60, 1200), seed=0)
+    assert [len(found[name]) for name in LOSSES] == [2, 2, 2, 2]
+    assert found["prediction_error"][1] < found["prediction_error"][0]
+    assert found == measure(2, "full", 0, sizes=(60, 1200), seed=0)
 
 
 def test_sizes_grow_from_quick_to_full():

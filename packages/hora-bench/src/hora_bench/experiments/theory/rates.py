@@ -26,7 +26,9 @@ Only the products B A are compared: A and B apart are never identified.
 Sharing A alone, or B alone, does not identify the updates (identify, sharings a and b).
 One true head, width 3, rank 1, and one vector per head that is B of Q and of V at once: a generator that is known, \
 invertible and the same for Q and V. Where Q and V have second layers of their own and the hidden width is at least \
-heads x rank, generated B are as free as free ones, which is sharing a: then nothing is identified either.\
+heads x rank, generated B are as free as free ones, which is sharing a: then nothing is identified either.
+What is not identified ends where rounding takes it: a rerun without sharing repeats slopes within their intervals, \
+not digits.\
 """.splitlines()
 )
 
