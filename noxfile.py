@@ -89,7 +89,8 @@ def parity(session):
 def docs(session):
     """Build the documentation site strictly into site/ (``-- serve`` for a live preview)."""
     tools = environment(session, "docs", groups=("docs",))
-    run(session, tools, "mkdocs", *(session.posargs or ["build", "--strict", "--quiet"]))
+    command = session.posargs or ["build", "--strict", "--quiet"]
+    run(session, tools, "mkdocs", *command, env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session(python=False)
