@@ -1,1 +1,18 @@
-"""HoRA as a PEFT method for PyTorch: hypernetwork-shared low-rank adaptation of attention heads."""
+"""HoRA as a PEFT method for PyTorch: hypernetwork-shared low-rank adaptation of attention heads.
+
+Importing this package registers the method with PEFT, so that ``peft.get_peft_model(model, HoraConfig())`` and
+``peft.PeftModel.from_pretrained`` know it.
+"""
+
+from hora_torch import functional
+from hora_torch.config import HoraConfig
+from hora_torch.layer import HoraLayer, HoraLinear
+from hora_torch.model import HoraModel
+from hora_torch.registration import add_peft_type, register
+
+add_peft_type()
+register()
+
+__version__ = "0.1.0"
+
+__all__ = ["HoraConfig", "HoraLayer", "HoraLinear", "HoraModel", "functional"]

@@ -84,9 +84,20 @@ def low_rank_linear(
     return _Branched.apply(x, weight, bias, keep, tuple(windows), a, *bs)[0]
 
 
+def add_branches(
+    y: Tensor, x: Tensor, branches: Sequence[Branch], *, keep: Tensor | None = None
+) -> Tensor:
+    """Every branch added to the output `y` of any base layer, for quantised and hooked ones."""
+    rows = _kept(x, keep)
+    for a, b, scaling, start, stop in branches:
+        addition = scaling * F.linear(F.linear(rows, a.to(x.dtype)), b.to(x.dtype))
+        y = y + F.pad(addition, (start, y.shape[-1] - stop)).to(y.dtype)
+    return y
+
+
 def _merges(route: Route, x: Tensor, keep: Tensor | None) -> bool:
     if route == "auto":
-        return keep is None and x.dtype == torch.float32 and x.numel() > x.shape[-1] ** 2 and torch.is_grad_enabled()
+        return keep is None and x.dtype == torch.float32 and x.numel() > x.shape[-1] ** 2
     return route == "merge" and keep is None
 
 
@@ -122,7 +133,7 @@ class _Branched(Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, keep, u, a, *bs = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, _, _, needs_a, *needs_bs = ctx.needs_input_grad
         if grad_y is None:  # only a second derivative can want u alone
             grad_y = x.new_zeros(*x.shape[:-1], weight.shape[0])
         g = _rows(grad_y)
@@ -142,8 +153,8 @@ class _Branched(Function):
             g.sum(0) if needs_bias else None,
             None,
             None,
-            down.T @ _rows(_kept(x, keep)),
-            *_grad_bs(g, u, ctx.windows),
+            down.T @ _rows(_kept(x, keep)) if needs_a else None,
+            *_grad_bs(g, u, ctx.windows, needs_bs),
         )
 
 
@@ -172,15 +183,15 @@ class _Merged(Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, *bs = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, _, needs_a, *needs_bs = ctx.needs_input_grad
         g, rows = _rows(grad_y), _rows(x)
         return (
             (g @ _merged_weight(weight, ctx.windows, a, bs)).view(x.shape) if needs_x else None,
             g.T @ rows if needs_weight else None,
             g.sum(0) if needs_bias else None,
             None,
-            _grad_u(g, bs, ctx.windows).T @ rows,
-            *_grad_bs(g, rows @ a.T, ctx.windows),
+            _grad_u(g, bs, ctx.windows).T @ rows if needs_a else None,
+            *_grad_bs(g, rows @ a.T, ctx.windows, needs_bs),
         )
 
 
@@ -209,5 +220,10 @@ def _grad_u(g: Tensor, bs: Sequence[Tensor], windows: Sequence[_Window]) -> Tens
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _grad_bs(g: Tensor, u: Tensor, windows: Sequence[_Window]) -> list[Tensor]:
-    return [(g[:, start:stop].T @ u[:, first:last]) * scaling for start, stop, first, last, scaling in windows]
+def _grad_bs(
+    g: Tensor, u: Tensor, windows: Sequence[_Window], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    return [
+        (g[:, start:stop].T @ u[:, first:last]) * scaling if need else None
+        for (start, stop, first, last, scaling), need in zip(windows, needed, strict=True)
+    ]

@@ -1,0 +1,132 @@
+"""``HoraConfig``: what a user of PEFT writes instead of ``LoraConfig``."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hora_spec import AdapterSpec, HoraError
+from peft import PeftConfig
+from peft.utils import PeftType
+
+SPEC_VERSION = 1
+"""Version of the specification, as written into ``adapter_config.json``."""
+
+
+@dataclass
+class HoraConfig(PeftConfig):
+    """Configuration of a HoRA adapter.
+
+    Parameters
+    ----------
+    r, hidden_dim, head_embed_dim, sharing, a_source, activation, gain, residual, normalize
+        The method, see `hora_spec.AdapterSpec`.
+    hora_alpha
+        ``scaling = hora_alpha / r``; None means scaling 1.
+    hora_dropout
+        Probability that an input feature of the branch is dropped in training.
+    target_modules
+        Names or a regular expression, as for any PEFT method, or ``"all-linear"``. None adapts the query and value
+        projections of every attention module found.
+    exclude_modules, modules_to_save, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern
+        As in ``LoraConfig``. The targets of one attention module share a hypernetwork, hence one rank and one alpha.
+    fused_projections
+        Which parts of a fused weight (``qkv``, ``c_attn``, ``in_proj``) are adapted.
+    num_heads, num_kv_heads
+        Head counts, when the model does not tell: one number, or for `num_heads` a mapping from module name to number.
+    route
+        ``"auto"``, ``"branch"`` or ``"merge"``, see `hora_torch.functional.hora_linear`.
+    seed
+        Seed of the initial values.
+    init_weights
+        True starts at the base model exactly. False fills what would be zero from torch's generator, for tests.
+    bias
+        ``"none"``, ``"all"`` or ``"hora_only"``: which biases of the base model are trained too.
+    hora_spec_version, hora_layers
+        Written on injection: version of the spec, and names, shapes and layouts of all adapted layers.
+
+    Raises
+    ------
+    HoraError
+        If a value is outside its domain, or was written by another version of the spec.
+    """
+
+    r: int = 8
+    hidden_dim: int = 40
+    head_embed_dim: int = 40
+    hora_alpha: float | None = None
+    hora_dropout: float = 0.0
+    sharing: str = "full"
+    a_source: str = "direct"
+    activation: str = "leaky_relu"
+    gain: float | str = "transfer"
+    residual: bool = False
+    normalize: bool = True
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    fused_projections: tuple[str, ...] = ("q", "v")
+    num_heads: int | dict[str, int] | None = None
+    num_kv_heads: int | None = None
+    route: str = "auto"
+    seed: int = 0
+    init_weights: bool = True
+    bias: str = "none"
+    hora_spec_version: int = SPEC_VERSION
+    hora_layers: list[dict[str, Any]] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.HORA
+        if self.hora_spec_version != SPEC_VERSION:
+            raise HoraError(
+                f"this version reads adapters of spec version {SPEC_VERSION}, got {self.hora_spec_version}: "
+                "use a matching hora-torch (spec F4)"
+            )
+        self.spec()
+        if not 0 <= self.hora_dropout < 1:
+            raise HoraError(f"hora_dropout must be in [0, 1), got {self.hora_dropout!r}")
+        for name, allowed in (("route", ("auto", "branch", "merge")), ("bias", ("none", "all", "hora_only"))):
+            if getattr(self, name) not in allowed:
+                raise HoraError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        self.fused_projections = tuple(self.fused_projections)
+        if not self.fused_projections or set(self.fused_projections) - {"q", "k", "v"}:
+            raise HoraError(f"fused_projections are some of 'q', 'k', 'v', got {self.fused_projections!r}")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        if self.layers_pattern and not self.layers_to_transform:
+            raise HoraError(
+                "layers_pattern needs layers_to_transform: when `layers_pattern` is specified, `layers_to_transform` "
+                "must also be specified; leave layers_pattern out, or say which layers"
+            )
+        if isinstance(self.target_modules, str) and (
+            self.layers_to_transform is not None or self.layers_pattern is not None
+        ):
+            raise HoraError(
+                "layers_to_transform cannot be used when target_modules is a str: put the layer numbers into the regex"
+            )
+
+    def spec(self, rank: int | None = None, alpha: float | None = None) -> AdapterSpec:
+        """The method of one layer; `rank` and `alpha` override those of the config."""
+        return AdapterSpec(
+            self.r if rank is None else rank,
+            hidden_dim=self.hidden_dim,
+            head_embed_dim=self.head_embed_dim,
+            alpha=self.hora_alpha if alpha is None else alpha,
+            sharing=self.sharing,
+            a_source=self.a_source,
+            activation=self.activation,
+            gain=self.gain,
+            residual=self.residual,
+            normalize=self.normalize,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values; sets become sorted lists, so equal configs write equal files."""
+        return {
+            key: sorted(value) if isinstance(value, set) else list(value) if isinstance(value, tuple) else value
+            for key, value in super().to_dict().items()
+        }

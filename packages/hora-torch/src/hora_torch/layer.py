@@ -1,0 +1,258 @@
+"""An adapted module: its base layer, the branches of its adapters, merging."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hora_spec import HoraError
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hora_torch.config import HoraConfig
+from hora_torch.functional import stacked
+from hora_torch.hypernet import HoraHypernet
+from hora_torch.linear import Branch, add_branches, low_rank_linear
+from hora_torch.merging import layout_rows, merged_weight
+from hora_torch.targets import LayerPlan, Site
+
+BASE = "__base__"
+"""PEFT's name for the base model in ``adapter_names``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """What one adapter adds to one module. The leader owns the layer's hypernetwork."""
+
+    sites: Mapping[str, Site]
+    scaling: float
+    dropout: float
+    route: str
+    leader: "HoraLayer"
+
+
+class HoraLayer(BaseTunerLayer):
+    """State that all adapted modules share; one entry per adapter.
+
+    The hypernetwork of an attention layer is registered in the first of its targets, the leader, under
+    ``hora_hyper``. The other targets hold a plain reference to the leader, so every tensor exists and is saved once.
+    """
+
+    adapter_layer_names = ("hora_hyper",)
+    other_param_names = ("hora_attached",)
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.hora_hyper = nn.ModuleDict()
+        self.hora_attached: dict[str, Attachment] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._originals: dict[str, Tensor] = {}
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        plan: LayerPlan,
+        sites: Mapping[str, Site],
+        leader: "HoraLayer | None",
+        config: HoraConfig,
+    ) -> None:
+        """Attach an adapter; without a leader this module becomes the leader and owns the hypernetwork."""
+        if leader is None:
+            leader = self
+            hypernet = HoraHypernet(plan.spec, plan.shape, name=plan.name, seed=config.seed)
+            if not config.init_weights:
+                hypernet.randomize()
+            self.hora_hyper[adapter_name] = hypernet
+        self.hora_attached[adapter_name] = Attachment(
+            sites, plan.spec.scaling, config.hora_dropout, config.route, leader
+        )
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def hypernet(self, adapter_name: str) -> HoraHypernet:
+        """The hypernetwork that generates this module's factors."""
+        return self.hora_attached[adapter_name].leader.hora_hyper[adapter_name]
+
+    def branches(self, adapter_name: str, *, keep_rate: float = 1.0) -> dict[str, Branch]:
+        """Branches of one adapter by projection, for inputs of which `keep_rate` survive dropout."""
+        attached, hypernet = self.hora_attached[adapter_name], self.hypernet(adapter_name)
+        scaling = attached.scaling / keep_rate
+        return {
+            p: Branch(*stacked(hypernet(p)), scaling, *site.columns) for p, site in attached.sites.items()
+        }
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor | dict[str, Tensor]:
+        """Dense update in the stored form of the weight, zero outside the adapted windows.
+
+        A module with several adapted parameters returns one tensor per parameter name.
+        """
+        deltas = {}
+        with torch.no_grad():
+            for parameter, additions in self._additions([adapter_name]).items():
+                zero = torch.zeros_like(self._stored(parameter).data, dtype=torch.float32)
+                deltas[parameter] = merged_weight(zero, additions)
+        return next(iter(deltas.values())) if len(deltas) == 1 else deltas
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Replace the base weight by ``W + delta`` of the named, by default the active, adapters.
+
+        The sum is computed in float32 from the unmerged weight and rounded once; the unmerged weight is kept.
+
+        Raises
+        ------
+        HoraError
+            If the result is not finite (`safe_merge` checks every entry) or the base is quantised.
+        """
+        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names if name in self.hora_attached]
+        if not names:
+            return
+        with torch.no_grad():
+            merged = {
+                parameter: merged_weight(self._original(parameter), additions, check=safe_merge)
+                for parameter, additions in self._additions([*self.merged_adapters, *names]).items()
+            }
+        for parameter, value in merged.items():
+            self._originals.setdefault(parameter, self._stored(parameter).data)
+            self._stored(parameter).data = value
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Restore the base weight, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        for parameter, original in self._originals.items():
+            stored = self._stored(parameter)
+            stored.data = original.to(stored.device, stored.dtype)
+        self._originals.clear()
+        self.merged_adapters.clear()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """A HoRA delta has low rank; `hora_torch.export_lora` converts without loss."""
+        return True
+
+    def _additions(self, adapter_names: Sequence[str]) -> dict[str, list[tuple[Any, Tensor, Tensor, float]]]:
+        additions: dict[str, list[tuple[Any, Tensor, Tensor, float]]] = {}
+        for name in adapter_names:
+            for p, site in self.hora_attached[name].sites.items():
+                branch = self.branches(name)[p]
+                additions.setdefault(site.parameter, []).append((site.layout, branch.a, branch.b, branch.scaling))
+        return additions
+
+    def _stored(self, parameter: str) -> nn.Parameter:
+        return getattr(self.get_base_layer(), parameter)
+
+    def _original(self, parameter: str) -> Tensor:
+        return self._originals.get(parameter, self._stored(parameter).data)
+
+    def _working(self) -> list[str]:
+        """Active adapters that touch this module and are not merged or disabled."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return []
+        if self.merged:
+            return []
+        return [name for name in self.active_adapters if name in self.hora_attached]
+
+    def _drops(self, adapter_name: str) -> float:
+        return self.hora_attached[adapter_name].dropout if self.training else 0.0
+
+    def _check_mixed(self, batch: int, adapter_names: Sequence[str]) -> None:
+        if batch != len(adapter_names):
+            raise HoraError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {batch} respectively: give one name per sample"
+            )
+        if self.merged:
+            raise HoraError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.hora_attached)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Device alone: parameters stay float32, since rounding them to a bf16 base would change the start."""
+        if adapter_name not in self.hora_hyper:
+            return
+        hypernet = self.hora_hyper[adapter_name]
+        target = device or next(self.get_base_layer().parameters()).device
+        if not any(param.is_meta for param in hypernet.parameters()):
+            hypernet.to(target)
+
+
+class HoraLinear(nn.Module, HoraLayer):
+    """``x W^T + bias + scaling * (x A^T) B^T`` for a Linear or Conv1D, or for parts of a fused one (spec D3)."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        nn.Module.__init__(self)
+        HoraLayer.__init__(self, base_layer)
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+        """Output of the base layer with the active adapters, or with one adapter per sample."""
+        if adapter_names is not None and not self.disable_adapters:
+            return self._mixed(x, adapter_names, *args, **kwargs)
+        names = self._working()
+        if not names:
+            return self.base_layer(x, *args, **kwargs)
+        names.sort(key=self._drops)  # adapters without dropout share one pass
+        plain = not args and not kwargs and is_plain(self.base_layer)
+        result: Tensor | None = None if plain else self.base_layer(x, *args, **kwargs)
+        for keep, branches in self._passes(x, names):
+            if result is None:
+                weight = self.base_layer.weight
+                weight = weight.T if isinstance(self.base_layer, Conv1D) else weight
+                route = self.hora_attached[names[0]].route
+                result = low_rank_linear(x, weight, self.base_layer.bias, branches, keep=keep, route=route)
+            else:
+                result = add_branches(result, x, branches, keep=keep)
+        return result
+
+    def _passes(self, x: Tensor, names: Sequence[str]) -> list[tuple[Tensor | None, list[Branch]]]:
+        """Branches that share a dropout mask: all without dropout, then one adapter at a time."""
+        passes: list[tuple[Tensor | None, list[Branch]]] = []
+        for name in names:
+            rate = self._drops(name)
+            branches = list(self.branches(name, keep_rate=1 - rate).values())
+            if rate:
+                passes.append((torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - rate), branches))
+            elif passes:
+                passes[0][1].extend(branches)
+            else:
+                passes.append((None, branches))
+        return passes
+
+    def _mixed(self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        self._check_mixed(len(x), adapter_names)
+        result = self.base_layer(x, *args, **kwargs)
+        for name in dict.fromkeys(adapter_names):
+            if name == BASE or name not in self.hora_attached:
+                continue
+            index = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
+            part = add_branches(result[index], x[index], list(self.branches(name).values()))
+            result = result.index_copy(0, index, part)
+        return result
+
+    def __repr__(self) -> str:
+        return "hora." + super().__repr__()
+
+
+def is_plain(base: nn.Module) -> bool:
+    """Whether calling `base` does nothing but ``x W^T + bias``: no subclass, no hooks, no replaced forward."""
+    return (
+        type(base) in (nn.Linear, Conv1D)
+        and not base._forward_hooks
+        and not base._forward_pre_hooks
+        and not base._backward_hooks
+        and not base._backward_pre_hooks
+        and "forward" not in base.__dict__
+    )
+
+
+__all__ = ["BASE", "Attachment", "HoraLayer", "HoraLinear", "is_plain", "layout_rows"]

@@ -1,0 +1,191 @@
+"""``HoraModel``: HoRA as PEFT sees it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from hora_spec import HoraError
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from hora_torch.attention import HoraMultiheadAttention
+from hora_torch.config import HoraConfig
+from hora_torch.layer import BASE, HoraLayer, HoraLinear
+from hora_torch.targets import LayerPlan, base_module, default_targets, no_match, plan
+
+
+class HoraModel(BaseTuner):
+    """Base model with HoRA adapters; made by `peft.get_peft_model`, not by hand."""
+
+    prefix: str = "hora_"
+    tuner_layer_cls = HoraLayer
+    target_module_mapping: Mapping[str, list[str]] = {}
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Plan the layers of one adapter, then let PEFT visit the targets.
+
+        The keys of a `state_dict`, if given, choose the targets instead of ``target_modules``: they name the leaders,
+        and the projections of each leader name the other targets of its layer.
+        """
+        self._chosen = None if state_dict is None else _targets_of(model, state_dict)
+        if self._chosen is not None:
+            state_dict = {f"{name}.{self.prefix}hyper": torch.empty(0) for name in self._chosen}
+        self._plans: dict[str, LayerPlan] = {}
+        self._leaders: dict[str, HoraLayer] = {}
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        del self._chosen, self._plans, self._leaders
+
+    def _prepare_adapter_config(self, peft_config: HoraConfig, model_config: dict[str, Any]) -> HoraConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = default_targets(self.model, peft_config)
+            if not peft_config.target_modules:
+                raise no_match(self.model, peft_config)
+        return peft_config
+
+    def _prepare_model(self, peft_config: HoraConfig, model: nn.Module) -> None:
+        if peft_config.target_modules == DUMMY_TARGET_MODULES:
+            return
+        names = self._chosen
+        if names is None:
+            _maybe_include_all_linear_layers(peft_config, model)
+            inside = tuple(f"{key}." for key, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+            names = [
+                key
+                for key, _ in model.named_modules()
+                if key and not key.startswith(inside) and self._check_target_module_exists(peft_config, key)
+            ]
+        if not names and not peft_config.exclude_modules and not peft_config.modules_to_save:
+            raise no_match(model, peft_config)
+        plans = plan(model, names, peft_config)
+        self._plans = {module: layer for layer in plans for module in layer.modules}
+        peft_config.hora_layers = [layer.to_dict() for layer in plans]
+
+    def _create_and_replace(
+        self,
+        peft_config: HoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        layer_plan = self._plans.get(current_key)
+        if layer_plan is None:  # a fused module of which no part is adapted
+            return
+        sites = {p: site for p, site in layer_plan.sites.items() if site.module == current_key}
+        layer = target
+        if not isinstance(target, HoraLayer):
+            kind = HoraMultiheadAttention if isinstance(base_module(target), nn.MultiheadAttention) else HoraLinear
+            layer = kind(target)
+            layer._active_adapter = self.active_adapter
+        layer.update_layer(adapter_name, layer_plan, sites, self._leaders.get(layer_plan.name), peft_config)
+        self._leaders.setdefault(layer_plan.name, layer)
+        if adapter_name not in self.active_adapters:
+            layer.set_requires_grad(adapter_name, False)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+            _use_module_forward(parent)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        for module in model.modules():
+            if module.__dict__.pop("_hora_restores_qkv_bias", False):
+                module.qkv_bias_separate = False
+        return model
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Parameters are float32 from the start; without autocast they follow the base."""
+        if autocast_adapter_dtype:
+            return
+        for module in self.model.modules():
+            if isinstance(module, HoraLayer) and adapter_name in module.hora_hyper:
+                dtype = next(module.get_base_layer().parameters()).dtype
+                if dtype.is_floating_point:
+                    module.hora_hyper[adapter_name].to(dtype)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Pass ``adapter_names`` of a mixed batch on to every adapted module."""
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise HoraError("Cannot pass `adapter_names` when the model is in training mode: call model.eval() first")
+        known = {name for module in self.modules() if isinstance(module, HoraLayer) for name in module.hora_attached}
+        if unknown := sorted(set(names) - known - {BASE}):
+            raise HoraError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are {sorted(known)}"
+            )
+        beams = kwargs.get("num_beams")
+        repeated = [name for name in names for _ in range(beams)] if isinstance(beams, int) and beams > 1 else names
+        inner = getattr(self.model, "get_encoder", lambda: None)() if repeated is not names else None
+        encoder = set(inner.modules()) if isinstance(inner, nn.Module) and inner is not self.model else set()
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_add_adapter_names, names=names if module in encoder else repeated), with_kwargs=True
+            )
+            for module in self.modules()
+            if isinstance(module, (HoraLayer, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """``hora_hyper.default.a_out.q`` becomes ``hora_hyper.a_out.q`` (spec F1)."""
+        marker = f".{cls.prefix}hyper.{adapter_name}."
+        if marker in key:
+            return key.replace(marker, f".{cls.prefix}hyper.")
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+
+def _add_adapter_names(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, kwargs | {"adapter_names": names}
+
+
+def _use_module_forward(attention: nn.Module) -> None:
+    """timm's EVA, BEiT and Swin v2 multiply with ``qkv.weight`` past the module unless told to add the bias apart."""
+    if getattr(attention, "qkv_bias_separate", None) is False and getattr(attention, "q_bias", None) is not None:
+        attention.qkv_bias_separate = True
+        attention._hora_restores_qkv_bias = True
+
+
+def _targets_of(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
+    """Modules that a state dict adapts: its leaders, and their siblings that play a role the leader generates for."""
+    from hora_torch.targets import FUSED, ROLES, _identifier
+
+    projections: dict[str, set[str]] = {}
+    for key in state_dict:
+        leader, found, param = key.removeprefix("base_model.model.").partition(".hora_hyper.")
+        if found:
+            roles = projections.setdefault(leader.removeprefix("_orig_mod."), set())
+            if "." in param:
+                roles.add(param.rpartition(".")[2])
+    chosen: set[str] = set()
+    for leader, roles in projections.items():
+        chosen.add(leader)
+        if isinstance(base_module(model.get_submodule(leader)), nn.MultiheadAttention):
+            continue
+        parent = leader.rpartition(".")[0]
+        own_names = {name for role in roles for name in ROLES.get(role, ())}
+        for child, _ in model.get_submodule(parent).named_children():
+            if child in own_names or _identifier(child) in roles or (child in FUSED and leader.endswith(child)):
+                chosen.add(f"{parent}.{child}" if parent else child)
+    return [name for name, _ in model.named_modules() if name in chosen]
