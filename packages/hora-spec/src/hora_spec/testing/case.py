@@ -1,0 +1,168 @@
+"""Cases: what a check runs on, fully described by a spec, a layer, a seed and a regime."""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+from hora_spec.activations import ACTIVATIONS
+from hora_spec.init import normal, raw_stream
+from hora_spec.shapes import LayerShape, ProjectionShape, param_shapes
+from hora_spec.spec import AdapterSpec
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+Regime = Literal["normal", "offset", "constant", "zeros", "tiny"]
+REGIMES: tuple[Regime, ...] = get_args(Regime)
+"""What head embeddings and the seed of A look like; everything else is standard normal.
+
+``normal``; ``offset`` by 64, where normalisation cancels; ``constant`` columns, which it maps to zero; ``zeros``, which
+sit on the kink of the activation; ``tiny``, 1/1024 of normal, where eps outweighs the variance.
+"""
+
+
+class Inputs(NamedTuple):
+    """Arrays of one case. All but `params` map a projection to its array.
+
+    Attributes
+    ----------
+    params
+        Canonical parameters of the layer.
+    x
+        (batch, seq, embed).
+    weight
+        Frozen canonical weight (heads * head_dim, embed).
+    bias
+        (heads * head_dim,), or None for every second projection.
+    cotangent
+        (batch, seq, heads * head_dim): a gradient with respect to the output.
+    delta_cotangent
+        (heads * head_dim, embed): a gradient with respect to the delta.
+    """
+
+    params: dict[str, Array]
+    x: dict[str, Array]
+    weight: dict[str, Array]
+    bias: dict[str, Array | None]
+    cotangent: dict[str, Array]
+    delta_cotangent: dict[str, Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One thing to compute; its ``repr`` is all that is needed to replay it.
+
+    Parameters
+    ----------
+    spec, layer
+        Method and shapes.
+    seed, regime
+        Determine every value, to the bit, on every platform.
+
+    Examples
+    --------
+    >>> case = Case(AdapterSpec(rank=2), LAYERS["equal"], seed=3)
+    >>> case.inputs("float32").params["a.q"].shape
+    (2, 6)
+    """
+
+    spec: AdapterSpec
+    layer: LayerShape
+    seed: int = 0
+    regime: Regime = "normal"
+
+    def inputs(self, dtype: str = "float32") -> Inputs:
+        """Fresh arrays of `dtype`; values are float32 numbers, rounded once more for a 16-bit dtype.
+
+        Parameters and gradients of the delta stay float32 when `dtype` has 16 bits, as they do in training.
+        """
+        wide = dtype if dtype in ("float32", "float64") else "float32"
+        params = {key: self._param(key, shape) for key, shape in param_shapes(self.spec, self.layer).items()}
+        rows = {p: shape.weight_shape[0] for p, shape in self.layer.items()}
+        x = {p: self._draw(f"x.{p}", (2, 3, shape.embed_dim)) for p, shape in self.layer.items()}
+        weight = {p: self._draw(f"weight.{p}", shape.weight_shape) for p, shape in self.layer.items()}
+        bias = {p: self._draw(f"bias.{p}", (rows[p],)) if i % 2 == 0 else None for i, p in enumerate(self.layer)}
+        cotangent = {p: self._draw(f"cotangent.{p}", (2, 3, rows[p])) for p in self.layer}
+        delta_cotangent = {p: self._draw(f"delta_cotangent.{p}", s.weight_shape) for p, s in self.layer.items()}
+        return Inputs(
+            _cast(params, wide),
+            _cast(x, dtype),
+            _cast(weight, dtype),
+            {p: None if value is None else value.astype(numpy_dtype(dtype)) for p, value in bias.items()},
+            _cast(cotangent, dtype),
+            _cast(delta_cotangent, wide),
+        )
+
+    def _draw(self, key: str, shape: tuple[int, ...]) -> Array:
+        return normal(raw_stream(self.seed, "hora_spec.testing", key, prod(shape))).reshape(shape).astype(np.float32)
+
+    def _param(self, key: str, shape: tuple[int, ...]) -> Array:
+        value = self._draw(key, shape)
+        if key not in ("head_embed", "a_seed") or self.regime == "normal":
+            return value
+        if self.regime == "offset":
+            return value + np.float32(64)
+        if self.regime == "constant":
+            return np.broadcast_to(value[..., :1, :] if value.ndim == 3 else value[:1], shape).copy()
+        return value * np.float32(0 if self.regime == "zeros" else 2.0**-10)
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """The NumPy dtype called `name`; ``"bfloat16"`` needs the package ml_dtypes."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def _cast(arrays: dict[str, Array], dtype: str) -> dict[str, Array]:
+    return {key: value.astype(numpy_dtype(dtype)) for key, value in arrays.items()}
+
+
+def _layer(**shapes: tuple[int, int, int]) -> LayerShape:
+    return LayerShape({p: ProjectionShape(*shape) for p, shape in shapes.items()})
+
+
+LAYERS: dict[str, LayerShape] = {
+    "one_head": _layer(q=(1, 3, 5), v=(1, 3, 5)),
+    "equal": _layer(q=(4, 3, 6), v=(4, 3, 6)),
+    "square": _layer(q=(2, 3, 6), v=(2, 3, 6)),
+    "qkv": _layer(q=(3, 2, 5), k=(3, 2, 5), v=(3, 2, 5)),
+    "gqa_2_1": _layer(q=(4, 2, 8), v=(2, 2, 8)),
+    "gqa_3_1": _layer(q=(6, 2, 5), v=(2, 2, 5)),
+    "multi_query": _layer(q=(4, 2, 5), k=(1, 2, 5), v=(1, 2, 5)),
+    "uneven": _layer(q=(4, 3, 6), k=(2, 2, 5), v=(2, 4, 7)),
+}
+"""The fixed table of shapes: a new shape costs JAX a compilation."""
+
+SIZES: tuple[dict[str, int], ...] = (
+    {"rank": 3, "hidden_dim": 5, "head_embed_dim": 4},
+    {"rank": 5, "hidden_dim": 3, "head_embed_dim": 6},
+)
+"""The fixed table of method sizes; in the second, hidden is smaller than rank."""
+
+_SOURCES = (("full", "direct"), ("full", "hypernetwork"), ("b", "direct"), ("a", "hypernetwork"))
+_FREE = (("a", "direct"), ("none", "direct"))
+
+
+def corpus() -> tuple[Case, ...]:
+    """Every valid sharing, A source, activation and gain once, over all layers, sizes and regimes in turn.
+
+    Residual, scaling and normalisation alternate where they are allowed.
+    """
+    methods: list[dict[str, Any]] = [
+        {"sharing": sharing, "a_source": a_source, "activation": activation, "gain": gain}
+        for gain in ("transfer", 1.0)
+        for activation in ACTIVATIONS
+        for sharing, a_source in (_SOURCES + _FREE if gain == "transfer" else _SOURCES)
+    ]
+    layers = list(LAYERS.values())
+    cases = []
+    for n, method in enumerate(methods):
+        spec = AdapterSpec(**SIZES[n // 2 % 2], **method, alpha=(6.0, None)[n // 3 % 2])
+        if spec.generates_b:
+            spec = spec.replace(residual=n % 3 == 0, normalize=n % 10 != 7)
+        cases.append(Case(spec, layers[n % len(layers)], seed=n, regime=REGIMES[n // 2 % 5 if n % 2 else 0]))
+    return tuple(cases)
