@@ -1,1 +1,21 @@
 """HoRA for any JAX pytree and Flax NNX: hypernetwork-shared low-rank adaptation of attention heads."""
+
+from hora_jax.adapter import delta, factors, init, merge, replace_weights, weights
+from hora_jax.plan import Layer, Plan, plan
+from hora_jax.targets import Site, Target
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Layer",
+    "Plan",
+    "Site",
+    "Target",
+    "delta",
+    "factors",
+    "init",
+    "merge",
+    "plan",
+    "replace_weights",
+    "weights",
+]

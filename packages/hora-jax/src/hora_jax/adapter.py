@@ -1,0 +1,215 @@
+"""The adapter of a plan, ``phi``: its initial values, what it generates, and merging it into a tree.
+
+``phi`` is ``{group: {canonical parameter: array (layers, ...)}}``: layers of equal shape are stacked, so generating
+all factors takes one einsum for each step of the method, however deep the model.
+"""
+
+import weakref
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hora_spec import Factors, HoraError, init_params, param_shapes
+from jax.typing import DTypeLike
+
+from hora_jax import functional
+from hora_jax.plan import Layer, Plan
+from hora_jax.targets import leaves
+
+Phi = Mapping[str, Mapping[str, jax.Array]]
+
+_merged: weakref.WeakValueDictionary[int, jax.Array] = weakref.WeakValueDictionary()
+
+
+def init(plan: Plan, seed: int = 0, *, dtype: DTypeLike = jnp.float32) -> dict[str, dict[str, jax.Array]]:
+    """Initial adapter: every delta is exactly zero, every value that of the spec (rules I1 to I6).
+
+    Parameters
+    ----------
+    plan
+        What is adapted.
+    seed
+        Integer of at least 0. Equal seeds and layer names give equal bits in every backend.
+    dtype
+        Of the parameters: float32, unless you know why.
+
+    Returns
+    -------
+    dict
+        Group to canonical parameter to array (layers, ...).
+
+    Raises
+    ------
+    HoraError
+        If the seed is not such an integer, or float64 is asked for while JAX has it switched off.
+    """
+    if jax.dtypes.canonicalize_dtype(dtype) != np.dtype(dtype):
+        raise HoraError(f'init makes the dtype asked for, got {np.dtype(dtype)} without x64: set "jax_enable_x64"')
+    return {
+        key: _stack([init_params(x.spec, x.shape, seed, name) for x in members for name in x.names], dtype)
+        for key, members in plan.groups().items()
+    }
+
+
+def factors(plan: Plan, phi: Phi) -> dict[str, dict[str, Factors]]:
+    """Factors of every projection of every module of the tree.
+
+    Parameters
+    ----------
+    plan, phi
+        A plan and its adapter.
+
+    Returns
+    -------
+    dict
+        Name of the module, ``Layer.name``, to projection to `Factors`: a (rank, embed) and b (heads, head_dim, rank),
+        with a leading layers axis where the tree stacks layers.
+
+    Raises
+    ------
+    HoraError
+        If phi belongs to another plan.
+    """
+    check(plan, phi)
+    result = {}
+    for key, members in plan.groups().items():
+        stacked = functional.factors(members[0].spec, members[0].shape, phi[key])
+        result |= dict(zip((x.name for x in members), _unstack(members, stacked), strict=True))
+    return {layer.name: result[layer.name] for layer in plan.layers}
+
+
+def delta(plan: Plan, phi: Phi) -> dict[str, dict[str, jax.Array]]:
+    """Dense updates ``scaling * B A``, (heads * head_dim, embed), named and stacked as in `factors`."""
+    return {
+        layer.name: {p: functional.dense(f, layer.spec.scaling) for p, f in of_layer.items()}
+        for layer, of_layer in zip(plan.layers, factors(plan, phi).values(), strict=True)
+    }
+
+
+def merge(plan: Plan, params: Any, phi: Phi, *, donate: bool = False) -> Any:
+    """The tree with every delta added to its weight: a model without adapter and without overhead.
+
+    Pure: `params` stays as it is, which makes it the exact way back. Works under `jax.jit`.
+
+    Parameters
+    ----------
+    plan, params, phi
+        A plan, a tree it fits, and the adapter.
+    donate
+        Let the merged weights take the memory of the ones they replace, which are then gone from `params`.
+
+    Returns
+    -------
+    pytree
+        Of params' structure and dtypes. Sums are computed in float32 or better and rounded once (spec M1).
+
+    Raises
+    ------
+    HoraError
+        If the tree does not fit the plan or is merged already, or if a merged weight would not be finite: nothing has
+        changed then. Inside your own `jax.jit` values are unknown, so only shapes are checked, and a tree that
+        left it is not recognised as merged.
+    """
+    check(plan, phi)
+    old = weights(plan, params)
+    if again := [path for path, leaf in old.items() if _merged.get(id(leaf)) is leaf]:
+        raise HoraError(f"a tree is merged once, got merged weights at {again[0]}: start from the base (spec M2)")
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((old, phi))):
+        _check_finite(_finite(plan, old, phi))
+    new = (_add_donating if donate else _add)(plan, old, phi)
+    _merged.update((id(leaf), leaf) for leaf in new.values())
+    return replace_weights(params, new)
+
+
+def weights(plan: Plan, params: Any) -> dict[str, jax.Array]:
+    """The leaves of a tree that the plan adapts, by path; with `replace_weights` the exact inverse of `merge`.
+
+    Raises
+    ------
+    HoraError
+        If a leaf is missing or has another shape than planned.
+    """
+    found = leaves(params)
+    result = {}
+    for site in (site for layer in plan.layers for site in layer.sites):
+        got = found[site.path].value if site.path in found else None
+        if got is None or tuple(got.shape) != site.shape:
+            raise HoraError(
+                f"the plan adapts {site.path} of shape {site.shape}, got "
+                f"{'no such leaf' if got is None else got.shape}: plan this tree"
+            )
+        result[site.path] = got
+    return result
+
+
+def replace_weights(params: Any, new: Mapping[str, jax.Array]) -> Any:
+    """A copy of the tree in which the leaves at some paths are replaced."""
+    by_keys = {leaf.keys: new[path] for path, leaf in leaves(params).items() if path in new}
+    return jax.tree_util.tree_map_with_path(lambda keys, leaf: by_keys.get(keys, leaf), params)
+
+
+def check(plan: Plan, phi: Phi) -> None:
+    """Raise unless phi has exactly the groups, parameters and shapes of the plan, all floating (spec S7)."""
+    groups = plan.groups()
+    if groups.keys() != phi.keys():
+        raise HoraError(f"phi has the plan's groups {list(groups)}, got {list(phi)}: it belongs to another plan")
+    for key, members in groups.items():
+        depth = sum(len(layer.names) for layer in members)
+        expected = {n: (depth, *s) for n, s in param_shapes(members[0].spec, members[0].shape).items()}
+        got = {name: tuple(jnp.shape(value)) for name, value in phi[key].items()}
+        if got != expected:
+            wrong = sorted(set(got.items()) ^ set(expected.items()))
+            raise HoraError(f"phi[{key!r}] has the shapes {expected}, got {got}; they differ in {wrong} (spec S6)")
+        if bad := [
+            name for name, value in phi[key].items() if not jnp.issubdtype(jnp.result_type(value), jnp.floating)
+        ]:
+            raise HoraError(f"phi[{key!r}] is floating, got {bad} of another dtype: cast to float32 (spec S7)")
+
+
+def _stack(layers: list[dict[str, np.ndarray]], dtype: DTypeLike) -> dict[str, jax.Array]:
+    return {name: jnp.asarray(np.stack([layer[name] for layer in layers]), dtype) for name in layers[0]}
+
+
+def _unstack(members: tuple[Layer, ...], stacked: Any) -> list[Any]:
+    """One tree per layer of the group; `jax.lax.split`, as its transpose is one concatenation."""
+    if len(members) == 1 and members[0].stacked:
+        return [stacked]
+    values, tree = jax.tree.flatten(stacked)
+    sizes = [len(layer.names) for layer in members]
+    columns = [jax.lax.split(value, sizes) for value in values]
+    rows = zip(members, zip(*columns, strict=True), strict=True)
+    return [tree.unflatten(row if layer.stacked else [value[0] for value in row]) for layer, row in rows]
+
+
+def _sums(plan: Plan, old: Mapping[str, jax.Array], phi: Phi) -> dict[str, jax.Array]:
+    new = dict(old)
+    for layer, deltas in zip(plan.layers, delta(plan, phi).values(), strict=True):
+        for site in layer.sites:
+            weight, index = new[site.path], site.layout.index()
+            wide = jnp.promote_types(weight.dtype, jnp.float32)
+            total = weight[index].astype(wide) + site.layout.write(deltas[site.projection], site.shape).astype(wide)
+            total = total.astype(weight.dtype)
+            new[site.path] = total if site.layout.window is None else weight.at[index].set(total)
+    return new
+
+
+_add = jax.jit(_sums, static_argnums=0)
+_add_donating = jax.jit(_sums, static_argnums=0, donate_argnums=1)
+
+
+@partial(jax.jit, static_argnums=0)
+def _finite(plan: Plan, old: Mapping[str, jax.Array], phi: Phi) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """By path: whether every entry of the weight, and of the merged weight, is finite."""
+    new = _sums(plan, old, phi)
+    return {path: (jnp.isfinite(old[path]).all(), jnp.isfinite(new[path]).all()) for path in old}
+
+
+def _check_finite(finite: Mapping[str, tuple[jax.Array, jax.Array]]) -> None:
+    if bad := [path for path, (before, after) in jax.device_get(finite).items() if not after]:
+        raise HoraError(
+            f"only a finite delta that stays in the weight's range is merged, got NaN or infinity in {bad}: training "
+            "diverged, or the weight's dtype is too narrow (spec M3)"
+        )

@@ -1,0 +1,302 @@
+"""The method in JAX: factors, delta and the adapted projection, batched over heads and stacked layers.
+
+Functions take the canonical parameters of one layer, or of several equal layers stacked on a leading axis; one einsum
+serves both. Letters: h heads, g heads of a group, k head_dim, d embed, r rank, m hidden, e head_embed.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from hora_spec import (
+    LAYER_NORM_EPS,
+    LEAKY_RELU_SLOPE,
+    AdapterSpec,
+    Factors,
+    HoraError,
+    LayerShape,
+    param_shapes,
+)
+from jaxtyping import Array, Float
+
+Params = Mapping[str, Array]
+Route = Literal["auto", "branch", "merge", "plain"]
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    # jax.nn.leaky_relu has slope 1 at zero, the spec the slope for negative input (spec G3)
+    "leaky_relu": lambda u: jnp.where(u > 0, u, LEAKY_RELU_SLOPE * u),
+    "relu": jax.nn.relu,
+    "gelu": lambda u: jax.nn.gelu(u, approximate=False),
+    "sigmoid": jax.nn.sigmoid,
+    "tanh": jnp.tanh,
+    "identity": lambda u: u,
+}
+
+
+def factors(spec: AdapterSpec, layer: LayerShape, params: Params) -> dict[str, Factors]:
+    """Factors of every projection: ``B = g_B W_2 s(W_1 LN(E)) + residual`` for all heads at once, and A.
+
+    Parameters
+    ----------
+    spec, layer
+        Method and shapes.
+    params
+        Canonical name to array (spec S6); all of them may carry the same leading axes, such as layers.
+
+    Returns
+    -------
+    dict
+        Projection to ``Factors(a, b)``: a (..., rank, embed), or (..., heads, rank, embed) when free per head, and
+        b (..., heads, head_dim, rank), in the dtype of the parameters.
+
+    Raises
+    ------
+    HoraError
+        If names or shapes do not fit.
+
+    Notes
+    -----
+    Paper section 4, spec G1 to G6. Contractions run at the highest precision; they are small.
+    """
+    _check_shapes(spec, layer, params)
+    hidden: dict[int, Array] = {}  # by group size: projections with equal head counts share it
+    result = {}
+    for p in layer:
+        if spec.generates_b and (group := layer.group_size(p)) not in hidden:
+            hidden[group] = _hidden_b(spec, params, group)
+        b = _factor_b(spec, params, p, hidden.get(layer.group_size(p)))
+        result[p] = Factors(_factor_a(spec, params, p), b)
+    return result
+
+
+def delta(
+    spec: AdapterSpec, layer: LayerShape, params: Params
+) -> dict[str, Float[Array, "*layers heads*head_dim embed"]]:
+    """Dense update of every projection, ``scaling * stack_i(B_i) A``; row ``i * head_dim + j`` is row j of head i.
+
+    Parameters
+    ----------
+    spec, layer, params
+        As for `factors`.
+
+    Returns
+    -------
+    dict
+        Projection to array (..., heads * head_dim, embed).
+
+    Notes
+    -----
+    For merging and inspection; training uses `hora_linear`, which never forms it (spec D1, D2).
+    """
+    return {p: dense(f, spec.scaling) for p, f in factors(spec, layer, params).items()}
+
+
+def dense(factors: Factors, scaling: float) -> Float[Array, "*layers heads*head_dim embed"]:
+    """``scaling * stack_i(B_i) A`` of one projection, heads and head_dim joined."""
+    a, b = factors
+    product = _einsum("...hkr,...hrd->...hkd" if a.ndim == b.ndim else "...hkr,...rd->...hkd", scaling * b, a)
+    return product.reshape(*b.shape[:-3], -1, a.shape[-1])
+
+
+def hora_linear(
+    x: Float[Array, "*batch embed"],
+    weight: Float[Array, "heads*head_dim embed"],
+    bias: Float[Array, "heads*head_dim"] | None,
+    factors: Factors,
+    scaling: float,
+    *,
+    route: Route = "auto",
+) -> Float[Array, "*batch heads*head_dim"]:
+    """Adapted projection ``x (W + delta)^T + bias``; no dense gradient is ever formed.
+
+    Parameters
+    ----------
+    x
+        Activations.
+    weight
+        Frozen weight in canonical form. It is a constant: its gradient is zero by definition, on every route.
+    bias
+        May be trained.
+    factors, scaling
+        The projection's factors and ``spec.scaling``.
+    route
+        ``"branch"``: ``x W^T + (x A^T) B^T``. ``"merge"``: ``x (W + delta)^T`` forward, low-rank gradients backward;
+        what is saved for them is x, W and the factors, never the sum. ``"plain"``: the branch by JAX's own rules, the
+        route that supports forward mode. ``"auto"``: merge for float32 with more tokens than embed, else branch.
+
+    Returns
+    -------
+    array
+        (..., heads * head_dim) in the dtype of ``x @ weight.T``.
+
+    Raises
+    ------
+    HoraError
+        If shapes do not fit, the route is unknown, or forward mode meets a route without it.
+
+    Notes
+    -----
+    Spec D3. Factors are cast to x's dtype, never x to theirs; ``x A^T`` accumulates in float32 and is rounded to x's
+    dtype; gradients of factors accumulate in float32.
+    """
+    a, b = factors
+    if weight.shape != (b.shape[0] * b.shape[1], x.shape[-1]) or a.shape[-2:] != (b.shape[-1], x.shape[-1]):
+        raise HoraError(
+            "x (..., embed), weight (heads * head_dim, embed), a (rank, embed) and b (heads, head_dim, rank) must fit, "
+            f"got {x.shape}, {weight.shape}, {a.shape} and {b.shape}: transpose Flax kernels first (spec D3)"
+        )
+    if _resolve(route, x) == "merge":
+        y = _guarded(_merged, x, jax.lax.stop_gradient(weight), a, scaling * b)
+    else:
+        y = x @ jax.lax.stop_gradient(weight).T
+        z = branch(x, factors, scaling, route="plain" if route == "plain" else "branch")
+        y = y + z.reshape(y.shape)
+    return y if bias is None else y + bias
+
+
+def branch(
+    x: Float[Array, "*batch embed"],
+    factors: Factors,
+    scaling: float,
+    *,
+    route: Literal["branch", "plain"] = "branch",
+) -> Float[Array, "*batch heads head_dim"]:
+    """``scaling * (x A^T) B^T``: what an adapter adds to the output of a frozen projection, in the dtype of x.
+
+    Parameters
+    ----------
+    x, factors, scaling
+        As for `hora_linear`.
+    route
+        ``"plain"`` uses JAX's own derivative rules, ``"branch"`` one that accumulates in float32.
+    """
+    if route == "plain":
+        return _branch_forward(x, factors.a, scaling * factors.b)[0]
+    return _guarded(_branch, x, factors.a, scaling * factors.b)
+
+
+def _resolve(route: Route, x: Array) -> Route:
+    if route not in get_args(Route):
+        raise HoraError(f"route must be one of {', '.join(get_args(Route))}, got {route!r} (spec D3)")
+    if route != "auto":
+        return route
+    return "merge" if x.dtype == jnp.float32 and math.prod(x.shape[:-1]) > x.shape[-1] else "branch"
+
+
+def _guarded(function: Callable[..., Array], *args: Array) -> Array:
+    try:
+        return function(*args)
+    except TypeError as error:  # what JAX raises when jvp meets a custom_vjp
+        if "forward-mode" not in str(error):
+            raise
+        raise HoraError(
+            "forward-mode differentiation needs JAX's own derivative rules, got a route with custom low-rank ones: "
+            'pass route="plain" (spec D3)'
+        ) from error
+
+
+# The branch: x (..., d), a (r, d) or (h, r, d), b (h, k, r) already scaled; u = x A^T is (..., r) or (..., h, r).
+
+
+@jax.custom_vjp
+def _branch(x: Array, a: Array, b: Array) -> Array:
+    return _branch_forward(x, a, b)[0]
+
+
+def _branch_forward(x: Array, a: Array, b: Array) -> tuple[Array, tuple[Array, ...]]:
+    u = _shrink(x, a)
+    z = jnp.einsum("...hr,hkr->...hk" if a.ndim == 3 else "...r,hkr->...hk", u, b.astype(x.dtype))
+    return z, (x, u, a, b)
+
+
+def _branch_backward(saved: tuple[Array, ...], g: Array) -> tuple[Array, ...]:
+    return _low_rank_gradients(*saved, g)
+
+
+_branch.defvjp(_branch_forward, _branch_backward)
+
+
+def _shrink(x: Array, a: Array) -> Array:
+    return _accumulate("...d,hrd->...hr" if a.ndim == 3 else "...d,rd->...r", x, a.astype(x.dtype)).astype(x.dtype)
+
+
+def _low_rank_gradients(x: Array, u: Array, a: Array, b: Array, g: Array) -> tuple[Array, Array, Array]:
+    """Gradients of ``(x A^T) B^T`` with respect to x, A and B, given ``u = x A^T``."""
+    free = a.ndim == 3
+    grad_b = _accumulate("...hk,...hr->hkr" if free else "...hk,...r->hkr", g, u)
+    grad_u = _accumulate("...hk,hkr->...hr" if free else "...hk,hkr->...r", g, b.astype(g.dtype)).astype(g.dtype)
+    grad_a = _accumulate("...hr,...d->hrd" if free else "...r,...d->rd", grad_u, x)
+    grad_x = jnp.einsum("...hr,hrd->...d" if free else "...r,rd->...d", grad_u, a.astype(x.dtype))
+    return grad_x, grad_a.astype(a.dtype), grad_b.astype(b.dtype)
+
+
+# Merge-forward: x (..., d), weight ((h k), d) frozen, a and b as above.
+
+
+@jax.custom_vjp
+def _merged(x: Array, weight: Array, a: Array, b: Array) -> Array:
+    total = weight.astype(jnp.promote_types(weight.dtype, jnp.float32)) + dense(Factors(a, b), 1.0)
+    return x @ total.astype(weight.dtype).T
+
+
+def _merged_forward(x: Array, weight: Array, a: Array, b: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _merged(x, weight, a, b), (x, weight, a, b)
+
+
+def _merged_backward(saved: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
+    x, weight, a, b = saved
+    per_head = g.astype(x.dtype).reshape(*g.shape[:-1], *b.shape[:2])
+    grad_x, grad_a, grad_b = _low_rank_gradients(x, _shrink(x, a), a, b, per_head)
+    return (g @ weight).astype(x.dtype) + grad_x, None, grad_a, grad_b
+
+
+_merged.defvjp(_merged_forward, _merged_backward)
+
+
+def _check_shapes(spec: AdapterSpec, layer: LayerShape, params: Params) -> None:
+    expected = param_shapes(spec, layer)
+    if expected.keys() != params.keys():
+        raise HoraError(f"parameters must be exactly {list(expected)}, got {list(params)} (spec S7)")
+    leading = {jnp.shape(params[key])[: jnp.ndim(params[key]) - len(shape)] for key, shape in expected.items()}
+    for key, shape in expected.items():
+        got = jnp.shape(params[key])
+        if len(leading) > 1 or got[len(got) - len(shape) :] != shape:
+            raise HoraError(
+                f"{key} must have shape {shape}, after leading axes that all parameters share, got {got} (spec S6)"
+            )
+
+
+def _hidden_b(spec: AdapterSpec, params: Params, group: int) -> Float[Array, "*layers heads hidden rank"]:
+    """``s(W_1 LN(E))`` for the mean embeddings of groups of `group` consecutive heads (spec G1, G2)."""
+    raw = params["head_embed"]
+    embed = raw.reshape(*raw.shape[:-3], -1, group, *raw.shape[-2:]).mean(axis=-3) if group > 1 else raw
+    if spec.normalize:
+        embed = embed - embed.mean(axis=-2, keepdims=True)
+        embed = embed / jnp.sqrt((embed**2).mean(axis=-2, keepdims=True) + LAYER_NORM_EPS)
+    return _ACTIVATIONS[spec.activation](_einsum("...me,...her->...hmr", params["b_in"], embed))
+
+
+def _factor_b(spec: AdapterSpec, params: Params, p: str, hidden: Array | None) -> Array:
+    if hidden is None:
+        return params[f"b.{p}"]
+    b = spec.gain_b * _einsum("...km,...hmr->...hkr", params[f"b_out.{p}"], hidden)
+    return b + params[f"b.{p}"] if spec.residual else b
+
+
+def _factor_a(spec: AdapterSpec, params: Params, p: str) -> Array:
+    if not spec.generates_a:
+        return params[f"a.{p}"]
+    hidden = _ACTIVATIONS[spec.activation](params["a_in"] * params["a_seed"][..., None, :])
+    return spec.gain_a * _einsum("...dm,...mr->...rd", params[f"a_out.{p}"], hidden)
+
+
+def _einsum(subscripts: str, *operands: Array) -> Array:
+    return jnp.einsum(subscripts, *operands, precision="highest")
+
+
+def _accumulate(subscripts: str, *operands: Array) -> Array:
+    """Contract, accumulating in float32 or better whatever the operands' dtype."""
+    dtype = jnp.promote_types(operands[0].dtype, jnp.float32)
+    return jnp.einsum(subscripts, *operands, preferred_element_type=dtype)

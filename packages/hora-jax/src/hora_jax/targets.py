@@ -1,0 +1,186 @@
+"""Rules that find projections in a tree by the dotted paths of its leaves."""
+
+import re
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+from hora_spec import HoraError, Layout, ProjectionShape, Window
+from jax.tree_util import GetAttrKey, SequenceKey, tree_flatten_with_path
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A rule that finds one projection in every layer of a tree.
+
+    Parameters
+    ----------
+    path
+        Dotted path of the leaf; ``*`` is any text inside one segment, ``**`` any number of segments.
+    projection
+        Name of the projection: q, k, v or any identifier.
+    layout
+        Where the projection sits in the leaf; the einops pattern is enough. With an ``l`` axis the leaf stacks layers.
+    heads
+        Head count, needed where the pattern has ``(h k)``: a number, or the dotted attribute of the attention module
+        that holds it, which is read when a model rather than its state is planned.
+    fused
+        ``(index, parts)`` when the ``(h k)`` axis holds that many projections of equal size.
+    layer
+        Name of the layer: ``{0}``, ``{1}`` ... stand for what the wildcards matched, ``{l}`` for the place in a stack.
+        None: the path without its last two segments.
+    module
+        Name, inside the layer, of the PyTorch module that holds the projection in adapter files. None: the last but
+        one segment of the path.
+
+    Notes
+    -----
+    The layer's name fixes its initial values (spec I1) and its place in files (spec F2). Use the path that the
+    attention module has in the PyTorch model, and both frameworks start from equal bits and exchange files.
+    """
+
+    path: str
+    projection: str
+    layout: Layout | str = "(h k) d"
+    heads: int | str | None = None
+    fused: tuple[int, int] | None = None
+    layer: str | None = None
+    module: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One projection in one leaf: the leaf's path and shape, the layout, and the module's name in adapter files."""
+
+    path: str
+    projection: str
+    layout: Layout
+    shape: tuple[int, ...]
+    module: str
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A leaf with a shape: its keys in the tree and its value."""
+
+    keys: tuple[Any, ...]
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A site, the shape of its projection, and the name of its layer with ``{l}`` for the place in a stack."""
+
+    layer: str
+    site: Site
+    shape: ProjectionShape
+
+
+def leaves(params: Any) -> dict[str, Leaf]:
+    """Every leaf that has a shape, by dotted path; a Flax variable and its value have one path."""
+    result = {}
+    for keys, value in tree_flatten_with_path(params)[0]:
+        if hasattr(value, "shape"):
+            result[".".join(map(_segment, _unboxed(keys)))] = Leaf(keys, value)
+    return result
+
+
+def match(target: Target, path: str, leaf: Leaf, params: Any) -> Match | None:
+    """What `target` says about a leaf of `params`, None where its path does not match.
+
+    Raises
+    ------
+    HoraError
+        If the layout does not fit the leaf, the head count is unknown, or the layer has no name.
+    """
+    hit = _regex(target.path).fullmatch(path)
+    if hit is None:
+        return None
+    layout = _layout(target, leaf.value.shape, path)
+    *_, attention, module, _ = ("", "", *path.rsplit(".", 2))
+    name = attention if target.layer is None else _fill(target.layer, hit.groups())
+    if not name or layout.stacked is not ("{l}" in name):
+        raise HoraError(
+            f"a layer has a name, which holds {{l}} if and only if its leaves are stacked, got {name!r} for the layout "
+            f"{layout.pattern!r} of {path}: set Target.layer (spec I1)"
+        )
+    site = Site(path, target.projection, layout, tuple(leaf.value.shape), target.module or module)
+    return Match(name, site, _projection(target, site, leaf, params))
+
+
+def _fill(template: str, captured: tuple[str, ...]) -> str:
+    name = template.format(*(text.rstrip(".") for text in captured), l="{l}")
+    return re.sub(r"\.{2,}", ".", name).strip(".")
+
+
+def _layout(target: Target, shape: tuple[int, ...], path: str) -> Layout:
+    layout = target.layout if isinstance(target.layout, Layout) else Layout(target.layout)
+    if len(layout.axes) != len(shape):
+        raise HoraError(
+            f"a layout names every axis, got {layout.pattern!r} for {path} of shape {tuple(shape)}: change the layout "
+            f"of target {target.path!r}, with an l where layers are stacked (spec L3)"
+        )
+    if target.fused is None:
+        return layout
+    index, parts = target.fused
+    axis = layout.axes.index("hk") if "hk" in layout.axes else layout.axes.index("h")
+    if not 0 <= index < parts or shape[axis] % parts:
+        raise HoraError(
+            f"fused=(index, parts) needs index < parts, and parts to divide the axis, got {target.fused} for axis "
+            f"{axis} of {path}, shape {tuple(shape)}: give a Layout with a Window instead (spec L2)"
+        )
+    size = shape[axis] // parts
+    return Layout(layout.pattern, Window(axis, index * size, (index + 1) * size))
+
+
+def _projection(target: Target, site: Site, leaf: Leaf, params: Any) -> ProjectionShape:
+    sizes = dict(zip(site.layout.axes, site.layout.window_shape(site.shape), strict=True))
+    heads = sizes.get("h", target.heads) if isinstance(target.heads, str) or target.heads is None else target.heads
+    if isinstance(heads, str):
+        heads = _attribute(params, _unboxed(leaf.keys)[:-2], heads, site.path)
+    if heads is None:
+        raise HoraError(
+            f"{site.layout.pattern!r} does not show the head count of {site.path}, got heads=None: pass it (spec S3)"
+        )
+    rows = sizes.get("hk") or sizes["h"] * sizes["k"]
+    if rows % heads:
+        raise HoraError(
+            f"heads must divide the {rows} rows of {site.projection!r} in {site.path}, got {heads} (spec S3)"
+        )
+    shape = ProjectionShape(heads, rows // heads, sizes["d"])
+    site.layout.check(site.shape, shape)
+    return shape
+
+
+def _attribute(params: Any, keys: tuple[Any, ...], name: str, path: str) -> int:
+    node = params
+    try:
+        for key in keys:
+            node = getattr(node, key.name) if isinstance(key, GetAttrKey) else node[_index(key)]
+        return attrgetter(name)(node)
+    except AttributeError:
+        raise HoraError(
+            f"the head count of {path} is the attribute {name!r} of its attention module, got a tree without it: plan "
+            "the model itself rather than its parameters, or pass the head count as a number (spec S3)"
+        ) from None
+
+
+def _regex(path: str) -> re.Pattern[str]:
+    parts = [
+        r"((?:[^.]+\.)*)" if segment == "**" else re.escape(segment).replace(r"\*", "([^.]*)") + r"\."
+        for segment in path.split(".")
+    ]
+    return re.compile("".join(parts).removesuffix(r"\."))
+
+
+def _unboxed(keys: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Keys without the one that leads from a Flax variable, or a Linen box, to its value."""
+    return keys[:-1] if keys and keys[-1] == GetAttrKey("value") else keys
+
+
+def _index(key: Any) -> Any:
+    return key.idx if isinstance(key, SequenceKey) else key.key
+
+
+def _segment(key: Any) -> str:
+    return str(key.name if isinstance(key, GetAttrKey) else _index(key))
