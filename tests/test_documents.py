@@ -1,5 +1,7 @@
-"""The documents keep their word: every ``python`` block runs, every link inside the repository leads somewhere."""
+"""The documents keep their word: code blocks and docstring examples run, links lead somewhere, formulas render."""
 
+import doctest
+import importlib
 import re
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("packages/*/README.md")])
+MODULES = sorted(file for file in ROOT.glob("packages/*/src/**/*.py") if ">>> " in file.read_text())
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)")
 
@@ -29,6 +32,22 @@ def named(documents) -> dict:
 def test_code_blocks_run(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(program(document.read_text()), document, "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("file", **named(MODULES))
+def test_docstring_examples_run(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parts = file.relative_to(ROOT).with_suffix("").parts[3:]
+    module = importlib.import_module(".".join(part for part in parts if part != "__init__"))
+    done = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert done.attempted > 0
+    assert done.failed == 0
+
+
+@pytest.mark.parametrize("document", **named(DOCUMENTS))
+def test_mathematics_stands_between_dollars(document):
+    """Neither the site nor GitHub renders the other notation."""
+    assert not re.search(r"\\[()\[\]]", re.sub(r"`[^`]*`", "", document.read_text()))
 
 
 @pytest.mark.parametrize("document", **named(DOCUMENTS))

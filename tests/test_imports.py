@@ -50,10 +50,11 @@ def modules(package: str) -> Iterator[tuple[str, Path]]:
 
 def loaded_after_importing(names: list[str], path: Path | None = None) -> set[str]:
     """Top-level modules that are loaded in a fresh interpreter once ``names`` are imported."""
-    lines = [f"import {name}" for name in names]
+    # an installation of hora-torch alone has no torchvision, whose import fails on some builds of torch
+    lines = ["import sys; sys.modules['torchvision'] = None", *(f"import {name}" for name in names)]
     if path is not None:
-        lines.insert(0, f"import sys; sys.path.insert(0, {str(path)!r})")
-    lines.append("import sys; print(*{name.partition('.')[0] for name in sys.modules})")
+        lines.insert(1, f"sys.path.insert(0, {str(path)!r})")
+    lines.append("print(*{name.partition('.')[0] for name, module in sys.modules.items() if module})")
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())

@@ -34,6 +34,12 @@ def test_all_packages_state_the_same(field):
     assert all(value == values["hora-spec"] for value in values.values()), values
 
 
+@pytest.mark.parametrize("name", PROJECTS)
+def test_a_package_knows_its_version(name):
+    source = (ROOT / "packages" / name / "src" / name.replace("-", "_") / "__init__.py").read_text()
+    assert re.findall(r'^__version__ = "(.*)"$', source, re.MULTILINE) == [PROJECTS[name]["version"]]
+
+
 def test_the_changelog_knows_the_version():
     version = PROJECTS["hora-spec"]["version"]
     assert re.search(rf"^## \[?{re.escape(version)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
