@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from hora_spec import HoraError
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hora_torch.layer import BASE, HoraLayer
-from hora_torch.linear import Branch, add_branches, low_rank_linear
+from hora_torch.linear import add_branches, low_rank_linear
 
 _PARTS = ("q", "k", "v")
 
@@ -72,12 +71,12 @@ class HoraMultiheadAttention(nn.Module, HoraLayer):
         dropout = base.dropout if self.training else 0.0
         if need_weights:
             scores = q @ k.mT / math.sqrt(q.shape[-1])
-            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+            weights = nn.functional.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
             heads = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
         else:
             weights = None
-            heads = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+            heads = nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout)
         output = base.out_proj(heads.transpose(1, 2).flatten(2))
         if not batched:
             return output.squeeze(0), None if weights is None else weights.squeeze(0)
@@ -91,14 +90,19 @@ class HoraMultiheadAttention(nn.Module, HoraLayer):
         if not any(rate for _, rate in passes) and inputs[0] is inputs[1] is inputs[2] and base._qkv_same_embed_dim:
             every = [branch for found in branches for branch in found.values()]
             route = self.hora_attached[names[0]].route
-            return list(low_rank_linear(inputs[0], base.in_proj_weight, base.in_proj_bias, every, route=route).split(dim, -1))
+            return list(
+                low_rank_linear(inputs[0], base.in_proj_weight, base.in_proj_bias, every, route=route).split(dim, -1)
+            )
         result = []
         for part, x in zip(_PARTS, inputs, strict=True):
             weight, bias = self._weight(part)
-            own = [(found[part]._replace(start=0, stop=dim), rate) for found, (_, rate) in
-                   zip(branches, passes, strict=True) if part in found]
+            own = [
+                (found[part]._replace(start=0, stop=dim), rate)
+                for found, (_, rate) in zip(branches, passes, strict=True)
+                if part in found
+            ]
             kept = [branch for branch, rate in own if not rate]
-            y = low_rank_linear(x, weight, bias, kept) if kept else F.linear(x, weight, bias)
+            y = low_rank_linear(x, weight, bias, kept) if kept else nn.functional.linear(x, weight, bias)
             for branch, rate in own:
                 if rate:
                     keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - rate)
@@ -112,7 +116,7 @@ class HoraMultiheadAttention(nn.Module, HoraLayer):
         self._check_mixed(len(inputs[0]), adapter_names)
         result = []
         for part, x in zip(_PARTS, inputs, strict=True):
-            y = F.linear(x, *self._weight(part))
+            y = nn.functional.linear(x, *self._weight(part))
             for name in names:
                 branch = self.branches(name).get(part) if name != BASE else None
                 if branch is not None:
@@ -154,7 +158,7 @@ class HoraMultiheadAttention(nn.Module, HoraLayer):
         for row_k, row_v in rows:
             k = torch.cat([k, row_k.expand(len(k), 1, -1)], 1)
             v = torch.cat([v, row_v.expand(len(v), 1, -1)], 1)
-            mask = None if mask is None else F.pad(mask, (0, 1))
+            mask = None if mask is None else nn.functional.pad(mask, (0, 1))
         return k, v, mask
 
     def __getattr__(self, name: str) -> Any:

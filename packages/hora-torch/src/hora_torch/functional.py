@@ -4,14 +4,12 @@ The same functions, names and argument order as `hora_spec.reference`, vectorise
 Axes: h heads, k head_dim, d embed, r rank, m hidden, e head_embed.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from hora_spec import LAYER_NORM_EPS, LEAKY_RELU_SLOPE, AdapterSpec, Factors, LayerShape
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from hora_torch.linear import Branch, Route, low_rank_linear
 
@@ -41,9 +39,7 @@ def factors(spec: AdapterSpec, layer: LayerShape, params: Params) -> dict[str, F
 
 def delta(spec: AdapterSpec, layer: LayerShape, params: Params) -> dict[str, Tensor]:
     """Dense update of every projection, ``scaling * stack_i(B_i) A``, (heads * head_dim, embed) (spec D1, D2)."""
-    return {
-        p: spec.scaling * (b @ a).reshape(-1, a.shape[-1]) for p, (a, b) in factors(spec, layer, params).items()
-    }
+    return {p: spec.scaling * (b @ a).reshape(-1, a.shape[-1]) for p, (a, b) in factors(spec, layer, params).items()}
 
 
 def hora_linear(
@@ -112,8 +108,8 @@ def factor_b(spec: AdapterSpec, layer: LayerShape, params: Params, projection: s
     if group > 1:
         embed = embed.unflatten(0, (-1, group)).mean(1)
     if spec.normalize:
-        embed = F.layer_norm(embed, embed.shape[-1:], eps=LAYER_NORM_EPS)
-    hidden = activation(spec.activation, F.linear(embed, params["b_in"]))
+        embed = nn.functional.layer_norm(embed, embed.shape[-1:], eps=LAYER_NORM_EPS)
+    hidden = activation(spec.activation, nn.functional.linear(embed, params["b_in"]))
     b = (params[f"b_out.{projection}"] * spec.gain_b) @ hidden.mT
     return b + params[f"b.{projection}"] if spec.residual else b
 
@@ -124,13 +120,13 @@ def activation(name: str, u: Tensor) -> Tensor:
 
 
 def _leaky_relu(u: Tensor) -> Tensor:
-    return F.leaky_relu(u, LEAKY_RELU_SLOPE)
+    return nn.functional.leaky_relu(u, LEAKY_RELU_SLOPE)
 
 
 _ACTIVATIONS: dict[str, Any] = {
     "leaky_relu": _leaky_relu,
     "relu": torch.relu,
-    "gelu": F.gelu,
+    "gelu": nn.functional.gelu,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "identity": lambda u: u,

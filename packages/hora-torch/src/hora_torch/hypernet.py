@@ -7,6 +7,7 @@ from hora_spec import AdapterSpec, Factors, LayerShape, init_params, param_shape
 from torch import Tensor, nn
 
 from hora_torch.functional import factor_a, factor_b
+from hora_torch.linear import autocast_enabled
 
 
 class _Bank(nn.Module):
@@ -87,9 +88,9 @@ class HoraHypernet(nn.Module):
             for key, param in params.items()
             if "." not in key or key.endswith(f".{projection}")
         }
-        device = next(iter(params.values())).device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
+        param = next(iter(params.values()))
+        if autocast_enabled(param):
+            with torch.autocast(param.device.type, enabled=False):
                 return self._factors(projection, params)
         return self._factors(projection, params)
 

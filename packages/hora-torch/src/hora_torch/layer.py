@@ -81,9 +81,7 @@ class HoraLayer(BaseTunerLayer):
         """Branches of one adapter by projection, for inputs of which `keep_rate` survive dropout."""
         attached, hypernet = self.hora_attached[adapter_name], self.hypernet(adapter_name)
         scaling = attached.scaling / keep_rate
-        return {
-            p: Branch(*stacked(hypernet(p)), scaling, *site.columns) for p, site in attached.sites.items()
-        }
+        return {p: Branch(*stacked(hypernet(p)), scaling, *site.columns) for p, site in attached.sites.items()}
 
     def get_delta_weight(self, adapter_name: str) -> Tensor | dict[str, Tensor]:
         """Dense update in the stored form of the weight, zero outside the adapted windows.

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
-from torch.nn import functional as F
 
 Route = Literal["auto", "branch", "merge"]
 
@@ -68,15 +67,16 @@ def low_rank_linear(
     Tensor
         (..., rows).
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_enabled(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         if x.dtype != torch.float64:
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
     windows, first = [], 0
-    for a, b, scaling, start, stop in branches:
-        windows.append(_Window(start, stop, first, first + a.shape[0], scaling))
-        first += a.shape[0]
+    for branch in branches:
+        last = first + branch.a.shape[0]
+        windows.append(_Window(branch.start, branch.stop, first, last, branch.scaling))
+        first = last
     a = (branches[0].a if len(branches) == 1 else torch.cat([branch.a for branch in branches])).to(x.dtype)
     bs = [branch.b.to(x.dtype) for branch in branches]
     if _merges(route, x, keep):
@@ -84,15 +84,19 @@ def low_rank_linear(
     return _Branched.apply(x, weight, bias, keep, tuple(windows), a, *bs)[0]
 
 
-def add_branches(
-    y: Tensor, x: Tensor, branches: Sequence[Branch], *, keep: Tensor | None = None
-) -> Tensor:
+def add_branches(y: Tensor, x: Tensor, branches: Sequence[Branch], *, keep: Tensor | None = None) -> Tensor:
     """Every branch added to the output `y` of any base layer, for quantised and hooked ones."""
     rows = _kept(x, keep)
     for a, b, scaling, start, stop in branches:
-        addition = scaling * F.linear(F.linear(rows, a.to(x.dtype)), b.to(x.dtype))
-        y = y + F.pad(addition, (start, y.shape[-1] - stop)).to(y.dtype)
+        addition = scaling * nn.functional.linear(nn.functional.linear(rows, a.to(x.dtype)), b.to(x.dtype))
+        y = y + nn.functional.pad(addition, (start, y.shape[-1] - stop)).to(y.dtype)
     return y
+
+
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is on for the device of `x`; devices without it, such as meta, are an error to torch."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _merges(route: Route, x: Tensor, keep: Tensor | None) -> bool:
@@ -116,7 +120,7 @@ class _Branched(Function):
         a: Tensor,
         *bs: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        y = F.linear(x, weight, bias)
+        y = nn.functional.linear(x, weight, bias)
         u = _rows(_kept(x, keep)) @ a.T
         columns = y.view(-1, y.shape[-1])
         for (start, stop, first, last, scaling), b in zip(windows, bs, strict=True):
@@ -125,7 +129,7 @@ class _Branched(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, bias, keep, windows, a, *bs = inputs
+        x, weight, _, keep, windows, a, *bs = inputs
         ctx.windows = windows
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, keep, output[1], a, *bs)
@@ -172,11 +176,11 @@ class _Merged(Function):
         a: Tensor,
         *bs: Tensor,
     ) -> Tensor:
-        return F.linear(x, _merged_weight(weight, windows, a, bs), bias)
+        return nn.functional.linear(x, _merged_weight(weight, windows, a, bs), bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, windows, a, *bs = inputs
+        x, weight, _, windows, a, *bs = inputs
         ctx.windows = windows
         ctx.save_for_backward(x, weight, a, *bs)
 
@@ -213,16 +217,11 @@ def _merged_weight(weight: Tensor, windows: Sequence[_Window], a: Tensor, bs: Se
 
 
 def _grad_u(g: Tensor, bs: Sequence[Tensor], windows: Sequence[_Window]) -> Tensor:
-    parts = [
-        (g[:, window.start : window.stop] @ b) * window.scaling
-        for window, b in zip(windows, bs, strict=True)
-    ]
+    parts = [(g[:, window.start : window.stop] @ b) * window.scaling for window, b in zip(windows, bs, strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _grad_bs(
-    g: Tensor, u: Tensor, windows: Sequence[_Window], needed: Sequence[bool]
-) -> list[Tensor | None]:
+def _grad_bs(g: Tensor, u: Tensor, windows: Sequence[_Window], needed: Sequence[bool]) -> list[Tensor | None]:
     return [
         (g[:, start:stop].T @ u[:, first:last]) * scaling if need else None
         for (start, stop, first, last, scaling), need in zip(windows, needed, strict=True)

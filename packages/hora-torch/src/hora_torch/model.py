@@ -97,6 +97,10 @@ class HoraModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
             _use_module_forward(parent)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Adapters move to the base's device when they are attached, and an adapted module holds its base unchanged."""
+        setattr(parent, child_name, new_module)
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         for module in model.modules():
@@ -161,7 +165,7 @@ def _add_adapter_names(
 
 
 def _use_module_forward(attention: nn.Module) -> None:
-    """timm's EVA, BEiT and Swin v2 multiply with ``qkv.weight`` past the module unless told to add the bias apart."""
+    """EVA, BEiT and Swin v2 of timm multiply with ``qkv.weight`` past the module unless told to add the bias apart."""
     if getattr(attention, "qkv_bias_separate", None) is False and getattr(attention, "q_bias", None) is not None:
         attention.qkv_bias_separate = True
         attention._hora_restores_qkv_bias = True

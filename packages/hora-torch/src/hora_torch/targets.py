@@ -181,8 +181,9 @@ def _sites(model: nn.Module, name: str, module: nn.Module, config: HoraConfig) -
             f"the head count of {name!r} must be known and divide its {rows} output rows, got {count}: pass num_heads, "
             f"e.g. HoraConfig(num_heads={{{own!r}: 1}}), or leave it out of target_modules"
         )
-    yield role or _identifier(own), Site(
-        name, "weight", shape, Layout(pattern), ProjectionShape(count, rows // count, embed)
+    yield (
+        role or _identifier(own),
+        Site(name, "weight", shape, Layout(pattern), ProjectionShape(count, rows // count, embed)),
     )
 
 

@@ -1,0 +1,211 @@
+"""Tiny models of every supported family, built from their configurations: no downloads."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor, nn
+
+TEXT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Warnings are errors, but for these of others."""
+    for item in items:
+        # transformers 5.23 asks its own deprecated property while peft wraps a model
+        item.add_marker(pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"))
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model with random weights, an input for it, and what is adapted by default."""
+
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], dict[str, Any]]
+    modules: tuple[str, ...]
+    """Last name components of the modules that are adapted without naming targets."""
+    heads: dict[str, int]
+    """Head count of each projection of the first layer."""
+
+    def model(self) -> nn.Module:
+        """The same weights at every call."""
+        torch.manual_seed(0)
+        return self.build().eval()
+
+
+def ids(*shape: int) -> Tensor:
+    return torch.randint(0, 64, shape or (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+def pixels() -> Tensor:
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def text() -> dict[str, Any]:
+    return {"input_ids": ids()}
+
+
+def image() -> dict[str, Any]:
+    return {"pixel_values": pixels()}
+
+
+def _gpt2(**kwargs: Any) -> nn.Module:
+    return tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=16, **kwargs))
+
+
+def _clip() -> nn.Module:
+    config = tf.CLIPConfig(
+        text_config=TEXT | {"max_position_embeddings": 16, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": 2},
+        vision_config=VISION,
+        projection_dim=16,
+    )
+    return tf.CLIPModel(config)
+
+
+def _t5() -> nn.Module:
+    return tf.T5ForConditionalGeneration(
+        tf.T5Config(
+            vocab_size=64,
+            d_model=32,
+            d_kv=6,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            pad_token_id=0,
+            decoder_start_token_id=0,
+        )
+    )
+
+
+def _timm_vit() -> nn.Module:
+    timm = pytest.importorskip("timm")
+    return timm.models.vision_transformer.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=5
+    )
+
+
+def _timm_eva(**kwargs: Any) -> nn.Module:
+    timm = pytest.importorskip("timm")
+    model = timm.models.eva.Eva(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=5, **kwargs)
+    for param in model.parameters():  # timm starts its output near zero, which would hide differences
+        nn.init.normal_(param, std=0.2)
+    return model
+
+
+class Encoder(nn.Module):
+    """``nn.TransformerEncoder``, self-attention by ``nn.MultiheadAttention``."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 48, dropout=0.0, **kwargs)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(x)
+
+
+class Decoder(nn.Module):
+    """``nn.TransformerDecoder``: self- and cross-attention, sequence first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(32, 4, 48, dropout=0.0), 2)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(len(x))
+        return self.decoder(x, memory, tgt_mask=mask, tgt_is_causal=True)
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+Q4V4 = {"q": 4, "v": 4}
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT, num_key_value_heads=2)),
+        text,
+        ("q_proj", "v_proj"),
+        {"q": 4, "v": 2},
+    ),
+    "mistral": Family(
+        lambda: tf.MistralForCausalLM(tf.MistralConfig(**TEXT, num_key_value_heads=2, head_dim=6)),
+        text,
+        ("q_proj", "v_proj"),
+        {"q": 4, "v": 2},
+    ),
+    "qwen2": Family(
+        lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**TEXT, num_key_value_heads=2)),
+        text,
+        ("q_proj", "v_proj"),
+        {"q": 4, "v": 2},
+    ),
+    "qwen3": Family(
+        lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**TEXT, num_key_value_heads=2, head_dim=10)),
+        text,
+        ("q_proj", "v_proj"),
+        {"q": 4, "v": 2},
+    ),
+    "gemma": Family(
+        lambda: tf.GemmaForCausalLM(tf.GemmaConfig(**TEXT, num_key_value_heads=1, head_dim=12)),
+        text,
+        ("q_proj", "v_proj"),
+        {"q": 4, "v": 1},
+    ),
+    "phi3": Family(
+        lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**TEXT, num_key_value_heads=2, pad_token_id=0)),
+        text,
+        ("qkv_proj",),
+        {"q": 4, "v": 2},
+    ),
+    "gpt2": Family(_gpt2, text, ("c_attn",), Q4V4),
+    "gpt2-cross": Family(
+        lambda: _gpt2(add_cross_attention=True),
+        lambda: text() | {"encoder_hidden_states": noise(2, 5, 32)},
+        ("c_attn", "q_attn"),
+        Q4V4,
+    ),
+    "bert": Family(lambda: tf.BertForSequenceClassification(tf.BertConfig(**TEXT)), text, ("query", "value"), Q4V4),
+    "t5": Family(_t5, lambda: {"input_ids": ids(), "decoder_input_ids": ids(2, 4)}, ("q", "v"), Q4V4),
+    "clip": Family(_clip, lambda: text() | image(), ("q_proj", "v_proj"), Q4V4),
+    "vit": Family(lambda: tf.ViTForImageClassification(tf.ViTConfig(**VISION)), image, ("q_proj", "v_proj"), Q4V4),
+    "dinov2": Family(
+        lambda: tf.Dinov2ForImageClassification(tf.Dinov2Config(**VISION)), image, ("q_proj", "v_proj"), Q4V4
+    ),
+    "timm-vit": Family(_timm_vit, lambda: {"x": pixels()}, ("qkv",), Q4V4),
+    "timm-eva": Family(_timm_eva, lambda: {"x": pixels()}, ("qkv",), Q4V4),
+    "timm-eva-separate": Family(
+        lambda: _timm_eva(qkv_fused=False), lambda: {"x": pixels()}, ("q_proj", "v_proj"), Q4V4
+    ),
+    "mha": Family(lambda: Encoder(batch_first=True), lambda: {"x": noise(2, 6, 32)}, ("self_attn",), Q4V4),
+    "mha-cross": Family(
+        Decoder, lambda: {"x": noise(6, 2, 32), "memory": noise(5, 2, 32)}, ("self_attn", "multihead_attn"), Q4V4
+    ),
+}
+
+
+@pytest.fixture(params=list(FAMILIES))
+def family(request: pytest.FixtureRequest) -> Family:
+    """Every supported family, one at a time."""
+    return FAMILIES[request.param]
+
+
+@pytest.fixture
+def families() -> dict[str, Family]:
+    """All supported families by name."""
+    return FAMILIES
