@@ -6,9 +6,12 @@ its projections together. This package decides every number; ``hora_torch`` and 
 
 from hora_spec import reference
 from hora_spec.activations import ACTIVATIONS, LEAKY_RELU_SLOPE
+from hora_spec.adapter import Adapter, AdapterLayer, Site
 from hora_spec.errors import HoraError
+from hora_spec.files import SPEC_VERSION, layer_from_json, layer_to_json, load_adapter, save_adapter
 from hora_spec.init import init_params
 from hora_spec.layout import Layout, Window
+from hora_spec.lora import LoraModule, export_lora, to_lora
 from hora_spec.reference import Factors
 from hora_spec.shapes import LayerShape, ProjectionShape, check_params, count_params, param_shapes
 from hora_spec.spec import LAYER_NORM_EPS, AdapterSpec
@@ -19,16 +22,27 @@ __all__ = [
     "ACTIVATIONS",
     "LAYER_NORM_EPS",
     "LEAKY_RELU_SLOPE",
+    "SPEC_VERSION",
+    "Adapter",
+    "AdapterLayer",
     "AdapterSpec",
     "Factors",
     "HoraError",
     "LayerShape",
     "Layout",
+    "LoraModule",
     "ProjectionShape",
+    "Site",
     "Window",
     "check_params",
     "count_params",
+    "export_lora",
     "init_params",
+    "layer_from_json",
+    "layer_to_json",
+    "load_adapter",
     "param_shapes",
     "reference",
+    "save_adapter",
+    "to_lora",
 ]

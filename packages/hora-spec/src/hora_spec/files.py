@@ -1,0 +1,221 @@
+"""Adapters on disk: PEFT adapter directories that explain themselves (spec F1 to F5)."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hora_spec.adapter import Adapter, AdapterLayer, Site, check_adapter
+from hora_spec.directory import check_target, read_pair, write_pair
+from hora_spec.errors import HoraError
+from hora_spec.layout import Layout, Window
+from hora_spec.shapes import ProjectionShape, param_shapes
+from hora_spec.spec import AdapterSpec
+
+SPEC_VERSION = 1
+"""Version of the specification, written as ``hora_spec_version``."""
+
+PEFT_TYPE = "HORA"
+PREFIX = "base_model.model."
+"""What PEFT puts before every path in the base model."""
+
+_RESERVED = ("peft_type", "hora_spec_version", "hora_layers")
+
+
+def load_adapter(directory: str | os.PathLike[str]) -> Adapter:
+    """Read an adapter that either backend, or `save_adapter`, has written.
+
+    Parameters
+    ----------
+    directory
+        A PEFT adapter directory of type HORA.
+
+    Returns
+    -------
+    Adapter
+        Fully validated; parameters in canonical order.
+
+    Raises
+    ------
+    HoraError
+        If anything is absent, damaged, of another version, or does not fit (spec F1, F2, F4, F5).
+    """
+    config, tensors = read_pair(Path(directory))
+    _check_version(config)
+    entries = config["hora_layers"]
+    if not isinstance(entries, list):
+        raise HoraError(f"hora_layers must be a list of layers, got {type(entries).__name__} (spec F2)")
+    layers: dict[str, AdapterLayer] = {}
+    for entry in entries:
+        name, spec, sites = layer_from_json(entry)
+        if name in layers:
+            raise HoraError(f"layer names are unique, got {name!r} twice (spec F2)")
+        layer = AdapterLayer(spec, sites, {})
+        prefix = _prefix(layer)
+        params = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
+        order = {key: i for i, key in enumerate(param_shapes(spec, layer.shape))}
+        params = dict(sorted(params.items(), key=lambda item: order.get(item[0], len(order))))
+        layers[name] = dataclasses.replace(layer, params=params)
+    if strangers := [key for key in tensors if not key.startswith(PREFIX) or ".hora_hyper." in key]:
+        raise HoraError(
+            f"every tensor belongs to a layer or to a module trained whole, got also {strangers[:3]}: config and "
+            "tensors are of different adapters (spec F5)"
+        )
+    modules = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
+    adapter = Adapter(layers, {key: value for key, value in config.items() if key not in _RESERVED}, modules)
+    check_adapter(adapter)
+    return adapter
+
+
+def save_adapter(directory: str | os.PathLike[str], adapter: Adapter) -> None:
+    """Write an adapter as a PEFT adapter directory, atomically; equal tensors give equal bytes.
+
+    Parameters
+    ----------
+    directory
+        New, empty, or holding an earlier HoRA adapter, which is replaced; other files in it stay. One writer at a time.
+    adapter
+        The adapter. Keys that PEFT needs and ``adapter.config`` lacks follow from the layers.
+
+    Raises
+    ------
+    HoraError
+        If the adapter does not fit its own description, or the directory holds something else (spec F2, F3, F5).
+        Nothing has been written then.
+    """
+    check_adapter(adapter)
+    check_target(Path(directory), PEFT_TYPE)
+    config = {
+        **_peft_keys(adapter.layers),
+        **adapter.config,
+        "peft_type": PEFT_TYPE,
+        "hora_spec_version": SPEC_VERSION,
+        "hora_layers": [layer_to_json(name, layer.spec, layer.sites) for name, layer in adapter.layers.items()],
+    }
+    tensors = {PREFIX + name: value for name, value in adapter.modules.items()}
+    for layer in adapter.layers.values():
+        tensors |= {_prefix(layer) + name: value for name, value in layer.params.items()}
+    write_pair(Path(directory), config, tensors)
+
+
+def layer_to_json(name: str, spec: AdapterSpec, sites: Mapping[str, Site]) -> dict[str, Any]:
+    """One entry of ``hora_layers`` (spec F2); `sites` in model order, the module of the first one leads."""
+    return {
+        "name": name,
+        "spec": spec.to_dict(),
+        "leader": next(iter(sites.values())).module,
+        "projections": {p: _site_to_json(site) for p, site in sorted(sites.items())},
+    }
+
+
+def layer_from_json(entry: Any) -> tuple[str, AdapterSpec, dict[str, Site]]:
+    """Inverse of `layer_to_json`: name, spec and sites, the leader's first (spec F2, F4)."""
+    name, spec, leader, projections = _values(entry, ("name", "spec", "leader", "projections"), "a layer")
+    _values(spec, tuple(AdapterSpec().to_dict()), "the spec of a layer")
+    if not isinstance(name, str) or not isinstance(projections, dict):
+        raise HoraError(f"a layer has a name and maps projections to places, got {name!r}, {projections!r} (spec F2)")
+    sites = {p: _site_from_json(site) for p, site in projections.items()}
+    if leader not in [site.module for site in sites.values()]:
+        raise HoraError(f"the leader of a layer is one of its modules, got {leader!r} for {name!r} (spec F2)")
+    sites = dict(sorted(sites.items(), key=lambda item: (item[1].module != leader, item[0])))
+    return name, AdapterSpec.from_dict(spec), sites
+
+
+def pattern(module: str) -> str:
+    """Key of PEFT's ``rank_pattern`` and ``alpha_pattern`` that matches one module alone."""
+    return "^" + re.escape(module)
+
+
+def _site_to_json(site: Site) -> dict[str, Any]:
+    window = site.layout.window
+    return {
+        "module": site.module,
+        "parameter": site.parameter,
+        **dataclasses.asdict(site.projection),
+        "weight_shape": list(site.weight_shape),
+        "layout": {
+            "pattern": site.layout.pattern,
+            "window": None if window is None else [window.axis, window.start, window.stop],
+        },
+    }
+
+
+def _site_from_json(entry: Any) -> Site:
+    keys = ("module", "parameter", "num_heads", "head_dim", "embed_dim", "weight_shape", "layout")
+    module, parameter, num_heads, head_dim, embed_dim, shape, layout = _values(entry, keys, "a projection")
+    text, window = _values(layout, ("pattern", "window"), "a layout")
+    if not isinstance(text, str):
+        raise HoraError(f"a pattern is a string, got {text!r} (spec F2)")
+    if window is not None:
+        window = Window(*_integers(window, "a window", 3))
+    return Site(
+        module,
+        parameter,
+        tuple(_integers(shape, "a weight shape")),
+        Layout(text, window),
+        ProjectionShape(num_heads, head_dim, embed_dim),
+    )
+
+
+def _values(entry: Any, keys: tuple[str, ...], what: str) -> list[Any]:
+    """Values of a JSON object that has exactly `keys`."""
+    if not isinstance(entry, dict):
+        raise HoraError(f"{what} is described by a JSON object, got {entry!r} (spec F2)")
+    if entry.keys() != set(keys):
+        missing, unknown = sorted(set(keys) - entry.keys()), sorted(entry.keys() - set(keys))
+        raise HoraError(
+            f"{what} has the fields {list(keys)}, missing {missing}, unknown {unknown}: written by a newer version, or "
+            "damaged (spec F4)"
+        )
+    return [entry[key] for key in keys]
+
+
+def _integers(values: Any, what: str, count: int | None = None) -> list[int]:
+    whole = isinstance(values, list) and all(type(value) is int for value in values)
+    if not whole or len(values) != (count or len(values)):
+        raise HoraError(f"{what} is a list of {count or ''} integers, got {values!r} (spec F2)")
+    return values
+
+
+def _check_version(config: Mapping[str, Any]) -> None:
+    if (got := config.get("peft_type")) != PEFT_TYPE:
+        raise HoraError(f"a HoRA adapter has peft_type {PEFT_TYPE!r}, got {got!r}: it is another method's (spec F1)")
+    if missing := [key for key in _RESERVED if config.get(key) is None]:
+        raise HoraError(f"the config of an adapter holds {missing}, which are absent: save it again (spec F2)")
+    if (version := config["hora_spec_version"]) != SPEC_VERSION or type(version) is not int:
+        raise HoraError(
+            f"this version reads adapters of spec version {SPEC_VERSION}, got {version!r}: upgrade hora-spec (spec F4)"
+        )
+
+
+def _prefix(layer: AdapterLayer) -> str:
+    return f"{PREFIX}{layer.leader}.hora_hyper."
+
+
+def _peft_keys(layers: Mapping[str, AdapterLayer]) -> dict[str, Any]:
+    """What PEFT's config of the method holds, as far as it follows from the layers."""
+    first = next(iter(layers.values())).spec
+    fields = first.to_dict()
+    rank, alpha = fields.pop("rank"), fields.pop("alpha")
+    ranks, alphas = {}, {}
+    for layer in layers.values():
+        for module in _modules(layer.sites.values()):
+            if layer.spec.rank != rank:
+                ranks[pattern(module)] = layer.spec.rank
+            if layer.spec.alpha != alpha:
+                alphas[pattern(module)] = layer.spec.scaling * layer.spec.rank
+    return {
+        "r": rank,
+        "hora_alpha": alpha,
+        **fields,
+        "target_modules": [module for layer in layers.values() for module in _modules(layer.sites.values())],
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "inference_mode": True,
+    }
+
+
+def _modules(sites: Iterable[Site]) -> list[str]:
+    return list(dict.fromkeys(site.module for site in sites))
