@@ -4,13 +4,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
+
 from hora_spec import reference
 from hora_spec.init import init_params
 from hora_spec.layout import Layout
 from hora_spec.reference import Factors
 from hora_spec.shapes import LayerShape
 from hora_spec.spec import AdapterSpec
-from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
@@ -44,7 +45,8 @@ class Backend(NamedTuple):
     delta
         ``(spec, layer, params) -> {projection: (heads * head_dim, embed)}``.
     hora_linear
-        ``(x, weight, bias, factors, scaling) -> (..., heads * head_dim)``. With 16-bit `x` the factors arrive in float32.
+        ``(x, weight, bias, factors, scaling) -> (..., heads * head_dim)``. With a 16-bit `x` the factors arrive in
+        float32.
     linear_grads
         ``(x, weight, bias, factors, scaling, cotangent) -> LinearGrads``, through the backend's own backward pass.
     merge

@@ -5,11 +5,13 @@ from math import prod
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
+from numpy.typing import NDArray
+
 from hora_spec.activations import ACTIVATIONS
 from hora_spec.init import normal, raw_stream
+from hora_spec.reference import Factors
 from hora_spec.shapes import LayerShape, ProjectionShape, param_shapes
 from hora_spec.spec import AdapterSpec
-from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
@@ -29,6 +31,8 @@ class Inputs(NamedTuple):
     ----------
     params
         Canonical parameters of the layer.
+    factors
+        Free factors to try the adapted projection with.
     x
         (batch, seq, embed).
     weight
@@ -42,6 +46,7 @@ class Inputs(NamedTuple):
     """
 
     params: dict[str, Array]
+    factors: dict[str, Factors]
     x: dict[str, Array]
     weight: dict[str, Array]
     bias: dict[str, Array | None]
@@ -75,24 +80,23 @@ class Case:
     def inputs(self, dtype: str = "float32") -> Inputs:
         """Fresh arrays of `dtype`; values are float32 numbers, rounded once more for a 16-bit dtype.
 
-        Parameters and gradients of the delta stay float32 when `dtype` has 16 bits, as they do in training.
+        Parameters, factors and gradients of the delta stay float32 when `dtype` has 16 bits, as they do in training.
         """
         wide = dtype if dtype in ("float32", "float64") else "float32"
+        draw, cast = self._draw, numpy_dtype(dtype)
         params = {key: self._param(key, shape) for key, shape in param_shapes(self.spec, self.layer).items()}
-        rows = {p: shape.weight_shape[0] for p, shape in self.layer.items()}
-        x = {p: self._draw(f"x.{p}", (2, 3, shape.embed_dim)) for p, shape in self.layer.items()}
-        weight = {p: self._draw(f"weight.{p}", shape.weight_shape) for p, shape in self.layer.items()}
-        bias = {p: self._draw(f"bias.{p}", (rows[p],)) if i % 2 == 0 else None for i, p in enumerate(self.layer)}
-        cotangent = {p: self._draw(f"cotangent.{p}", (2, 3, rows[p])) for p in self.layer}
-        delta_cotangent = {p: self._draw(f"delta_cotangent.{p}", s.weight_shape) for p, s in self.layer.items()}
-        return Inputs(
-            _cast(params, wide),
-            _cast(x, dtype),
-            _cast(weight, dtype),
-            {p: None if value is None else value.astype(numpy_dtype(dtype)) for p, value in bias.items()},
-            _cast(cotangent, dtype),
-            _cast(delta_cotangent, wide),
-        )
+        result = Inputs({key: value.astype(wide) for key, value in params.items()}, {}, {}, {}, {}, {}, {})
+        for i, (p, shape) in enumerate(self.layer.items()):
+            heads, head_dim, embed, rank = shape.num_heads, shape.head_dim, shape.embed_dim, self.spec.rank
+            a = draw(f"factor_a.{p}", (rank, embed) if self.spec.shares_a else (heads, rank, embed))
+            b = draw(f"factor_b.{p}", (heads, head_dim, rank))
+            result.factors[p] = Factors(a.astype(wide), b.astype(wide))
+            result.x[p] = draw(f"x.{p}", (2, 3, embed)).astype(cast)
+            result.weight[p] = draw(f"weight.{p}", shape.weight_shape).astype(cast)
+            result.bias[p] = None if i % 2 else draw(f"bias.{p}", (heads * head_dim,)).astype(cast)
+            result.cotangent[p] = draw(f"cotangent.{p}", (2, 3, heads * head_dim)).astype(cast)
+            result.delta_cotangent[p] = draw(f"delta_cotangent.{p}", shape.weight_shape).astype(wide)
+        return result
 
     def _draw(self, key: str, shape: tuple[int, ...]) -> Array:
         return normal(raw_stream(self.seed, "hora_spec.testing", key, prod(shape))).reshape(shape).astype(np.float32)
@@ -115,10 +119,6 @@ def numpy_dtype(name: str) -> np.dtype:
 
         return np.dtype(ml_dtypes.bfloat16)
     return np.dtype(name)
-
-
-def _cast(arrays: dict[str, Array], dtype: str) -> dict[str, Array]:
-    return {key: value.astype(numpy_dtype(dtype)) for key, value in arrays.items()}
 
 
 def _layer(**shapes: tuple[int, int, int]) -> LayerShape:

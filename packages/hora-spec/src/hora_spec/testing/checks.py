@@ -1,17 +1,14 @@
 """Checks: does a backend compute what the specification says?
 
-Each takes a `Backend` and a `Case`, compares full arrays with `hora_spec.reference` under `hora_spec.testing.tolerance`,
-and returns the worst error as a fraction of its bound, so that a report can say how much of it is used. A failure is an
-AssertionError that shows the value, the rule, the call and the line that replays it.
+Each takes a `Backend` and a `Case`, compares full arrays with `hora_spec.reference` under
+`hora_spec.testing.tolerance`, and returns the worst error as a fraction of its bound, so that a report can say how much
+of it is used. A failure is an AssertionError that shows the value, the rule, the call and the line that replays it.
 """
 
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from hora_spec.errors import HoraError
-from hora_spec.reference import Factors
 from hora_spec.testing import tolerance
 from hora_spec.testing.backend import REFERENCE, Backend
 from hora_spec.testing.case import Case
@@ -64,9 +61,9 @@ def check_delta(backend: Backend, case: Case, dtype: str = "float32") -> float:
 def check_linear(backend: Backend, case: Case, dtype: str = "float32") -> float:
     """Adapted projection of a batch of tokens, in any dtype (spec D3)."""
     claim = Claim("check_linear", backend, case, dtype, "D3", "hora_linear(x, weight, bias, factors, scaling)")
-    inputs, factors, worst = case.inputs(dtype), given_factors(case, dtype), 0.0
+    inputs, worst = case.inputs(dtype), 0.0
     for p in case.layer:
-        of = (inputs.x[p], inputs.weight[p], inputs.bias[p], factors[p], case.spec.scaling)
+        of = (inputs.x[p], inputs.weight[p], inputs.bias[p], inputs.factors[p], case.spec.scaling)
         own, own64 = (tolerance.linear(*of, fmt=fmt) for fmt in (claim.format, FLOAT64))
         bound = own.error + own64.error
         worst = max(worst, claim.close(f"y[{p!r}]", backend.hora_linear(*of), REFERENCE.hora_linear(*of), bound))
@@ -77,12 +74,12 @@ def check_linear_grads(backend: Backend, case: Case, dtype: str = "float32") -> 
     """Backward pass of the adapted projection (spec D3, G7)."""
     call = "linear_grads(x, weight, bias, factors, scaling, cotangent)"
     claim = Claim("check_linear_grads", backend, case, dtype, "D3, G7", call)
-    inputs, factors, worst = case.inputs(dtype), given_factors(case, dtype), 0.0
+    inputs, worst = case.inputs(dtype), 0.0
     for p in case.layer:
         x, weight, scaling, cotangent = inputs.x[p], inputs.weight[p], case.spec.scaling, inputs.cotangent[p]
-        of = (x, weight, inputs.bias[p], factors[p], scaling, cotangent)
+        of = (x, weight, inputs.bias[p], inputs.factors[p], scaling, cotangent)
         own, own64 = (
-            tolerance.linear_grads(x, weight, factors[p], scaling, cotangent, fmt=fmt)
+            tolerance.linear_grads(x, weight, inputs.factors[p], scaling, cotangent, fmt=fmt)
             for fmt in (claim.format, FLOAT64)
         )
         results = zip("xab", backend.linear_grads(*of), REFERENCE.linear_grads(*of), own, own64, strict=True)
@@ -104,13 +101,3 @@ def check_grads(backend: Backend, case: Case, dtype: str = "float32") -> float:
         claim.close(f"gradient of {key}", got[key], expected[key], own[key].error + own64[key].error)
         for key in expected
     )
-
-
-def given_factors(case: Case, dtype: str) -> dict[str, Factors]:
-    """The reference's factors as a backend gets them: float32 when `dtype` has 16 bits, else `dtype`."""
-    params = case.inputs(dtype).params
-    wide = next(iter(params.values())).dtype
-    return {
-        p: Factors(a.astype(wide), b.astype(wide))
-        for p, (a, b) in REFERENCE.factors(case.spec, case.layer, params).items()
-    }

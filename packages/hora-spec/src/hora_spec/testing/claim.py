@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hora_spec.testing.backend import Backend
-from hora_spec.testing.case import Case
 from hora_spec.testing.rounding import FORMATS, Format
 
 Array = NDArray[Any]

@@ -7,8 +7,8 @@ following Higham, "Accuracy and Stability of Numerical Algorithms", chapters 2 a
     fl(x op y) = (x op y)(1 + d),  |d| <= u
     a sum of n terms, in any order, with or without FMA:  |d| <= gamma_n = n u / (1 - n u)
 
-so a dot product is off by at most ``|x| e_y + e_x |y| + e_x e_y + gamma_n (|x| + e_x)(|y| + e_y)``, summed. Products may
-also underflow, or be flushed to zero: each adds the smallest normal number at most.
+so a dot product is off by at most ``|x| e_y + e_x |y| + e_x e_y + gamma_n (|x| + e_x)(|y| + e_y)``, summed. Products
+may also underflow, or be flushed to zero: each adds the smallest normal number at most.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Derivation. The equations of the method are run once in float64 with `Rounded` a
 rounding error that arithmetic in the format under test makes (see `hora_spec.testing.rounding`). The bound therefore
 knows the lengths of the dot products, the magnitudes ``|W||x|`` that cancel in them, and the conditioning of each step:
 
-* normalisation divides by ``sqrt(var + eps)``: an error of ``gamma_n mean|x|`` in the mean is amplified by ``1 / std``. For
-  a constant column that is ``1 / sqrt(eps)``, and float32 may lose everything;
+* normalisation divides by ``sqrt(var + eps)``: an error of ``gamma_n mean|x|`` in the mean is amplified by ``1 / std``.
+  For a constant column that is ``1 / sqrt(eps)``, and float32 may lose everything;
 * an activation is Lipschitz, and a function of the mathematics library is trusted to eight unit roundoffs;
 * the slope of an activation jumps at its kink: where the error of u reaches across it, the bound is the jump.
 
@@ -21,13 +21,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from hora_spec import reference
 from hora_spec.activations import LEAKY_RELU_SLOPE
 from hora_spec.reference import Factors
 from hora_spec.shapes import LayerShape
 from hora_spec.spec import LAYER_NORM_EPS, AdapterSpec
 from hora_spec.testing.rounding import Format, Rounded, either, join, total
-from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Params = Mapping[str, Array]
