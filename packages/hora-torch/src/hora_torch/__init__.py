@@ -6,13 +6,24 @@ Importing this package registers the method with PEFT, so that ``peft.get_peft_m
 
 from hora_torch import functional
 from hora_torch.config import HoraConfig
+from hora_torch.export import export_lora, to_adapter
 from hora_torch.layer import HoraLayer, HoraLinear
 from hora_torch.model import HoraModel
 from hora_torch.registration import add_peft_type, register
+from hora_torch.report import report
 
 add_peft_type()
 register()
 
 __version__ = "0.1.0"
 
-__all__ = ["HoraConfig", "HoraLayer", "HoraLinear", "HoraModel", "functional"]
+__all__ = [
+    "HoraConfig",
+    "HoraLayer",
+    "HoraLinear",
+    "HoraModel",
+    "export_lora",
+    "functional",
+    "report",
+    "to_adapter",
+]

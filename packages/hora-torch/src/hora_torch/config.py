@@ -3,12 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from hora_spec import AdapterSpec, HoraError
+from hora_spec import SPEC_VERSION, AdapterSpec, HoraError
 from peft import PeftConfig
 from peft.utils import PeftType
-
-SPEC_VERSION = 1
-"""Version of the specification, as written into ``adapter_config.json``."""
 
 
 @dataclass
@@ -80,6 +77,7 @@ class HoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.HORA
+        self.recorded = self.hora_layers  # layers of a loaded adapter; injection writes hora_layers anew
         if self.hora_spec_version != SPEC_VERSION:
             raise HoraError(
                 f"this version reads adapters of spec version {SPEC_VERSION}, got {self.hora_spec_version}: "

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hora_spec import HoraError
+from hora_spec import HoraError, Site
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -15,8 +15,8 @@ from hora_torch.config import HoraConfig
 from hora_torch.functional import stacked
 from hora_torch.hypernet import HoraHypernet
 from hora_torch.linear import Branch, add_branches, low_rank_linear
-from hora_torch.merging import layout_rows, merged_weight
-from hora_torch.targets import LayerPlan, Site
+from hora_torch.merging import merged_weight
+from hora_torch.targets import LayerPlan
 
 BASE = "__base__"
 """PEFT's name for the base model in ``adapter_names``."""
@@ -81,7 +81,7 @@ class HoraLayer(BaseTunerLayer):
         """Branches of one adapter by projection, for inputs of which `keep_rate` survive dropout."""
         attached, hypernet = self.hora_attached[adapter_name], self.hypernet(adapter_name)
         scaling = attached.scaling / keep_rate
-        return {p: Branch(*stacked(hypernet(p)), scaling, *site.columns) for p, site in attached.sites.items()}
+        return {p: Branch(*stacked(hypernet(p)), scaling, *_columns(site)) for p, site in attached.sites.items()}
 
     def get_delta_weight(self, adapter_name: str) -> Tensor | dict[str, Tensor]:
         """Dense update in the stored form of the weight, zero outside the adapted windows.
@@ -241,6 +241,12 @@ class HoraLinear(nn.Module, HoraLayer):
         return "hora." + super().__repr__()
 
 
+def _columns(site: Site) -> tuple[int, int]:
+    """The output columns of the module that belong to the projection."""
+    window = site.layout.window
+    return (0, site.projection.weight_shape[0]) if window is None else (window.start, window.stop)
+
+
 def is_plain(base: nn.Module) -> bool:
     """Whether calling `base` does nothing but ``x W^T + bias``: no subclass, no hooks, no replaced forward."""
     return (
@@ -251,6 +257,3 @@ def is_plain(base: nn.Module) -> bool:
         and not base._backward_pre_hooks
         and "forward" not in base.__dict__
     )
-
-
-__all__ = ["BASE", "Attachment", "HoraLayer", "HoraLinear", "is_plain", "layout_rows"]

@@ -47,7 +47,7 @@ def merged_weight(
     merged = weight.clone() if weight.dtype == working else torch.empty_like(weight)
     if weight.dtype == working:
         for layout, a, b, scaling in additions:
-            _as_rows(merged, layout)[layout_rows(layout)].addmm_(b.to(working), a.to(working), alpha=scaling)
+            _as_rows(merged, layout)[_rows(layout)].addmm_(b.to(working), a.to(working), alpha=scaling)
     else:
         _merge_in_chunks(weight, merged, additions, working)
     unsafe = limit > torch.finfo(working).max / 4 or weight.dtype == torch.float16
@@ -59,7 +59,7 @@ def merged_weight(
     return merged
 
 
-def layout_rows(layout: Layout) -> slice:
+def _rows(layout: Layout) -> slice:
     """Rows of the projection in the canonical (rows, embed) view of the stored weight."""
     return slice(None) if layout.window is None else slice(layout.window.start, layout.window.stop)
 
@@ -77,7 +77,7 @@ def _merge_in_chunks(
     """Rows pass through a small float32 buffer, so that the sum costs hardly more than copying the weight."""
     source, target = (_as_rows(tensor, additions[0][0]) for tensor in (weight, merged))
     step = max(1, _CHUNK_BYTES // (4 * source.shape[1]))
-    factors = [(layout_rows(layout), a.to(working), b.to(working), scaling) for layout, a, b, scaling in additions]
+    factors = [(_rows(layout), a.to(working), b.to(working), scaling) for layout, a, b, scaling in additions]
     for first in range(0, source.shape[0], step):
         last = min(first + step, source.shape[0])
         buffer = source[first:last].to(working)

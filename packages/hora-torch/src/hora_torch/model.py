@@ -69,7 +69,7 @@ class HoraModel(BaseTuner):
             raise no_match(model, peft_config)
         plans = plan(model, names, peft_config)
         self._plans = {module: layer for layer in plans for module in layer.modules}
-        peft_config.hora_layers = [layer.to_dict() for layer in plans]
+        peft_config.hora_layers = [layer.to_json() for layer in plans]
 
     def _create_and_replace(
         self,
@@ -156,6 +156,29 @@ class HoraModel(BaseTuner):
         if marker in key:
             return key.replace(marker, f".{cls.prefix}hyper.")
         return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: HoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Checkpoint keys become model keys; what does not fit is refused before the model changes (spec F5)."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        marker = f".{cls.prefix}hyper."
+        expected = {key: value for key, value in model.state_dict().items() if f"{marker}{adapter_name}." in key}
+        missing = sorted(expected.keys() - remapped.keys())
+        extra = sorted(key for key in remapped.keys() - expected.keys() if marker in key)
+        if missing or extra:
+            raise HoraError(
+                f"a checkpoint holds exactly the parameters of the adapter, missing {missing[:3]}, extra {extra[:3]}: "
+                "config and tensors are of different adapters, or the file is damaged (spec F5)"
+            )
+        for key, value in expected.items():
+            given = remapped[key]
+            if given.shape != value.shape:
+                raise HoraError(f"{key} must have shape {tuple(value.shape)}, got {tuple(given.shape)} (spec F5)")
+            if not given.is_meta and not torch.isfinite(given).all():
+                raise HoraError(f"{key} must be finite, got NaN or infinity: training diverged (spec F5)")
+        return remapped
 
 
 def _add_adapter_names(

@@ -9,7 +9,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hora_spec import AdapterSpec, HoraError, LayerShape, Layout, ProjectionShape, Window
+from hora_spec import (
+    AdapterSpec,
+    HoraError,
+    LayerShape,
+    Layout,
+    ProjectionShape,
+    Site,
+    Window,
+    layer_from_json,
+    layer_to_json,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
@@ -31,23 +41,6 @@ _NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 _NUM_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv")
 _HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim", "d_kv", "head_size")
 _ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """One projection inside one stored parameter of one module."""
-
-    module: str
-    parameter: str
-    weight_shape: tuple[int, int]
-    layout: Layout
-    projection: ProjectionShape
-
-    @property
-    def columns(self) -> tuple[int, int]:
-        """The output columns of the module that belong to the projection."""
-        window = self.layout.window
-        return (0, self.projection.weight_shape[0]) if window is None else (window.start, window.stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +66,9 @@ class LayerPlan:
         """Paths of the adapted modules, in model order."""
         return list(dict.fromkeys(site.module for site in self.sites.values()))
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form, as in ``adapter_config.json`` (spec F2)."""
-        return {
-            "name": self.name,
-            "spec": self.spec.to_dict(),
-            "leader": self.leader,
-            "projections": {p: _site_dict(site) for p, site in sorted(self.sites.items())},
-        }
+    def to_json(self) -> dict[str, Any]:
+        """Entry of ``hora_layers`` in ``adapter_config.json`` (spec F2)."""
+        return layer_to_json(self.name, self.spec, self.sites)
 
 
 class NoTargetError(HoraError, NoMatchingPeftModuleError):
@@ -107,15 +95,44 @@ def plan(model: nn.Module, names: Iterable[str], config: HoraConfig) -> list[Lay
     Raises
     ------
     HoraError
-        If a module cannot be a target, its head count is unknown or does not fit, or targets of one layer differ in
-        rank or alpha.
+        If a module cannot be a target, its head count is unknown or does not fit, targets of one layer differ in rank
+        or alpha, or a loaded adapter was made for another model.
     """
+    if config.recorded is not None:
+        return _recorded_plan(model, names, config)
     layers: dict[str, list[tuple[str, Site]]] = {}
     for name in names:
         module = base_module(model.get_submodule(name))
         parent = name if isinstance(module, nn.MultiheadAttention) else name.rpartition(".")[0]
         layers.setdefault(parent or ".", []).extend(_sites(model, name, module, config))
     return [LayerPlan(name, _layer_spec(name, found, config), _unique(found)) for name, found in layers.items()]
+
+
+def _recorded_plan(model: nn.Module, names: Iterable[str], config: HoraConfig) -> list[LayerPlan]:
+    """The layers that a loaded adapter describes, checked against the model (spec F5)."""
+    plans = [LayerPlan(*layer_from_json(entry)) for entry in config.recorded]
+    recorded, names = {module for layer in plans for module in layer.modules}, set(names)
+    if recorded != names:
+        raise HoraError(
+            f"a loaded adapter fits its own base model, missing here: {sorted(recorded - names)[:3]}, not in the "
+            f"adapter: {sorted(names - recorded)[:3]}: load the base model it was trained on (spec F5)"
+        )
+    for layer in plans:
+        for site in layer.sites.values():
+            weight = getattr(base_module(model.get_submodule(site.module)), site.parameter, None)
+            shape = None if weight is None else tuple(weight.shape)
+            if shape != site.weight_shape and weight is not None and weight.is_floating_point():
+                raise HoraError(
+                    f"{site.module}.{site.parameter} must have shape {site.weight_shape}, got {shape}: load the base "
+                    "model the adapter was trained on (spec F5)"
+                )
+        expected = _layer_spec(layer.name, list(layer.sites.items()), config)
+        if (layer.spec.replace(alpha=None), layer.spec.scaling) != (expected.replace(alpha=None), expected.scaling):
+            raise HoraError(
+                f"the config of a loaded adapter is not changed, {layer.name!r} was trained with {layer.spec}, got "
+                f"{expected}: for a new adapter write a new HoraConfig"
+            )
+    return plans
 
 
 def default_targets(model: nn.Module, config: HoraConfig) -> set[str]:
@@ -314,19 +331,3 @@ def _matches(key: str, module: str) -> bool:
 def _identifier(name: str) -> str:
     name = re.sub(r"\W", "_", name)
     return f"_{name}" if name[:1].isdigit() else name
-
-
-def _site_dict(site: Site) -> dict[str, Any]:
-    window = site.layout.window
-    return {
-        "module": site.module,
-        "parameter": site.parameter,
-        "num_heads": site.projection.num_heads,
-        "head_dim": site.projection.head_dim,
-        "embed_dim": site.projection.embed_dim,
-        "weight_shape": list(site.weight_shape),
-        "layout": {
-            "pattern": site.layout.pattern,
-            "window": None if window is None else [window.axis, window.start, window.stop],
-        },
-    }

@@ -1,0 +1,92 @@
+"""From a model to an adapter in memory, and from there to LoRA."""
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from hora_spec import Adapter, AdapterLayer, HoraError, layer_from_json
+from hora_spec import export_lora as write_lora
+from numpy.typing import DTypeLike
+from peft.utils import get_peft_model_state_dict
+from torch import nn
+
+from hora_torch.layer import HoraLayer
+
+
+def to_adapter(model: nn.Module, adapter_name: str | None = None) -> Adapter:
+    """The adapter of a model as `hora_spec.load_adapter` would read it.
+
+    Parameters
+    ----------
+    model
+        A ``PeftModel``, or a model into which an adapter was injected.
+    adapter_name
+        Which adapter; may be left out when the model has one.
+
+    Raises
+    ------
+    HoraError
+        If there is no such adapter.
+    """
+    name = _adapter_name(model, adapter_name)
+    config = model.peft_config[name]
+    tensors = {
+        key.removeprefix("base_model.model."): value
+        for key, value in get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).items()
+    }
+    layers = {}
+    for entry in config.hora_layers:
+        layer_name, spec, sites = layer_from_json(entry)
+        prefix = f"{entry['leader']}.hora_hyper."
+        params = {key: tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
+        params = {key.removeprefix(prefix): value.detach().cpu().float().numpy() for key, value in params.items()}
+        layers[layer_name] = AdapterLayer(spec, sites, params)
+    keys: dict[str, Any] = config.to_dict()
+    for key in ("hora_layers", "hora_spec_version", "peft_type"):
+        keys.pop(key)
+    return Adapter(layers, keys, {key: _numpy(value) for key, value in tensors.items()})
+
+
+def export_lora(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    adapter_name: str | None = None,
+    dtype: DTypeLike = np.float32,
+) -> None:
+    """Write an adapter as a standard LoRA adapter that computes the same, exactly and without an SVD (spec F6).
+
+    Parameters
+    ----------
+    model
+        A ``PeftModel``, or a model into which an adapter was injected.
+    directory
+        A new or empty directory; PEFT, vLLM, llama.cpp and others read it.
+    adapter_name
+        Which adapter; may be left out when the model has one.
+    dtype
+        Floating dtype of the LoRA tensors.
+
+    Raises
+    ------
+    HoraError
+        If there is no such adapter, a value is not finite, or a weight is adapted that LoRA cannot.
+    """
+    write_lora(to_adapter(model, adapter_name), directory, dtype=dtype)
+
+
+def _adapter_name(model: nn.Module, adapter_name: str | None) -> str:
+    names = sorted(
+        {name for module in model.modules() if isinstance(module, HoraLayer) for name in module.hora_attached}
+    )
+    if adapter_name is None and len(names) == 1:
+        return names[0]
+    if adapter_name not in names:
+        raise HoraError(f"adapter_name is one of {names}, got {adapter_name!r}: name an adapter of this model")
+    return adapter_name
+
+
+def _numpy(tensor: torch.Tensor) -> Any:
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -1,0 +1,176 @@
+"""Adapters on disk: PEFT's directory is the specification's directory, in both directions, and LoRA of the same."""
+
+import json
+
+import hora_spec
+import hora_torch
+import numpy as np
+import peft
+import pytest
+import torch
+from hora_spec import HoraError
+from hora_torch import HoraConfig
+from safetensors.torch import load_file, save_file
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        result = model.eval()(**inputs)
+    return result if isinstance(result, torch.Tensor) else result.logits
+
+
+def adapted(family, **kwargs):
+    config = HoraConfig(**({"r": 2, "hidden_dim": 6, "head_embed_dim": 5, "init_weights": False} | kwargs))
+    return peft.get_peft_model(family.model(), config)
+
+
+EXPORTED = ["llama", "gemma", "phi3", "gpt2", "gpt2-cross", "bert", "t5", "vit", "timm-vit", "timm-eva-separate"]
+
+
+@pytest.mark.parametrize("name", [*EXPORTED, "mha-cross"])
+def test_what_peft_saves_the_specification_reads(families, name, tmp_path):
+    family = families[name]
+    model = adapted(family)
+    model.save_pretrained(tmp_path)
+    adapter = hora_spec.load_adapter(tmp_path)
+    assert [layer["name"] for layer in model.peft_config["default"].hora_layers] == list(adapter.layers)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum(len(layer.params) for layer in adapter.layers.values()) == len(tensors)
+    again = hora_torch.to_adapter(model)
+    for layer_name, layer in adapter.layers.items():
+        assert layer.spec == again.layers[layer_name].spec
+        for key, value in layer.params.items():
+            np.testing.assert_array_equal(again.layers[layer_name].params[key], value)
+
+
+def test_both_writers_write_the_same_bytes(families, tmp_path):
+    model = adapted(families["llama"])
+    model.save_pretrained(tmp_path / "peft")
+    hora_spec.save_adapter(tmp_path / "spec", hora_spec.load_adapter(tmp_path / "peft"))
+    one, other = ((tmp_path / writer / "adapter_model.safetensors").read_bytes() for writer in ("peft", "spec"))
+    assert one == other
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "timm-vit", "mha"])
+@pytest.mark.parametrize("keep_config", [True, False], ids=["config", "no-config"])
+def test_what_the_specification_saves_peft_loads(families, name, keep_config, tmp_path):
+    family = families[name]
+    model = adapted(family, rank_pattern={".*0.*": 3} if name == "llama" else {})
+    expected = logits(model, family.inputs())
+    adapter = hora_torch.to_adapter(model)
+    if not keep_config:  # as from a writer that knows no PEFT config
+        adapter = hora_spec.Adapter(adapter.layers)
+    hora_spec.save_adapter(tmp_path, adapter)
+    loaded = peft.PeftModel.from_pretrained(family.model(), tmp_path)
+    assert torch.equal(logits(loaded, family.inputs()), expected)
+
+
+@pytest.mark.parametrize("name", [*EXPORTED, "timm-vit-none", "gpt2-b"])
+def test_an_exported_lora_computes_the_same(families, name, tmp_path):
+    name, _, sharing = name.partition("-") if name.endswith(("-none", "-b")) else (name, "", "full")
+    if sharing not in ("full", "b", "none"):
+        name, sharing = f"{name}-vit", "none"
+    family = families[name]
+    model = adapted(family, hora_alpha=3.0, sharing=sharing)
+    expected = logits(model, family.inputs())
+    hora_torch.export_lora(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    lora = peft.PeftModel.from_pretrained(family.model(), tmp_path)
+    torch.testing.assert_close(logits(lora, family.inputs()), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(expected, logits(family.model(), family.inputs()), rtol=1e-3, atol=1e-4)
+
+
+def test_modules_to_save_travel_with_the_adapter_and_the_export(families, tmp_path):
+    family = families["vit"]
+    model = adapted(family, modules_to_save=["classifier"])
+    with torch.no_grad():
+        model.base_model.model.classifier.modules_to_save["default"].weight.mul_(2)
+    expected = logits(model, family.inputs())
+    model.save_pretrained(tmp_path / "hora")
+    assert sorted(hora_spec.load_adapter(tmp_path / "hora").modules) == ["classifier.bias", "classifier.weight"]
+    loaded = peft.PeftModel.from_pretrained(family.model(), tmp_path / "hora")
+    assert torch.equal(logits(loaded, family.inputs()), expected)
+    hora_torch.export_lora(model, tmp_path / "lora")
+    lora = peft.PeftModel.from_pretrained(family.model(), tmp_path / "lora")
+    torch.testing.assert_close(logits(lora, family.inputs()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_exporting_needs_a_known_adapter(families, tmp_path):
+    model = adapted(families["llama"])
+    with pytest.raises(HoraError, match="default"):
+        hora_torch.export_lora(model, tmp_path, adapter_name="other")
+
+
+def saved(families, path):
+    adapted(families["llama"]).save_pretrained(path)
+    file = path / "adapter_model.safetensors"
+    return file, load_file(file)
+
+
+def load(families, path):
+    return peft.PeftModel.from_pretrained(families["llama"].model(), path)
+
+
+def test_a_missing_tensor_is_refused(families, tmp_path):
+    file, tensors = saved(families, tmp_path)
+    del tensors[next(key for key in tensors if key.endswith("b_in"))]
+    save_file(tensors, file)
+    with pytest.raises(HoraError, match="b_in"):
+        load(families, tmp_path)
+
+
+def test_an_extra_tensor_is_refused(families, tmp_path):
+    file, tensors = saved(families, tmp_path)
+    key = next(key for key in tensors if key.endswith("b_in"))
+    tensors[key.replace("b_in", "b_inn")] = tensors[key].clone()
+    save_file(tensors, file)
+    with pytest.raises(HoraError, match="b_inn"):
+        load(families, tmp_path)
+
+
+def test_a_wrong_shape_is_refused(families, tmp_path):
+    file, tensors = saved(families, tmp_path)
+    key = next(key for key in tensors if key.endswith("b_in"))
+    tensors[key] = tensors[key].T.contiguous()
+    save_file(tensors, file)
+    with pytest.raises(HoraError, match="b_in must have shape"):
+        load(families, tmp_path)
+
+
+def test_a_non_finite_tensor_is_refused(families, tmp_path):
+    file, tensors = saved(families, tmp_path)
+    tensors[next(key for key in tensors if key.endswith("b_in"))][0, 0] = torch.nan
+    save_file(tensors, file)
+    with pytest.raises(HoraError, match="finite"):
+        load(families, tmp_path)
+
+
+def test_another_spec_version_is_refused(families, tmp_path):
+    saved(families, tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text().replace('"hora_spec_version": 1', '"hora_spec_version": 2'))
+    with pytest.raises(HoraError, match="version"):
+        load(families, tmp_path)
+
+
+def test_another_base_model_is_refused(families, tmp_path):
+    saved(families, tmp_path)
+    with pytest.raises(HoraError, match="base model"):
+        peft.PeftModel.from_pretrained(families["gemma"].model(), tmp_path)
+    with pytest.raises(HoraError, match="base model"):
+        peft.PeftModel.from_pretrained(families["bert"].model(), tmp_path)
+
+
+def test_a_changed_config_of_a_loaded_adapter_is_refused(families, tmp_path):
+    saved(families, tmp_path)
+    config = peft.PeftConfig.from_pretrained(tmp_path)
+    config.r = 5
+    with pytest.raises(HoraError, match="write a new HoraConfig"):
+        peft.get_peft_model(families["llama"].model(), config)
+
+
+def test_equal_adapters_write_equal_configs(families, tmp_path):
+    for name in ("a", "b"):
+        adapted(families["llama"], target_modules=["v_proj", "q_proj"]).save_pretrained(tmp_path / name)
+    one, other = ((tmp_path / name / "adapter_config.json").read_bytes() for name in ("a", "b"))
+    assert one == other
