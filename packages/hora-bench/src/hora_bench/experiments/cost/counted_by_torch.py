@@ -1,0 +1,99 @@
+"""The same numbers by torch: models and PEFT adapters on the meta device, under torch's FLOP counter."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from hora_spec import AdapterSpec
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from hora_bench.torchvision_ops import declare_missing_ops
+
+from .architectures import Transformer, Workload
+from .formulas import Macs, Method, Route
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from peft import PeftConfig
+
+TARGETS = ["q_proj", "v_proj"]
+
+
+def _addmm_flop(_: torch.Size, left: torch.Size, right: torch.Size, **__: object) -> int:
+    """FLOPs of ``y += left @ right``: torch's counter (2.13) knows addmm but not the branch route's in-place addmm_."""
+    return 2 * left.numel() * right[1]
+
+
+IN_PLACE = {torch.ops.aten.addmm_: _addmm_flop}
+
+
+def build(model: Transformer) -> nn.Module:
+    """The transformers model on the meta device, frozen; attention as plain products, which the counter sees."""
+    declare_missing_ops()
+    from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
+
+    widths = {
+        "hidden_size": model.embed_dim,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "intermediate_size": model.mlp_dim,
+        "attn_implementation": "eager",
+    }
+    with torch.device("meta"):
+        if model.vocab_size:
+            heads = {"num_key_value_heads": model.num_kv_heads, "vocab_size": model.vocab_size}
+            return LlamaForCausalLM(LlamaConfig(**widths, **heads)).requires_grad_(False)
+        return ViTModel(ViTConfig(**widths), add_pooling_layer=False).requires_grad_(False)
+
+
+def config(method: Method, route: Route = "branch") -> PeftConfig:
+    """PEFT's configuration of a method on Q and V."""
+    declare_missing_ops()
+    from hora_torch import HoraConfig
+    from peft import LoraConfig, VeraConfig
+
+    if isinstance(method, AdapterSpec):
+        fields = method.to_dict()
+        rank, alpha = fields.pop("rank"), fields.pop("alpha")
+        return HoraConfig(r=rank, hora_alpha=alpha, target_modules=TARGETS, route=route, **fields)
+    if method.name == "vera":
+        return VeraConfig(r=method.rank, target_modules=TARGETS)
+    return LoraConfig(r=method.rank, target_modules=TARGETS, use_dora=method.name == "dora")
+
+
+@contextmanager
+def adapted(base: nn.Module, method: Method, route: Route = "branch") -> Iterator[nn.Module]:
+    """`base` with a method's adapter on Q and V; afterwards `base` is as before."""
+    declare_missing_ops()
+    import peft
+
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 reads a name that transformers 5 deprecates
+        tuned = peft.get_peft_model(base, config(method, route), low_cpu_mem_usage=True)
+    try:
+        yield tuned
+    finally:
+        tuned.unload().requires_grad_(False)
+
+
+def trainable(model: nn.Module) -> int:
+    """Number of trainable values."""
+    return sum(param.numel() for param in model.parameters() if param.requires_grad)
+
+
+def count_macs(model: nn.Module, load: Workload) -> Macs:
+    """MACs of a forward and of a backward pass in training; backward is 0 where nothing is trainable."""
+    images = model.config.model_type == "vit"
+    size, dtype = ((load.batch, 3, 224, 224), torch.float32) if images else (tuple(load), torch.long)
+    inputs = torch.empty(size, dtype=dtype, device="meta")
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as forward:
+        outputs = model.train()(inputs)[0]
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as backward:
+        if outputs.requires_grad:
+            outputs.sum().backward()
+    return Macs(forward.get_total_flops() // 2, backward.get_total_flops() // 2)
