@@ -1,6 +1,7 @@
 """The conformance kit: what an implementation of HoRA is checked with (``pip install hora-spec[testing]``).
 
-A backend is a `Backend`, plain functions on NumPy arrays; ``check_*`` and ``law_*`` take it with a `Case` and a dtype.
+A backend is a `Backend`, plain functions on NumPy arrays. ``check_*`` compare it with the reference, ``law_*`` with
+itself; all take ``(backend, case, dtype)`` and return the worst error as a fraction of its bound.
 
 >>> from hora_spec.testing import REFERENCE, check_delta, corpus
 >>> max(check_delta(REFERENCE, case, "float64") for case in corpus())
@@ -19,12 +20,39 @@ from hora_spec.testing.checks import (
     check_linear,
     check_linear_grads,
 )
+from hora_spec.testing.laws import (
+    law_finite_differences,
+    law_merged_forward,
+    law_permutation,
+    law_scale_and_shift,
+    law_start,
+)
+from hora_spec.testing.merging import check_merge, check_merge_refuses, stored_forms
+from hora_spec.testing.vectorized import VECTORIZED
+
+CHECKS = (
+    check_init,
+    check_factors,
+    check_delta,
+    check_linear,
+    check_linear_grads,
+    check_merge,
+    check_merge_refuses,
+    check_grads,
+)
+"""Every comparison with the reference."""
+
+LAWS = (law_start, law_permutation, law_scale_and_shift, law_merged_forward, law_finite_differences)
+"""Every law."""
 
 __all__ = [
+    "CHECKS",
+    "LAWS",
     "LAYERS",
     "REFERENCE",
     "REGIMES",
     "SIZES",
+    "VECTORIZED",
     "Backend",
     "Case",
     "Inputs",
@@ -35,5 +63,13 @@ __all__ = [
     "check_init",
     "check_linear",
     "check_linear_grads",
+    "check_merge",
+    "check_merge_refuses",
     "corpus",
+    "law_finite_differences",
+    "law_merged_forward",
+    "law_permutation",
+    "law_scale_and_shift",
+    "law_start",
+    "stored_forms",
 ]

@@ -82,8 +82,8 @@ class Case:
 
         Parameters, factors and gradients of the delta stay float32 when `dtype` has 16 bits, as they do in training.
         """
-        wide = dtype if dtype in ("float32", "float64") else "float32"
-        draw, cast = self._draw, numpy_dtype(dtype)
+        wide = param_dtype(dtype)
+        draw, cast = self.draw, numpy_dtype(dtype)
         params = {key: self._param(key, shape) for key, shape in param_shapes(self.spec, self.layer).items()}
         result = Inputs({key: value.astype(wide) for key, value in params.items()}, {}, {}, {}, {}, {}, {})
         for i, (p, shape) in enumerate(self.layer.items()):
@@ -98,11 +98,12 @@ class Case:
             result.delta_cotangent[p] = draw(f"delta_cotangent.{p}", shape.weight_shape).astype(wide)
         return result
 
-    def _draw(self, key: str, shape: tuple[int, ...]) -> Array:
+    def draw(self, key: str, shape: tuple[int, ...]) -> Array:
+        """Standard normal float32 numbers that belong to this case and `key`."""
         return normal(raw_stream(self.seed, "hora_spec.testing", key, prod(shape))).reshape(shape).astype(np.float32)
 
     def _param(self, key: str, shape: tuple[int, ...]) -> Array:
-        value = self._draw(key, shape)
+        value = self.draw(key, shape)
         if key not in ("head_embed", "a_seed") or self.regime == "normal":
             return value
         if self.regime == "offset":
@@ -110,6 +111,11 @@ class Case:
         if self.regime == "constant":
             return np.broadcast_to(value[..., :1, :] if value.ndim == 3 else value[:1], shape).copy()
         return value * np.float32(0 if self.regime == "zeros" else 2.0**-10)
+
+
+def param_dtype(dtype: str) -> str:
+    """Dtype of the parameters beside activations of `dtype`: never below float32."""
+    return "float64" if dtype == "float64" else "float32"
 
 
 def numpy_dtype(name: str) -> np.dtype:

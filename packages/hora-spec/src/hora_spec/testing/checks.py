@@ -39,7 +39,7 @@ def check_factors(backend: Backend, case: Case, dtype: str = "float32") -> float
     claim = Claim("check_factors", backend, case, dtype, "G1 to G6", "factors(spec, layer, params)")
     of = (case.spec, case.layer, case.inputs(dtype).params)
     got, expected = backend.factors(*of), REFERENCE.factors(*of)
-    own, own64 = tolerance.factors(*of, claim.format), tolerance.factors(*of, FLOAT64)
+    own, own64 = tolerance.factors(*of, claim.wide), tolerance.factors(*of, FLOAT64)
     claim.keys("factors(...)", got, expected)
     return max(
         claim.close(f"factors[{p!r}].{side}", got[p][i], expected[p][i], own[p][i].error + own64[p][i].error)
@@ -53,7 +53,7 @@ def check_delta(backend: Backend, case: Case, dtype: str = "float32") -> float:
     claim = Claim("check_delta", backend, case, dtype, "D1, D2", "delta(spec, layer, params)")
     of = (case.spec, case.layer, case.inputs(dtype).params)
     got, expected = backend.delta(*of), REFERENCE.delta(*of)
-    own, own64 = tolerance.delta(*of, claim.format), tolerance.delta(*of, FLOAT64)
+    own, own64 = tolerance.delta(*of, claim.wide), tolerance.delta(*of, FLOAT64)
     claim.keys("delta(...)", got, expected)
     return max(claim.close(f"delta[{p!r}]", got[p], expected[p], own[p].error + own64[p].error) for p in case.layer)
 
@@ -95,7 +95,7 @@ def check_grads(backend: Backend, case: Case, dtype: str = "float32") -> float:
     inputs = case.inputs(dtype)
     of = (case.spec, case.layer, inputs.params, inputs.delta_cotangent)
     got, expected = backend.grads(*of), REFERENCE.grads(*of)
-    own, own64 = tolerance.grads(*of, claim.format), tolerance.grads(*of, FLOAT64)
+    own, own64 = tolerance.grads(*of, claim.wide), tolerance.grads(*of, FLOAT64)
     claim.keys("grads(...)", got, expected)
     return max(
         claim.close(f"gradient of {key}", got[key], expected[key], own[key].error + own64[key].error)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hora_spec.testing.backend import Backend
+from hora_spec.testing.case import Case, param_dtype
 from hora_spec.testing.rounding import FORMATS, Format
 
 Array = NDArray[Any]
@@ -29,15 +30,20 @@ class Claim:
 
     check: str
     backend: Backend
-    case: Any
+    case: Case | str
     dtype: str
     rule: str
     call: str
 
     @property
     def format(self) -> Format:
-        """Format the backend computes in."""
+        """Format of activations and weights."""
         return FORMATS[self.dtype]
+
+    @property
+    def wide(self) -> Format:
+        """Format of parameters, and of what is computed from them alone."""
+        return FORMATS[param_dtype(self.dtype)]
 
     def failure(self, what: str) -> AssertionError:
         """The error to raise."""
