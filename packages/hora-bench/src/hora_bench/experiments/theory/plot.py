@@ -51,5 +51,5 @@ def plot(result: dict[str, Any], path: Path) -> None:
             axis.grid(alpha=0.3, linewidth=0.5)
     for axis in axes[-1]:
         axis.set_xlabel("samples")
-    with matplotlib.rc_context({"svg.hashsalt": "hora"}):
+    with matplotlib.rc_context({"svg.hashsalt": "hora", "svg.fonttype": "none"}):
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
