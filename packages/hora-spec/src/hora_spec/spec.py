@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import operator
+import sys
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, Self, get_args
@@ -188,7 +189,7 @@ def positive_int(name: str, value: Any) -> int:
 
 def _positive_float(name: str, value: Any, otherwise: str) -> float:
     number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
-    if not (math.isfinite(number) and number > 0):
+    if not 0 < number <= sys.float_info.max:  # a huge int is no float either
         raise HoraError(f"{name} must be a finite number above 0, {otherwise}, got {value!r} (spec S1)")
     return float(number)
 
