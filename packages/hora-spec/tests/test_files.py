@@ -1,5 +1,6 @@
 """Adapters on disk: what a directory holds, how it is replaced, and what is refused."""
 
+import contextlib
 import dataclasses
 import json
 import struct
@@ -15,11 +16,13 @@ from hora_spec import (
     ProjectionShape,
     Site,
     Window,
+    layer_from_json,
+    layer_to_json,
     load_adapter,
     param_shapes,
     save_adapter,
 )
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -157,3 +160,259 @@ def test_f1_bfloat16_of_whole_modules_is_read_exactly(saved):
     text = json.dumps(header).encode()
     (saved / TENSORS).write_bytes(struct.pack("<Q", len(text)) + text + data)
     np.testing.assert_array_equal(load_adapter(saved).modules["score.weight"], values, strict=True)
+
+
+def test_f2_the_config_describes_every_layer(saved):
+    entry = json.loads((saved / CONFIG).read_text())["hora_layers"][2]
+    assert entry == {
+        "name": "h.0.attn",
+        "spec": AdapterSpec.paper(2).to_dict(),
+        "leader": "h.0.attn.c_attn",
+        "projections": {
+            p: {
+                "module": "h.0.attn.c_attn",
+                "parameter": "weight",
+                "num_heads": 2,
+                "head_dim": 2,
+                "embed_dim": 4,
+                "weight_shape": [4, 12],
+                "layout": {"pattern": "d (h k)", "window": [1, start, start + 4]},
+            }
+            for p, start in (("q", 0), ("v", 8))
+        },
+    }
+    assert layer_to_json(*layer_from_json(entry)) == entry
+
+
+def test_f2_the_first_module_of_the_model_leads(saved):
+    for name in ("model.layers.0.attn", "model.layers.1.attn"):
+        assert load_adapter(saved).layers[name].leader == f"{name}.q_proj"
+        assert sorted(load_adapter(saved).layers[name].sites) == ["k", "q"]
+
+
+def layer(config, index=0):
+    return config["hora_layers"][index]
+
+
+def q(config, index=0):
+    return layer(config, index)["projections"]["q"]
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda c: c.update(peft_type="LORA"), "peft_type 'HORA', got 'LORA'"),
+        (lambda c: c.pop("hora_layers"), "hora_layers"),
+        (lambda c: c.update(hora_layers={}), "list of layers, got dict"),
+        (lambda c: c.update(hora_layers=[]), "of different adapters"),
+        (lambda c: c.update(hora_layers=[3]), "JSON object, got 3"),
+        (lambda c: layer(c).update(name=["x"]), "a layer has a name"),
+        (lambda c: layer(c).update(name=""), "non-empty string"),
+        (lambda c: layer(c).update(name="h.0.attn"), "unique, got 'h.0.attn' twice"),
+        (lambda c: layer(c).update(leader="model.layers.1.attn.q_proj"), "one of its modules"),
+        (lambda c: layer(c).update(projections=[]), "maps projections"),
+        (lambda c: layer(c).update(projections={}), "one of its modules"),
+        (lambda c: layer(c)["projections"].update({"../k": layer(c)["projections"].pop("k")}), "projection name"),
+        (lambda c: q(c).update(module="../outside"), r"dotted path.*'\.\./outside'"),
+        (lambda c: q(c).update(module="/etc/passwd"), "dotted path"),
+        (lambda c: q(c).update(module="a\\b"), "dotted path"),
+        (lambda c: q(c).update(module="a..b"), "dotted path"),
+        (lambda c: q(c).update(module="a b"), "dotted path"),
+        (lambda c: q(c).update(module=""), "dotted path"),
+        (lambda c: q(c).update(parameter="weight\0"), "dotted path"),
+        (lambda c: q(c).update(weight_shape=[12, 8.0]), "integers"),
+        (lambda c: q(c).update(weight_shape=[8, 12]), r"needs shape \(12, 8\), got \(8, 12\)"),
+        (lambda c: q(c).update(num_heads=3), r"needs shape \(9, 8\)"),
+        (lambda c: q(c)["layout"].update(pattern="h w"), "a pattern names"),
+        (lambda c: q(c)["layout"].update(pattern=None), "a pattern is a string"),
+        (lambda c: q(c)["layout"].update(window=[0, 4]), "3 integers"),
+        (lambda c: q(c)["layout"].update(window=[0, 4, 2]), "start < stop"),
+        (lambda c: q(c, 2)["layout"].update(window=[1, 6, 10]), "adapted once"),
+        (lambda c: q(c, 2).update(weight_shape=[4, 16]), "one shape"),
+        (lambda c: q(c).update(weight_shape=[1, 12, 8], layout={"pattern": "l (h k) d", "window": None}), "stacked"),
+    ],
+)
+def test_f2_a_layer_table_that_makes_no_sense_is_refused(saved, change, match):
+    edit(saved, change)
+    refused(saved, match)
+
+
+def test_f2_two_layers_of_one_leader_are_refused(tmp_path):
+    spec, (_, _, sites) = AdapterSpec(2), fused(0, SPEC)
+    layers = filled("one", spec, {"q": sites["q"]}) | filled("other", spec, {"v": sites["v"]})
+    with pytest.raises(HoraError, match=r"got h\.0\.attn\.c_attn for 'one' and 'other'"):
+        save_adapter(tmp_path / "new", Adapter(layers))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda c: c.update(hora_spec_version=2), "spec version 1, got 2"),
+        (lambda c: c.update(hora_spec_version=True), "spec version 1, got True"),
+        (lambda c: c.update(hora_spec_version="1"), "spec version 1, got '1'"),
+        (lambda c: c.pop("hora_spec_version"), "hora_spec_version"),
+        (lambda c: layer(c).update(colour="red"), r"unknown \['colour'\]"),
+        (lambda c: layer(c)["spec"].update(colour="red"), r"unknown \['colour'\]"),
+        (lambda c: layer(c)["spec"].pop("alpha"), r"missing \['alpha'\]"),
+        (lambda c: q(c).pop("layout"), r"missing \['layout'\]"),
+        (lambda c: q(c)["layout"].pop("window"), r"missing \['window'\]"),
+    ],
+)
+def test_f4_other_versions_and_fields_are_refused(saved, change, match):
+    edit(saved, change)
+    refused(saved, match)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda t: t.pop(A_Q), r"missing \['a.q'\]"),
+        (lambda t: t.update({A_Q + "2": t[A_Q]}), r"extra \['a.q2'\]"),
+        (lambda t: t.update({A_Q: t[A_Q].T}), r"shape \(2, 8\), got \(8, 2\): transpose"),
+        (lambda t: t.update({A_Q: t[A_Q].astype(np.float64)}), "float32, got float64"),
+        (lambda t: t.update({A_Q: t[A_Q].astype(np.float16)}), "float32, got float16"),
+        (lambda t: t.update({A_Q: t[A_Q].astype(np.int32)}), "floating, got int32"),
+        (lambda t: t[A_Q].fill(np.nan), "finite"),
+        (lambda t: t[A_Q].fill(-np.inf), "finite"),
+        (lambda t: t.update({A_Q.replace(".0.", ".7."): t[A_Q]}), "different adapters"),
+        (lambda t: t.update({"score.weight": t[A_Q]}), "different adapters"),
+        (lambda t: t.update({"base_model.model./etc": t[A_Q]}), "dotted path"),
+    ],
+)
+def test_f5_tensors_that_do_not_fit_are_refused(saved, change, match):
+    tensors = load_file(saved / TENSORS)
+    change(tensors)
+    save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, saved / TENSORS)
+    refused(saved, match)
+
+
+A_Q = "base_model.model.model.layers.0.attn.q_proj.hora_hyper.a.q"
+
+
+def test_f5_a_pair_from_two_adapters_is_refused(saved, tmp_path):
+    other = example()
+    layers = other.layers | filled(*separate(1, SPEC.replace(rank=4)))
+    save_adapter(tmp_path / "other", Adapter(layers))
+    (saved / TENSORS).write_bytes((tmp_path / "other" / TENSORS).read_bytes())
+    refused(saved, r"layer 'model.layers.1.attn': .* must have shape")
+
+
+def test_f5_a_truncated_file_is_refused(saved):
+    data, text = (saved / TENSORS).read_bytes(), (saved / CONFIG).read_bytes()
+    for size in (0, 7, 8, 100, len(data) // 2, len(data) - 1):
+        (saved / TENSORS).write_bytes(data[:size])
+        refused(saved, "truncated or damaged")
+    (saved / TENSORS).write_bytes(data + b"0")
+    refused(saved, "truncated or damaged")
+    (saved / TENSORS).write_bytes(data)
+    for size in (0, 1, len(text) // 2, len(text) - 1):
+        (saved / CONFIG).write_bytes(text[:size])
+        refused(saved, "must be JSON")
+
+
+@pytest.mark.parametrize("text", [b"\xff", b"[" * 100_000, b"[1]", b"3", b'"HORA"'])
+def test_f5_a_config_that_is_no_json_object_is_refused(saved, text):
+    (saved / CONFIG).write_bytes(text)
+    refused(saved, "must be (a )?JSON")
+
+
+def test_f5_a_header_that_lies_about_sizes_is_refused(saved):
+    data = (saved / TENSORS).read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    for old, new in ((b'"shape":[2,8]', b'"shape":[9,8]'), (b'"dtype":"F32"', b'"dtype":"F64"')):
+        (saved / TENSORS).write_bytes(data[: size + 8].replace(old, new) + data[size + 8 :])
+        refused(saved, "truncated or damaged")
+    for lie in (0, size - 1, 2**40, 2**64 - 1):
+        (saved / TENSORS).write_bytes(struct.pack("<Q", lie) + data[8:])
+        refused(saved, "truncated or damaged")
+
+
+def test_f5_no_damaged_header_gets_past_the_checks(saved):
+    data = (saved / TENSORS).read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    for i in range(0, 8 + size, 17):
+        for byte in b'\0"9':
+            (saved / TENSORS).write_bytes(data[:i] + bytes([byte]) + data[i + 1 :])
+            with contextlib.suppress(HoraError):
+                load_adapter(saved)
+
+
+def test_f5_dtypes_that_numpy_lacks_are_refused(saved):
+    data = (saved / TENSORS).read_bytes().replace(b'"I64"', b'"C64"')
+    (saved / TENSORS).write_bytes(data)
+    refused(saved, "got C64 for base_model.model.norm.count")
+
+
+def test_f5_no_junk_in_the_layer_table_gets_past_the_checks(saved):
+    original = (saved / CONFIG).read_text()
+    accepted = set()
+    for path in paths(json.loads(original)["hora_layers"][:1]):
+        for junk in (None, [], {}, True, -1, 2, 1.5, "x", [[]], 10**400):
+            config = json.loads(original)
+            *parents, last = ("hora_layers", *path)
+            node = config
+            for key in parents:
+                node = node[key]
+            node[last] = junk
+            (saved / CONFIG).write_text(json.dumps(config))
+            try:
+                load_adapter(saved)
+            except HoraError:
+                continue
+            accepted.add(path[-1])
+    # what the tensors cannot contradict, or what was there before
+    names = {"name", "module", "parameter", "window", "rank", "num_heads"}
+    assert accepted <= names | {"alpha", "gain", "normalize", "residual"}
+
+
+def paths(node, prefix=()):
+    """Every place in a JSON document."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        yield (*prefix, key)
+        yield from paths(value, (*prefix, key))
+
+
+def test_f1_absent_files_are_named(saved):
+    refused(saved / "no" / "where", "is none")
+    refused(saved / CONFIG, "is none")
+    for name in (TENSORS, CONFIG):
+        data = (saved / name).read_bytes()
+        (saved / name).unlink()
+        refused(saved, f"lacks {name}")
+        (saved / name).write_bytes(data)
+
+
+def test_f1_a_config_that_is_not_json_is_not_written(tmp_path):
+    with pytest.raises(HoraError, match="JSON values"):
+        save_adapter(tmp_path / "new", example(target_modules={"q", "v"}))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda a: {"layers": {}}, "at least one layer"),
+        (lambda a: {"layers": {"": next(iter(a.layers.values()))}}, "non-empty string"),
+        (lambda a: {"modules": {"../x": np.zeros(1)}}, "dotted path"),
+        (lambda a: {"modules": {"a.hora_hyper.b_in": np.zeros(1)}}, "belong to a layer"),
+        (lambda a: {"layers": with_params(a, lambda x: x.astype(np.float64))}, "float32, got float64"),
+        (lambda a: {"layers": with_params(a, lambda x: x * np.float32(np.nan))}, "finite"),
+        (lambda a: {"layers": with_params(a, lambda x: x[..., None])}, "must have shape"),
+    ],
+)
+def test_f5_a_bad_adapter_is_not_written(saved, change, match):
+    before, bad = content(saved), dataclasses.replace(example(), **change(example()))
+    for directory in (saved, saved.parent / "new"):
+        with pytest.raises(HoraError, match=match):
+            save_adapter(directory, bad)
+    assert content(saved) == before
+    assert not (saved.parent / "new").exists()
+
+
+def with_params(adapter, change):
+    return {
+        name: dataclasses.replace(layer, params={key: change(value) for key, value in layer.params.items()})
+        for name, layer in adapter.layers.items()
+    }
