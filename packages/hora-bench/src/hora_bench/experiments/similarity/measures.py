@@ -1,0 +1,92 @@
+"""Cosine similarity between heads, and the spectrum of an update, from factors alone.
+
+einsum legend: h and g head, k head_dim, d embed, r and s rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from hora_spec import AdapterSpec, Factors, LayerShape, init_params, reference
+from jaxtyping import Float
+
+
+def cosines_of_b(factors: Factors) -> Float[np.ndarray, "heads heads"]:
+    """Cosine similarity of ``B_h`` and ``B_g``, flattened: what readers of the paper ask for.
+
+    It depends on the basis that A sets: with an A per head, B of different heads are coordinates in different bases.
+    `cosines_of_delta` does not.
+    """
+    flat = factors.b.reshape(len(factors.b), -1)
+    return _cosines(flat @ flat.T)
+
+
+def cosines_of_delta(factors: Factors) -> Float[np.ndarray, "heads heads"]:
+    """Cosine similarity of the updates ``B_h A_h`` and ``B_g A_g`` of two heads, whatever the basis."""
+    a, b = factors
+    per_head = a if a.ndim == 3 else np.broadcast_to(a, (len(b), *a.shape))
+    grams = np.einsum("hrd,gsd->hgrs", per_head, per_head)
+    return _cosines(np.einsum("hkr,gks,hgrs->hg", b, b, grams, optimize=True))
+
+
+def singular_values(factors: Factors) -> Float[np.ndarray, " values"]:
+    """Singular values of the stacked update, descending: ``rank`` of them, ``heads * rank`` with an A per head."""
+    a, b = factors
+    if a.ndim == 3:
+        rows = np.einsum("hkr,hrd->hkd", b, a).reshape(-1, a.shape[-1])
+        return np.linalg.svd(rows, compute_uv=False)[: a.shape[0] * a.shape[1]]
+    return np.linalg.svd(np.linalg.qr(b.reshape(-1, b.shape[-1]))[1] @ np.linalg.qr(a.T)[1].T, compute_uv=False)
+
+
+def participation_ratio(values: Float[np.ndarray, " values"]) -> float:
+    """How many directions carry the update: ``(sum s^2)^2 / sum s^4``, 1 for one, all for equal; 0 for none."""
+    energy = values**2
+    return float(energy.sum() ** 2 / np.sum(energy**2)) if energy.any() else 0.0
+
+
+def measure(factors: Factors) -> dict[str, Any]:
+    """Similarities and spectrum of one projection as JSON values, rounded to four digits."""
+    off_diagonal = ~np.eye(len(factors.b), dtype=bool)
+    of_b, of_delta = cosines_of_b(factors), cosines_of_delta(factors)
+    values = singular_values(factors)
+    return {
+        "participation_ratio": round(participation_ratio(values), 4),
+        "mean_cosine_b": round(float(of_b[off_diagonal].mean()), 4),
+        "mean_cosine_delta": round(float(of_delta[off_diagonal].mean()), 4),
+        "singular_values": [float(f"{value:.4g}") for value in values],
+        "cosines_b": of_b.round(4).tolist(),
+        "cosines_delta": of_delta.round(4).tolist(),
+    }
+
+
+def start(spec: AdapterSpec, layer: LayerShape, *, draws: int = 10, seed: int = 0) -> dict[str, float]:
+    """Directions that a parametrisation favours before training has moved it.
+
+    Every method starts at a zero update. What a first step with random signs would make of it is the update with the
+    last layer of B, or a free B, drawn from a normal distribution and everything else as initialised.
+
+    Returns
+    -------
+    dict
+        ``participation_ratio`` of the update and ``mean_cosine_of_columns`` of B, means over projections and draws.
+    """
+    ratios, cosines = [], []
+    for draw in range(draws):
+        rng = np.random.default_rng([seed, draw])
+        params = init_params(spec, layer, seed + draw, "start")
+        params |= {key: rng.normal(size=p.shape) for key, p in params.items() if key.startswith(("b_out.", "b."))}
+        for found in reference.factors(spec, layer, params).values():
+            ratios.append(participation_ratio(singular_values(found)))
+            columns = found.b.reshape(-1, spec.rank).T
+            cosines.append(_cosines(columns @ columns.T)[~np.eye(spec.rank, dtype=bool)].mean())
+    return {
+        "participation_ratio": round(float(np.mean(ratios)), 3),
+        "mean_cosine_of_columns": round(float(np.mean(cosines)), 3),
+    }
+
+
+def _cosines(gram: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
+    """Gram matrix to cosines; zero vectors are alike to nothing."""
+    norms = np.sqrt(np.diag(gram))
+    return gram / np.maximum(np.outer(norms, norms), np.finfo(float).tiny)
