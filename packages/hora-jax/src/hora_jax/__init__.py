@@ -1,6 +1,7 @@
 """HoRA for any JAX pytree and Flax NNX: hypernetwork-shared low-rank adaptation of attention heads."""
 
 from hora_jax.adapter import delta, factors, init, merge, replace_weights, weights
+from hora_jax.files import export_lora, from_adapter, load_adapter, load_specs, save_adapter, to_adapter
 from hora_jax.plan import Layer, Plan, plan
 from hora_jax.targets import Site, Target
 
@@ -12,10 +13,16 @@ __all__ = [
     "Site",
     "Target",
     "delta",
+    "export_lora",
     "factors",
+    "from_adapter",
     "init",
+    "load_adapter",
+    "load_specs",
     "merge",
     "plan",
     "replace_weights",
+    "save_adapter",
+    "to_adapter",
     "weights",
 ]

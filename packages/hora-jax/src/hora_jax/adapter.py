@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from hora_spec import Factors, HoraError, init_params, param_shapes
 from jax.typing import DTypeLike
 
@@ -49,7 +50,7 @@ def init(plan: Plan, seed: int = 0, *, dtype: DTypeLike = jnp.float32) -> dict[s
     if jax.dtypes.canonicalize_dtype(dtype) != np.dtype(dtype):
         raise HoraError(f'init makes the dtype asked for, got {np.dtype(dtype)} without x64: set "jax_enable_x64"')
     return {
-        key: _stack([init_params(x.spec, x.shape, seed, name) for x in members for name in x.names], dtype)
+        key: stack([init_params(x.spec, x.shape, seed, name) for x in members for name in x.names], dtype)
         for key, members in plan.groups().items()
     }
 
@@ -147,6 +148,9 @@ def weights(plan: Plan, params: Any) -> dict[str, jax.Array]:
 
 def replace_weights(params: Any, new: Mapping[str, jax.Array]) -> Any:
     """A copy of the tree in which the leaves at some paths are replaced."""
+    if isinstance(params, nnx.Module):
+        graph, state = nnx.split(params)
+        return nnx.merge(graph, replace_weights(state, new))
     by_keys = {leaf.keys: new[path] for path, leaf in leaves(params).items() if path in new}
     return jax.tree_util.tree_map_with_path(lambda keys, leaf: by_keys.get(keys, leaf), params)
 
@@ -169,7 +173,8 @@ def check(plan: Plan, phi: Phi) -> None:
             raise HoraError(f"phi[{key!r}] is floating, got {bad} of another dtype: cast to float32 (spec S7)")
 
 
-def _stack(layers: list[dict[str, np.ndarray]], dtype: DTypeLike) -> dict[str, jax.Array]:
+def stack(layers: list[dict[str, np.ndarray]], dtype: DTypeLike) -> dict[str, jax.Array]:
+    """Parameters of equal layers on a leading layers axis."""
     return {name: jnp.asarray(np.stack([layer[name] for layer in layers]), dtype) for name in layers[0]}
 
 
@@ -188,11 +193,7 @@ def _sums(plan: Plan, old: Mapping[str, jax.Array], phi: Phi) -> dict[str, jax.A
     new = dict(old)
     for layer, deltas in zip(plan.layers, delta(plan, phi).values(), strict=True):
         for site in layer.sites:
-            weight, index = new[site.path], site.layout.index()
-            wide = jnp.promote_types(weight.dtype, jnp.float32)
-            total = weight[index].astype(wide) + site.layout.write(deltas[site.projection], site.shape).astype(wide)
-            total = total.astype(weight.dtype)
-            new[site.path] = total if site.layout.window is None else weight.at[index].set(total)
+            new[site.path] = functional.merge(new[site.path], deltas[site.projection], site.layout)
     return new
 
 

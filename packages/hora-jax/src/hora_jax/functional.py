@@ -17,9 +17,12 @@ from hora_spec import (
     Factors,
     HoraError,
     LayerShape,
+    Layout,
     param_shapes,
 )
 from jaxtyping import Array, Float
+
+from hora_jax import routes
 
 Params = Mapping[str, Array]
 Route = Literal["auto", "branch", "merge", "plain"]
@@ -100,6 +103,32 @@ def dense(factors: Factors, scaling: float) -> Float[Array, "*layers heads*head_
     return product.reshape(*b.shape[:-3], -1, a.shape[-1])
 
 
+def merge(weight: Array, delta: Array, layout: Layout) -> Array:
+    """Stored weight with `delta` added in its window, summed in float32 or better and rounded once.
+
+    Parameters
+    ----------
+    weight
+        The stored weight, in its stored form and dtype.
+    delta
+        Canonical (heads * head_dim, embed), or (layers, heads * head_dim, embed) when the layout is stacked.
+    layout
+        Where the projection sits.
+
+    Returns
+    -------
+    array
+        Of weight's shape and dtype.
+
+    Notes
+    -----
+    Spec M1. `hora_jax.merge` also refuses what rule M3 refuses; under a trace, values are unknown.
+    """
+    wide, index = jnp.promote_types(weight.dtype, jnp.float32), layout.index()
+    total = weight[index].astype(wide) + layout.write(delta, weight.shape).astype(wide)
+    return weight.at[index].set(total.astype(weight.dtype)) if layout.window else total.astype(weight.dtype)
+
+
 def hora_linear(
     x: Float[Array, "*batch embed"],
     weight: Float[Array, "heads*head_dim embed"],
@@ -148,7 +177,7 @@ def hora_linear(
             f"got {x.shape}, {weight.shape}, {a.shape} and {b.shape}: transpose Flax kernels first (spec D3)"
         )
     if _resolve(route, x) == "merge":
-        y = _guarded(_merged, x, jax.lax.stop_gradient(weight), a, scaling * b)
+        y = routes.merged(x, jax.lax.stop_gradient(weight), a, scaling * b)
     else:
         y = x @ jax.lax.stop_gradient(weight).T
         z = branch(x, factors, scaling, route="plain" if route == "plain" else "branch")
@@ -172,9 +201,8 @@ def branch(
     route
         ``"plain"`` uses JAX's own derivative rules, ``"branch"`` one that accumulates in float32.
     """
-    if route == "plain":
-        return _branch_forward(x, factors.a, scaling * factors.b)[0]
-    return _guarded(_branch, x, factors.a, scaling * factors.b)
+    function = routes.plain if route == "plain" else routes.branch
+    return function(x, factors.a, scaling * factors.b)
 
 
 def _resolve(route: Route, x: Array) -> Route:
@@ -183,76 +211,6 @@ def _resolve(route: Route, x: Array) -> Route:
     if route != "auto":
         return route
     return "merge" if x.dtype == jnp.float32 and math.prod(x.shape[:-1]) > x.shape[-1] else "branch"
-
-
-def _guarded(function: Callable[..., Array], *args: Array) -> Array:
-    try:
-        return function(*args)
-    except TypeError as error:  # what JAX raises when jvp meets a custom_vjp
-        if "forward-mode" not in str(error):
-            raise
-        raise HoraError(
-            "forward-mode differentiation needs JAX's own derivative rules, got a route with custom low-rank ones: "
-            'pass route="plain" (spec D3)'
-        ) from error
-
-
-# The branch: x (..., d), a (r, d) or (h, r, d), b (h, k, r) already scaled; u = x A^T is (..., r) or (..., h, r).
-
-
-@jax.custom_vjp
-def _branch(x: Array, a: Array, b: Array) -> Array:
-    return _branch_forward(x, a, b)[0]
-
-
-def _branch_forward(x: Array, a: Array, b: Array) -> tuple[Array, tuple[Array, ...]]:
-    u = _shrink(x, a)
-    z = jnp.einsum("...hr,hkr->...hk" if a.ndim == 3 else "...r,hkr->...hk", u, b.astype(x.dtype))
-    return z, (x, u, a, b)
-
-
-def _branch_backward(saved: tuple[Array, ...], g: Array) -> tuple[Array, ...]:
-    return _low_rank_gradients(*saved, g)
-
-
-_branch.defvjp(_branch_forward, _branch_backward)
-
-
-def _shrink(x: Array, a: Array) -> Array:
-    return _accumulate("...d,hrd->...hr" if a.ndim == 3 else "...d,rd->...r", x, a.astype(x.dtype)).astype(x.dtype)
-
-
-def _low_rank_gradients(x: Array, u: Array, a: Array, b: Array, g: Array) -> tuple[Array, Array, Array]:
-    """Gradients of ``(x A^T) B^T`` with respect to x, A and B, given ``u = x A^T``."""
-    free = a.ndim == 3
-    grad_b = _accumulate("...hk,...hr->hkr" if free else "...hk,...r->hkr", g, u)
-    grad_u = _accumulate("...hk,hkr->...hr" if free else "...hk,hkr->...r", g, b.astype(g.dtype)).astype(g.dtype)
-    grad_a = _accumulate("...hr,...d->hrd" if free else "...r,...d->rd", grad_u, x)
-    grad_x = jnp.einsum("...hr,hrd->...d" if free else "...r,rd->...d", grad_u, a.astype(x.dtype))
-    return grad_x, grad_a.astype(a.dtype), grad_b.astype(b.dtype)
-
-
-# Merge-forward: x (..., d), weight ((h k), d) frozen, a and b as above.
-
-
-@jax.custom_vjp
-def _merged(x: Array, weight: Array, a: Array, b: Array) -> Array:
-    total = weight.astype(jnp.promote_types(weight.dtype, jnp.float32)) + dense(Factors(a, b), 1.0)
-    return x @ total.astype(weight.dtype).T
-
-
-def _merged_forward(x: Array, weight: Array, a: Array, b: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _merged(x, weight, a, b), (x, weight, a, b)
-
-
-def _merged_backward(saved: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
-    x, weight, a, b = saved
-    per_head = g.astype(x.dtype).reshape(*g.shape[:-1], *b.shape[:2])
-    grad_x, grad_a, grad_b = _low_rank_gradients(x, _shrink(x, a), a, b, per_head)
-    return (g @ weight).astype(x.dtype) + grad_x, None, grad_a, grad_b
-
-
-_merged.defvjp(_merged_forward, _merged_backward)
 
 
 def _check_shapes(spec: AdapterSpec, layer: LayerShape, params: Params) -> None:
@@ -294,9 +252,3 @@ def _factor_a(spec: AdapterSpec, params: Params, p: str) -> Array:
 
 def _einsum(subscripts: str, *operands: Array) -> Array:
     return jnp.einsum(subscripts, *operands, precision="highest")
-
-
-def _accumulate(subscripts: str, *operands: Array) -> Array:
-    """Contract, accumulating in float32 or better whatever the operands' dtype."""
-    dtype = jnp.promote_types(operands[0].dtype, jnp.float32)
-    return jnp.einsum(subscripts, *operands, preferred_element_type=dtype)

@@ -4,6 +4,7 @@ No module of the base is changed and none is referenced twice, so graph mode and
 """
 
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any, Literal, final
 
 import jax
@@ -14,7 +15,7 @@ from hora_spec import Factors, HoraError
 from hora_jax import adapter, functional
 from hora_jax.adapter import Phi
 from hora_jax.plan import Layer, Plan
-from hora_jax.targets import Site, leaves
+from hora_jax.targets import Site, child, leaves
 
 Route = Literal["branch", "plain"]
 
@@ -121,12 +122,13 @@ class _Branch(nnx.Module):
 
 def _place(z: jax.Array, x: jax.Array, y: jax.Array, site: Site) -> jax.Array:
     """The branch's output (..., heads, head_dim) in the form of the inner module's output, zero outside its window."""
-    joined = "hk" in site.layout.axes
-    z = z.reshape(*z.shape[:-2], -1) if joined else z
-    window, axis = site.layout.window, z.ndim - 1 if joined else z.ndim - 2
-    if window is not None and site.layout.axes[window.axis] in ("hk", "h"):
+    axes, window = [name for name in site.layout.axes if name != "l"], site.layout.window
+    z = z.reshape(*z.shape[:-2], -1) if "hk" in axes else z
+    z = z[None] if axes[0] == "1" else z  # several maps in one weight, as einsums with a leading output axis make them
+    if window is not None and z.ndim == y.ndim:
+        axis = {"hk": -1, "h": -2, "1": 0}[site.layout.axes[window.axis]]
         pads = [(0, 0)] * z.ndim
-        pads[axis] = (window.start, y.shape[axis] - window.stop) if y.ndim == z.ndim else (0, 0)
+        pads[axis] = (window.start, y.shape[axis] - window.stop)
         z = jnp.pad(z, pads)
     if z.shape != y.shape:
         raise HoraError(
@@ -145,15 +147,9 @@ def _like(site: Site, factor: jax.Array) -> jax.Array:
 
 
 def _replace(root: nnx.Module, keys: tuple[Any, ...], wrap: Any, *args: Any) -> None:
-    *parents, last = keys
-    node: Any = root
-    for key in parents:
-        node = getattr(node, key.name) if isinstance(key, jax.tree_util.GetAttrKey) else node[_index(key)]
-    if isinstance(last, jax.tree_util.GetAttrKey):
-        setattr(node, last.name, wrap(getattr(node, last.name), *args))
+    parent = reduce(child, keys[:-1], root)
+    name, wrapped = keys[-1].key, wrap(child(parent, keys[-1]), *args)
+    if isinstance(name, str) and hasattr(parent, name):
+        setattr(parent, name, wrapped)
     else:
-        node[_index(last)] = wrap(node[_index(last)], *args)
-
-
-def _index(key: Any) -> Any:
-    return key.idx if isinstance(key, jax.tree_util.SequenceKey) else key.key
+        parent[name] = wrapped

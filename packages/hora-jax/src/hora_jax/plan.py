@@ -31,7 +31,7 @@ class Layer:
     spec, shape
         Method and shape, the same for all of them.
     sites
-        Where each projection sits, in the order of `shape`.
+        Where each projection sits, in the order of the targets.
     """
 
     name: str
@@ -90,7 +90,8 @@ def plan(params: Any, spec: AdapterSpec | Mapping[str, AdapterSpec], targets: Ta
         The method; or one for each layer name found.
     targets
         What to adapt; `hora_jax.presets` has the rules of known models. Alternatives may be listed: every projection
-        must match somewhere, and every layer must hold all of them.
+        must match somewhere, and every layer must hold all of them. List projections in the order their modules have
+        in the PyTorch model: the first one names the layer's tensors in adapter files (spec F2).
 
     Returns
     -------
@@ -115,7 +116,8 @@ def plan(params: Any, spec: AdapterSpec | Mapping[str, AdapterSpec], targets: Ta
     found = leaves(params)
     matches = [hit for t in targets for path, leaf in found.items() if (hit := match(t, path, leaf, params))]
     _check_matched(targets, matches, list(found))
-    matches.sort(key=lambda hit: (_natural(hit.layer), hit.site.projection, hit.site.path))
+    order = {p: i for i, p in enumerate(dict.fromkeys(target.projection for target in targets))}
+    matches.sort(key=lambda hit: (_natural(hit.layer), order[hit.site.projection], hit.site.path))
     layers = [_layer(name, list(members), spec) for name, members in groupby(matches, attrgetter("layer"))]
     _check_complete(targets, layers)
     names = {name for layer in layers for name in layer.names}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
+from flax import nnx
 from hora_spec import HoraError, Layout, ProjectionShape, Window
 from jax.tree_util import GetAttrKey, SequenceKey, tree_flatten_with_path
 
@@ -79,9 +80,10 @@ class Match:
 def leaves(params: Any) -> dict[str, Leaf]:
     """Every leaf that has a shape, by dotted path; a Flax variable and its value have one path."""
     result = {}
-    for keys, value in tree_flatten_with_path(params)[0]:
+    tree = nnx.state(params) if isinstance(params, nnx.Module) else params  # some modules are no pytrees
+    for keys, value in tree_flatten_with_path(tree)[0]:
         if hasattr(value, "shape"):
-            result[".".join(map(_segment, _unboxed(keys)))] = Leaf(keys, value)
+            result[".".join(str(_name(key)) for key in _unboxed(keys))] = Leaf(keys, value)
     return result
 
 
@@ -156,7 +158,7 @@ def _attribute(params: Any, keys: tuple[Any, ...], name: str, path: str) -> int:
     node = params
     try:
         for key in keys:
-            node = getattr(node, key.name) if isinstance(key, GetAttrKey) else node[_index(key)]
+            node = child(node, key)
         return attrgetter(name)(node)
     except AttributeError:
         raise HoraError(
@@ -178,9 +180,13 @@ def _unboxed(keys: tuple[Any, ...]) -> tuple[Any, ...]:
     return keys[:-1] if keys and keys[-1] == GetAttrKey("value") else keys
 
 
-def _index(key: Any) -> Any:
+def child(node: Any, key: Any) -> Any:
+    """The child of a module, list or dict that a key of a tree, or of a module's state, names."""
+    name = _name(key)
+    return getattr(node, name) if isinstance(name, str) and hasattr(node, name) else node[name]
+
+
+def _name(key: Any) -> Any:
+    if isinstance(key, GetAttrKey):
+        return key.name
     return key.idx if isinstance(key, SequenceKey) else key.key
-
-
-def _segment(key: Any) -> str:
-    return str(key.name if isinstance(key, GetAttrKey) else _index(key))

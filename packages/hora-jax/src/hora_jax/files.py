@@ -1,0 +1,131 @@
+"""Adapters on disk: the PEFT directory that every backend reads and writes (spec F1 to F6)."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import hora_spec
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hora_spec import Adapter, AdapterLayer, AdapterSpec, HoraError, Layout, Window
+
+from hora_jax.adapter import Phi, check, stack
+from hora_jax.plan import Layer, Plan
+from hora_jax.targets import Site
+
+Path = str | os.PathLike[str]
+
+
+def save_adapter(
+    directory: Path, plan: Plan, phi: Phi, *, config: Mapping[str, Any] | None = None, modules: Phi | None = None
+) -> None:
+    """Write an adapter as a PEFT directory, atomically.
+
+    Parameters
+    ----------
+    directory
+        New, empty, or holding an earlier HoRA adapter.
+    plan, phi
+        A plan and its adapter.
+    config
+        Further keys of ``adapter_config.json``, such as ``base_model_name_or_path``.
+    modules
+        Tensors of modules trained whole, by their path in the PyTorch model, in its orientation.
+
+    Raises
+    ------
+    HoraError
+        If phi does not fit the plan or is not finite, or the directory holds something else. Nothing is written then.
+    """
+    hora_spec.save_adapter(directory, to_adapter(plan, phi, config=config, modules=modules))
+
+
+def load_adapter(directory: Path, plan: Plan, *, skip_modules: bool = False) -> dict[str, dict[str, jax.Array]]:
+    """Read the adapter of a plan, whichever backend wrote it.
+
+    Parameters
+    ----------
+    directory
+        A PEFT directory of type HORA.
+    plan
+        Made with the method of the file: pass ``spec=hora_jax.load_specs(directory)`` to `hora_jax.plan` to be sure.
+    skip_modules
+        Leave out modules that were trained whole. `hora_spec.load_adapter(directory).modules` has them, in PyTorch's
+        names and orientation.
+
+    Returns
+    -------
+    dict
+        The adapter, as from `hora_jax.init`.
+
+    Raises
+    ------
+    HoraError
+        If the files are damaged, or describe other layers, methods or shapes than the plan.
+    """
+    return from_adapter(plan, hora_spec.load_adapter(directory), skip_modules=skip_modules)
+
+
+def load_specs(directory: Path) -> dict[str, AdapterSpec]:
+    """Method of every layer of an adapter on disk, as `hora_jax.plan` takes it."""
+    return {name: layer.spec for name, layer in hora_spec.load_adapter(directory).layers.items()}
+
+
+def export_lora(directory: Path, plan: Plan, phi: Phi) -> None:
+    """Write an adapter as a standard PEFT LoRA directory: exact, without a singular value decomposition (spec F6)."""
+    hora_spec.export_lora(to_adapter(plan, phi), directory)
+
+
+def to_adapter(plan: Plan, phi: Phi, *, config: Mapping[str, Any] | None = None, modules: Phi | None = None) -> Adapter:
+    """The adapter in the form of `hora_spec`: one entry for each layer, NumPy arrays, places in the PyTorch model."""
+    check(plan, phi)
+    layers = {}
+    for key, members in plan.groups().items():
+        params = {name: np.asarray(value) for name, value in jax.device_get(dict(phi[key])).items()}
+        rows = ((layer, name) for layer in members for name in layer.names)
+        for i, (layer, name) in enumerate(rows):
+            sites = {site.projection: _file_site(layer, site, name) for site in layer.sites}
+            layers[name] = AdapterLayer(layer.spec, sites, {key: value[i] for key, value in params.items()})
+    ordered = {name: layers[name] for layer in plan.layers for name in layer.names}
+    return Adapter(ordered, dict(config or {}), {key: np.asarray(value) for key, value in (modules or {}).items()})
+
+
+def from_adapter(plan: Plan, adapter: Adapter, *, skip_modules: bool = False) -> dict[str, dict[str, jax.Array]]:
+    """The parameters of an adapter, stacked as the plan says."""
+    names = [name for layer in plan.layers for name in layer.names]
+    if set(names) != adapter.layers.keys():
+        missing, extra = sorted(set(names) - adapter.layers.keys()), sorted(adapter.layers.keys() - set(names))
+        raise HoraError(
+            f"an adapter has the layers of the plan, missing {missing[:3]}, extra {extra[:3]}: the adapter is of "
+            "another model, or the targets name its layers differently (spec F2)"
+        )
+    if adapter.modules and not skip_modules:
+        raise HoraError(
+            f"modules trained whole are not part of phi, got {sorted(adapter.modules)[:3]}: put them into the tree "
+            "from hora_spec.load_adapter(directory).modules and pass skip_modules=True (spec F2)"
+        )
+    for layer in plan.layers:
+        for name in layer.names:
+            got = adapter.layers[name]
+            if (got.spec, got.shape) != (layer.spec, layer.shape):
+                raise HoraError(
+                    f"layer {name!r} of the plan has {layer.spec} and {layer.shape}, got {got.spec} and {got.shape} in "
+                    "the adapter: plan with spec=hora_jax.load_specs(directory) and its projections (spec F2)"
+                )
+    return {
+        key: stack([dict(adapter.layers[name].params) for layer in members for name in layer.names], jnp.float32)
+        for key, members in plan.groups().items()
+    }
+
+
+def _file_site(layer: Layer, site: Site, name: str) -> hora_spec.Site:
+    """Place of a projection in the PyTorch model: rows of a Linear weight, the same rows as in the tree."""
+    projection, window = layer.shape[site.projection], site.layout.window
+    rows, _ = projection.weight_shape
+    total, layout = rows, Layout()
+    if window is not None and site.layout.axes[window.axis] in ("hk", "h"):
+        unit = 1 if site.layout.axes[window.axis] == "hk" else projection.head_dim
+        total = site.shape[window.axis] * unit
+        layout = Layout(window=Window(0, window.start * unit, window.stop * unit))
+    return hora_spec.Site(f"{name}.{site.module}", "weight", (total, projection.embed_dim), layout, projection)

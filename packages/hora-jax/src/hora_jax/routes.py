@@ -1,0 +1,96 @@
+"""Two ways through an adapted projection, with derivative rules that never form a dense gradient.
+
+Shapes: x (..., d), weight ((h k), d), a (r, d) or (h, r, d) when free per head, b (h, k, r) already scaled, and
+``u = x A^T`` (..., r) or (..., h, r). The factors are cast to x's dtype, never x to theirs. u accumulates in float32
+and is rounded to x's dtype; gradients of the factors accumulate in float32.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+
+import jax
+import jax.numpy as jnp
+from hora_spec import HoraError
+from jaxtyping import Array
+
+
+def reverse_only(function: Callable[..., Array]) -> Callable[..., Array]:
+    """Turn JAX's refusal of forward mode under a custom rule into an error that says what to do."""
+
+    @wraps(function)
+    def guarded(*args: Array) -> Array:
+        try:
+            return function(*args)
+        except TypeError as error:
+            if "forward-mode" not in str(error):
+                raise
+            raise HoraError(
+                "forward-mode differentiation needs JAX's own derivative rules, got a route with custom low-rank ones: "
+                'pass route="plain" (spec D3)'
+            ) from error
+
+    return guarded
+
+
+def plain(x: Array, a: Array, b: Array) -> Array:
+    """``(x A^T) B^T``, (..., heads, head_dim), by JAX's own derivative rules."""
+    return _branch_forward(x, a, b)[0]
+
+
+@jax.custom_vjp
+def _branch(x: Array, a: Array, b: Array) -> Array:
+    return plain(x, a, b)
+
+
+def _branch_forward(x: Array, a: Array, b: Array) -> tuple[Array, tuple[Array, ...]]:
+    u = _shrink(x, a)
+    z = jnp.einsum("...hr,hkr->...hk" if a.ndim == 3 else "...r,hkr->...hk", u, b.astype(x.dtype))
+    return z, (x, u, a, b)
+
+
+def _branch_backward(saved: tuple[Array, ...], g: Array) -> tuple[Array, ...]:
+    return _low_rank_gradients(*saved, g)
+
+
+_branch.defvjp(_branch_forward, _branch_backward)
+branch = reverse_only(_branch)
+
+
+@jax.custom_vjp
+def _merged(x: Array, weight: Array, a: Array, b: Array) -> Array:
+    wide = jnp.promote_types(weight.dtype, jnp.float32)
+    delta = jnp.einsum("hkr,hrd->hkd" if a.ndim == 3 else "hkr,rd->hkd", b, a).reshape(weight.shape)
+    return x @ (weight.astype(wide) + delta).astype(weight.dtype).T
+
+
+def _merged_forward(x: Array, weight: Array, a: Array, b: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _merged(x, weight, a, b), (x, weight, a, b)  # the sum itself is not saved
+
+
+def _merged_backward(saved: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
+    x, weight, a, b = saved
+    per_head = g.astype(x.dtype).reshape(*g.shape[:-1], *b.shape[:2])
+    grad_x, grad_a, grad_b = _low_rank_gradients(x, _shrink(x, a), a, b, per_head)
+    return (g @ weight).astype(x.dtype) + grad_x, None, grad_a, grad_b
+
+
+_merged.defvjp(_merged_forward, _merged_backward)
+merged = reverse_only(_merged)
+
+
+def _shrink(x: Array, a: Array) -> Array:
+    return _accumulate("...d,hrd->...hr" if a.ndim == 3 else "...d,rd->...r", x, a.astype(x.dtype)).astype(x.dtype)
+
+
+def _low_rank_gradients(x: Array, u: Array, a: Array, b: Array, g: Array) -> tuple[Array, Array, Array]:
+    """Gradients of ``(x A^T) B^T`` with respect to x, A and B, given g (..., h, k)."""
+    free = a.ndim == 3
+    grad_b = _accumulate("...hk,...hr->hkr" if free else "...hk,...r->hkr", g, u)
+    grad_u = _accumulate("...hk,hkr->...hr" if free else "...hk,hkr->...r", g, b.astype(g.dtype)).astype(g.dtype)
+    grad_a = _accumulate("...hr,...d->hrd" if free else "...r,...d->rd", grad_u, x)
+    grad_x = jnp.einsum("...hr,hrd->...d" if free else "...r,rd->...d", grad_u, a.astype(x.dtype))
+    return grad_x, grad_a.astype(a.dtype), grad_b.astype(b.dtype)
+
+
+def _accumulate(subscripts: str, *operands: Array) -> Array:
+    return jnp.einsum(subscripts, *operands, preferred_element_type=jnp.promote_types(operands[0].dtype, jnp.float32))
