@@ -77,13 +77,15 @@ def read_pair(directory: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]
 def write_pair(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> None:
     """Replace config and tensors of `directory` such that a crash leaves the old pair whole, or the new one (spec F3).
 
-    One writer at a time. Raises HoraError if `config` is not JSON.
+    One writer at a time. Raises HoraError if `config` is not JSON, or a tensor has a dtype that safetensors lacks.
     """
-    data = save({name: np.asarray(array, order="C") for name, array in tensors.items()}, metadata=_METADATA)
     try:
         text = json.dumps(config, indent=2, sort_keys=True).encode()
+        data = save({name: np.asarray(array, order="C") for name, array in tensors.items()}, metadata=_METADATA)
     except (TypeError, ValueError) as error:
         raise HoraError(f"a config consists of JSON values: {error} (spec F1)") from error
+    except SafetensorError as error:
+        raise HoraError(f"tensors are arrays of numbers: {error} (spec F1)") from error
     directory.mkdir(parents=True, exist_ok=True)
     new_tensors, new_config = directory / f"{TENSORS}.tmp", directory / _pending(data)
     try:

@@ -90,7 +90,7 @@ def export_lora(adapter: Adapter, directory: str | os.PathLike[str], *, dtype: D
     directory
         A new or empty directory.
     dtype
-        Floating dtype of the LoRA tensors, computed in float64 and rounded once.
+        Float16, float32 or float64: the LoRA tensors are computed in float64 and rounded once.
 
     Raises
     ------
@@ -209,8 +209,8 @@ def _number(value: float) -> int | float:
 
 
 def _cast(path: str, value: NDArray[np.float64], dtype: DTypeLike) -> NDArray[Any]:
-    if not np.issubdtype(dtype, np.floating):
-        raise HoraError(f"LoRA tensors are floating, got dtype {dtype!r}: use float32 (spec F6)")
+    if np.dtype(dtype) not in (np.float16, np.float32, np.float64):
+        raise HoraError(f"LoRA tensors are float16, float32 or float64, got {np.dtype(dtype)} (spec F6)")
     with np.errstate(over="ignore"):
         cast = value.astype(dtype)
     if not np.isfinite(cast).all():

@@ -1,0 +1,101 @@
+"""``python -m hora_spec``."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hora_spec import (
+    Adapter,
+    AdapterLayer,
+    AdapterSpec,
+    Layout,
+    ProjectionShape,
+    Site,
+    Window,
+    param_shapes,
+    reference,
+    save_adapter,
+)
+from hora_spec.__main__ import delta_norms, main
+
+
+def layer_of(spec, path, seed):
+    q = Site(f"{path}.qkv", "weight", (12, 4), Layout("(h k) d", Window(0, 0, 4)), ProjectionShape(2, 2, 4))
+    v = Site(f"{path}.qkv", "weight", (12, 4), Layout("(h k) d", Window(0, 8, 12)), ProjectionShape(2, 2, 4))
+    layer, draw = AdapterLayer(spec, {"q": q, "v": v}, {}), np.random.default_rng(seed)
+    shapes = param_shapes(spec, layer.shape)
+    return AdapterLayer(spec, layer.sites, {key: np.float32(draw.normal(size=s)) for key, s in shapes.items()})
+
+
+@pytest.fixture
+def adapter():
+    spec = AdapterSpec(2, hidden_dim=3, head_embed_dim=4, alpha=3.0)
+    return Adapter(
+        {f"blocks.{i}.attn": layer_of(spec.replace(rank=2 + i), f"blocks.{i}.attn", i) for i in range(2)},
+        {"base_model_name_or_path": "some/base"},
+        {"head.weight": np.zeros((3, 4), np.float32)},
+    )
+
+
+@pytest.fixture
+def saved(adapter, tmp_path):
+    save_adapter(tmp_path / "adapter", adapter)
+    return tmp_path / "adapter"
+
+
+def test_inspect_prints_layers_shapes_parameters_and_norms(adapter, saved, capsys):
+    assert main(["inspect", str(saved)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = out.splitlines()
+    assert lines[0] == "base model some/base"
+    assert lines[1].startswith("HoRA rank 2, hidden_dim 3, head_embed_dim 4, alpha 3.0, sharing full")
+    table = [re.split(r"  +", line.strip()) for line in lines if "blocks" in line]
+    norms = {name: delta_norms(layer) for name, layer in adapter.layers.items()}
+    for i, row in enumerate(table[::2]):
+        name = f"blocks.{i}.attn"
+        count = sum(array.size for array in adapter.layers[name].params.values())
+        sizes, norm = ["2", "2", "4"], f"{norms[name]['q']:.4g}"
+        assert row == [name, str(2 + i), str(count), "q", f"{name}.qkv", "(h k) d [0:4]", *sizes, norm]
+    assert [row[0] for row in table[1::2]] == ["v", "v"]
+    total = sum(array.size for layer in adapter.layers.values() for array in layer.params.values())
+    assert f"2 layers, 4 projections, {total} HoRA parameters" in out
+    assert lines[-1] == "1 tensors of modules trained whole, 12 values"
+
+
+@pytest.mark.parametrize("sharing", ["full", "a", "b", "none"])
+def test_inspect_norms_are_those_of_the_dense_delta(sharing):
+    layer = layer_of(AdapterSpec(2, sharing=sharing, alpha=5.0), "a", 0)
+    for p, delta in reference.delta(layer.spec, layer.shape, layer.params).items():
+        assert delta_norms(layer)[p] == pytest.approx(np.linalg.norm(delta), rel=1e-12)
+
+
+def test_export_lora_writes_a_directory(saved, tmp_path, capsys):
+    assert main(["export-lora", str(saved), str(tmp_path / "lora")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'lora'}: LoRA adapter of rank 4, 6\n"
+    assert sorted(path.name for path in (tmp_path / "lora").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("command", "match"), [(["inspect", "absent"], "spec F1"), (["export-lora", "adapter", "adapter"], "spec F3")]
+)
+def test_e1_bad_input_is_one_line_and_exit_code_2(saved, command, match, capsys, monkeypatch):
+    monkeypatch.chdir(saved.parent)
+    assert main(command) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert match in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_the_module_runs(saved):
+    run = subprocess.run([sys.executable, "-m", "hora_spec", "inspect", saved], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "blocks.1.attn" in run.stdout
+    assert subprocess.run([sys.executable, "-m", "hora_spec"], capture_output=True).returncode == 2
