@@ -1,0 +1,205 @@
+"""The parity report: which rules of the specification were exercised, by how many cases, and how near to its bound.
+
+Tests record comparisons in a `Tally`; its lines travel to the reporting process as properties of the test, with
+or without pytest-xdist, and `Report` folds them together. A ratio is an error divided by its bound: 1 is the limit.
+"""
+
+import json
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+SPEC = ROOT / "docs" / "spec.md"
+
+EXACT = "exact"
+"""Unit of a family that allows no error: its ratio is 0 or the test fails."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One kind of comparison: what is compared, and what bounds it (`EXACT` for equality to the bit)."""
+
+    title: str
+    bound: str
+
+
+KIT = "`hora_spec.testing.tolerance`, derived per element"
+FAMILIES: dict[str, Family] = {
+    "init": Family("initial values", EXACT),
+    "factors": Family("factors of every projection", KIT),
+    "delta": Family("dense update", KIT),
+    "linear": Family("adapted projection, branch and merge routes", KIT),
+    "linear gradients": Family("backward pass of the adapted projection", KIT),
+    "gradients": Family("gradient of every parameter", KIT),
+    "torch against JAX": Family("the same arrays, torch against JAX directly", "twice the bound of either"),
+    "laws": Family("what holds whatever the numbers are", KIT),
+    "merge": Family("merged weights in every layout", EXACT),
+    "unmerge": Family("the base after merging and unmerging", EXACT),
+    "model": Family("logits of whole models: adapted, merged, exported to LoRA", "1e-9 relative, float64"),
+    "lora": Family("files of the LoRA export", EXACT),
+    "training, float64": Family("parameters after 50 AdamW steps", "1e-9 relative"),
+    "training, float32": Family("loss curves of 50 AdamW steps", "1e-4 relative"),
+    "exchange": Family("training handed over between frameworks", "1e-9 relative, float64"),
+    "files": Family("tensor files of equal parameters, byte for byte", EXACT),
+    "borders": Family("bad input refused by both with a HoraError, nothing changed", EXACT),
+    "mutants": Family("deliberately wrong backends, all caught", EXACT),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Comparisons of one family by one backend under one rule: how many, the worst ratio, and where it was."""
+
+    rule: str
+    family: str
+    backend: str
+    cases: int
+    worst: float
+    where: str
+
+    def __add__(self, other: "Line") -> "Line":
+        worse = self if self.worst >= other.worst else other
+        return replace(worse, cases=self.cases + other.cases)
+
+
+@dataclass(slots=True)
+class Tally:
+    """What one test compared; `test` is its pytest id."""
+
+    test: str
+    lines: list[dict[str, Any]]
+
+    def add(self, family: str, backend: str, rules: Iterable[str], ratio: float = 0.0, case: Any = None) -> None:
+        """Count one case under each of its rules.
+
+        Parameters
+        ----------
+        family
+            A key of `FAMILIES`.
+        backend
+            Whose numbers they are.
+        rules
+            Rules of the specification that the case exercises.
+        ratio
+            Worst error divided by its bound.
+        case
+            What replays it, when the test runs more than one; a `hora_spec.testing.Case` becomes ``--case``.
+        """
+        if family not in FAMILIES:
+            raise KeyError(f"{family!r} is not a family of the report")
+        where = self.test if case is None else f"{self.test} --case {shlex.quote(repr(case))}"
+        self.lines += [asdict(Line(rule, family, backend, 1, float(ratio), where)) for rule in sorted(set(rules))]
+
+
+@dataclass(slots=True)
+class Report:
+    """All lines of a session, folded by rule, family and backend."""
+
+    lines: dict[tuple[str, str, str], Line] = field(default_factory=dict)
+
+    def fold(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Add the lines of one test."""
+        for line in (Line(**each) for each in lines):
+            key = (line.rule, line.family, line.backend)
+            self.lines[key] = self.lines[key] + line if key in self.lines else line
+
+    def by_rule(self) -> dict[str, Line | None]:
+        """One line for every rule of the specification, None where no case ran."""
+        return {rule: self._worst(lambda line, rule=rule: line.rule == rule) for rule in rules_of_spec()}
+
+    def by_family(self) -> dict[tuple[str, str], Line]:
+        """One line for every family and backend; a case that several rules share counts once, under its first rule."""
+        pairs = sorted({(line.family, line.backend) for line in self.lines.values()})
+        result = {}
+        for family, backend in sorted(pairs, key=lambda pair: list(FAMILIES).index(pair[0])):
+            own = [x for x in self.lines.values() if (x.family, x.backend) == (family, backend)]
+            result[family, backend] = replace(max(own, key=lambda x: x.worst), cases=max(x.cases for x in own))
+        return result
+
+    def problems(self) -> list[str]:
+        """Why this is no proof yet: rules or families without cases, bounds that are exceeded or never approached."""
+        found = [f"rule {rule} has no cases" for rule, line in self.by_rule().items() if line is None]
+        for name, family in FAMILIES.items():
+            line = self._worst(lambda x, name=name: x.family == name)
+            if line is None:
+                found.append(f"family {name!r} has no cases")
+            elif not line.worst < 1:
+                found.append(f"family {name!r} exceeds its bound: {line.worst:.3g} at {line.where}")
+            elif family.bound != EXACT and line.worst <= 0.01:
+                found.append(f"family {name!r} never approaches its bound: {line.worst:.3g}; tighten it")
+        return found
+
+    def write(self, folder: Path, *, complete: bool) -> None:
+        """``parity-report.md`` and ``parity-report.json``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        problems = self.problems()
+        data = {
+            "complete": complete,
+            "problems": problems,
+            "lines": [asdict(line) for _, line in sorted(self.lines.items())],
+        }
+        (folder / "parity-report.json").write_text(json.dumps(data, indent=1, allow_nan=True) + "\n")
+        (folder / "parity-report.md").write_text(self.markdown(complete=complete))
+
+    def markdown(self, *, complete: bool) -> str:
+        """The report as the documentation shows it."""
+        problems = self.problems()
+        verdict = "Every rule has cases, every error is within its bound." if not problems else "Not a proof yet:"
+        if not complete:
+            verdict = "A part of the session ran; this is no verdict. " + (verdict if problems else "")
+        text = ["# Parity of torch and JAX", "", verdict, *(f"- {problem}" for problem in problems), ""]
+        text += [
+            "## By comparison",
+            "",
+            "| comparison | backend | bound | cases | worst error / bound |",
+            "|---|---|---|--:|--:|",
+        ]
+        for (name, backend), line in self.by_family().items():
+            family = FAMILIES[name]
+            text.append(f"| {family.title} | {backend} | {family.bound} | {line.cases} | {_ratio(line)} |")
+        text += [
+            "",
+            "## By rule",
+            "",
+            "| rule | cases | worst error / bound | comparison and backend |",
+            "|---|--:|--:|---|",
+        ]
+        lines = self.by_rule()
+        for rule, line in lines.items():
+            last = "none | | |" if line is None else f"{line.cases} | {_ratio(line)} | {line.family}, {line.backend} |"
+            text.append(f"| {rule} | {last}")
+        text += [
+            "",
+            "## Worst cases",
+            "",
+            "Each line replays one: the comparison of that rule nearest to its bound.",
+            "",
+            "```sh",
+        ]
+        text += list(dict.fromkeys(f"{replay(line.where)}  # {line.family}" for line in lines.values() if line))
+        return "\n".join([*text, "```", ""])
+
+    def _worst(self, wanted: Any) -> Line | None:
+        total: Line | None = None
+        for line in filter(wanted, self.lines.values()):
+            total = line if total is None else total + line
+        return total
+
+
+def rules_of_spec() -> list[str]:
+    """Identifiers of the rules that the specification states, in its order."""
+    return re.findall(r"^### ([A-Z]\d+)\. ", SPEC.read_text(), re.MULTILINE)
+
+
+def replay(where: str) -> str:
+    """The command that runs one case again."""
+    test, case, value = where.partition(" --case ")
+    return f"nox -s parity -- -n0 --only {shlex.quote(test)}{case}{value}"
+
+
+def _ratio(line: Line) -> str:
+    return "equal" if FAMILIES[line.family].bound == EXACT and not line.worst else f"{line.worst:.3g}"
