@@ -24,11 +24,19 @@ VISION = {
 }
 
 
+THIRD_PARTY = (
+    # transformers 5.23 asks its own deprecated property while peft wraps a model
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+    # torch 2.13 traces an autograd function by instantiating it
+    "ignore:.*should not be instantiated:DeprecationWarning",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Warnings are errors, but for these of others."""
     for item in items:
-        # transformers 5.23 asks its own deprecated property while peft wraps a model
-        item.add_marker(pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"))
+        for warning in THIRD_PARTY:
+            item.add_marker(pytest.mark.filterwarnings(warning))
 
 
 @dataclass(frozen=True)

@@ -173,3 +173,16 @@ def test_timm_eva_is_left_as_it_was(families):
     assert attention.qkv_bias_separate
     assert not model.unload().blocks[0].attn.qkv_bias_separate
     assert type(base_module(attention.qkv)) is nn.Linear
+
+
+def test_fused_weights_in_another_order_are_refused():
+    """CodeGen stores q, v, k in blocks of its training mesh, so rows must not be taken for q, k, v."""
+    import transformers
+
+    model = transformers.CodeGenForCausalLM(
+        transformers.CodeGenConfig(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=16, rotary_dim=4)
+    )
+    with pytest.raises(HoraError, match="another order"):
+        peft.get_peft_model(model, HoraConfig(target_modules=["qkv_proj"]))
+    with pytest.raises(HoraError, match="Closest module names"):
+        peft.get_peft_model(model, HoraConfig())

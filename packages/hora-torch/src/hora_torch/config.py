@@ -95,7 +95,7 @@ class HoraConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
-        if self.layers_pattern and not self.layers_to_transform:
+        if self.layers_pattern and self.layers_to_transform is None:
             raise HoraError(
                 "layers_pattern needs layers_to_transform: when `layers_pattern` is specified, `layers_to_transform` "
                 "must also be specified; leave layers_pattern out, or say which layers"

@@ -34,11 +34,14 @@ ROLES = {
 }
 """Names of separate projections in transformers, timm and common code."""
 
-FUSED = ("qkv", "qkv_proj", "c_attn", "Wqkv", "wqkv", "in_proj", "to_qkv")
+FUSED = ("qkv", "qkv_proj", "c_attn", "Wqkv", "to_qkv")
 """Names of one Linear or Conv1D whose output is q, then k, then v, each ``[head][head_dim]``."""
 
+_INTERLEAVED = ("CodeGenAttention",)
+"""Attention classes with such a name for another order, beside timm's ``head_first`` and GPT-BigCode's many heads."""
+
 _NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
-_NUM_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv")
+_NUM_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv", "kv_heads")
 _HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim", "d_kv", "head_size")
 _ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 
@@ -186,6 +189,11 @@ def _sites(model: nn.Module, name: str, module: nn.Module, config: HoraConfig) -
     pattern, axis = ("d (h k)", 1) if transposed else ("(h k) d", 0)
     heads = _Heads.find(model, parent, name, config)
     if own in FUSED and heads.query:
+        if _is_interleaved(parent, module, own):
+            raise HoraError(
+                f"a fused weight is adapted when its rows are all of q, then k, then v, got another order in {name!r} "
+                f"of {type(parent).__name__}: leave it out of target_modules"
+            )
         for part, start, width, count in heads.split(name, own, rows, getattr(parent, "is_cross_attention", False)):
             if part in config.fused_projections:
                 projection = ProjectionShape(count, width // count, embed)
@@ -292,7 +300,15 @@ def _is_default(model: nn.Module, name: str, module: nn.Module, config: HoraConf
     if not _is_supported(module) or not (_ROLE_OF.get(own) in ("q", "v") or own in FUSED):
         return False
     parent = base_module(model.get_submodule(parent_name))
+    if own in FUSED and _is_interleaved(parent, module, own):
+        return False
     return _Heads.find(model, parent, name, config).query is not None
+
+
+def _is_interleaved(attention: nn.Module, module: nn.Module, own: str) -> bool:
+    if own == "c_attn" and not isinstance(module, Conv1D):
+        return not getattr(attention, "multi_query", False)
+    return bool(getattr(attention, "head_first", False)) or type(attention).__name__ in _INTERLEAVED
 
 
 def _is_supported(module: nn.Module) -> bool:

@@ -1,0 +1,133 @@
+"""pytest plugin: PEFT's tests, parametrised with HoraConfig and with local models."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+FOLDER = Path(os.environ.get("HORA_CONFORMANCE_MODELS", "models"))
+
+
+def _declare_torchvision_operators() -> Any:
+    """As in the repository's conftest: torchvision beside a torch that its operators were not built for."""
+    found = find_spec("torchvision")
+    for library in [] if found is None else Path(found.origin).parent.glob("_C*.so"):
+        try:
+            torch.ops.load_library(library)
+        except OSError:
+            declared = torch.library.Library("torchvision", "FRAGMENT")
+            for name in ("nms", "qnms"):
+                declared.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            return declared
+    return None
+
+
+_TORCHVISION = _declare_torchvision_operators()
+
+from hora_torch import HoraConfig  # noqa: E402
+from models import local  # noqa: E402
+
+
+@dataclass
+class MlpHoraConfig(HoraConfig):
+    """For PEFT's MLPs, which have no heads: every target is taken as two of them."""
+
+    num_heads: int | dict[str, int] | None = 2
+
+
+SMALL = {"r": 4, "hidden_dim": 8, "head_embed_dim": 6}
+
+CUSTOM = [
+    ("MLP str", "MLP", {"target_modules": "lin0"}),
+    ("MLP list", "MLP", {"target_modules": ["lin0"]}),
+    ("MLP last", "MLP", {"target_modules": ["lin1"]}),
+    ("MLP both", "MLP", {"target_modules": ["lin0", "lin1"]}),
+    ("MLP all-linear", "MLP", {"target_modules": "all-linear"}),
+    ("MLP modules_to_save", "MLP", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
+    ("MLP scaled", "MLP", {"target_modules": ["lin0"], "hora_alpha": 4.0, "hora_dropout": 0.1}),
+    ("MLP generated A", "MLP", {"target_modules": ["lin0", "lin1"], "a_source": "hypernetwork"}),
+    ("MLP residual", "MLP", {"target_modules": ["lin0", "lin1"], "residual": True}),
+    ("MLP A shared", "MLP", {"target_modules": ["lin0", "lin1"], "sharing": "a"}),
+    ("MLP B shared", "MLP", {"target_modules": ["lin0", "lin1"], "sharing": "b"}),
+    ("MLP nothing shared", "MLP", {"target_modules": ["lin0", "lin1"], "sharing": "none"}),
+    ("MLP merge route", "MLP", {"target_modules": ["lin0", "lin1"], "route": "merge"}),
+    ("Conv1D", "EmbConv1D", {"target_modules": ["conv1d"]}),
+]
+PAIRS = [
+    ("Same", {"target_modules": ["lin0"]}, {"target_modules": ["lin0"]}),
+    ("Different", {"target_modules": ["lin0"]}, {"target_modules": ["lin1"]}),
+    ("Second has more", {"target_modules": ["lin0"]}, {"target_modules": ["lin0", "lin1"]}),
+    ("Leader only once", {"target_modules": ["lin0", "lin1"]}, {"target_modules": ["lin1"]}),
+    ("Ranks", {"target_modules": ["lin0"], "r": 4}, {"target_modules": ["lin0"], "r": 2}),
+]
+
+
+def _custom(values: Sequence[Any]) -> list[Any]:
+    return [(f"{name} HoRA", model, MlpHoraConfig, SMALL | kwargs) for name, model, kwargs in CUSTOM]
+
+
+def _pairs(values: Sequence[Any]) -> list[Any]:
+    off = SMALL | {"init_weights": False}
+    return [(f"HoRA {name}", "hora", MlpHoraConfig, off | one, off | two) for name, one, two in PAIRS]
+
+
+def _models(values: Sequence[Any]) -> list[Any]:
+    return [path for value in values if (path := local(value, FOLDER))]
+
+
+def _configs(values: Sequence[Any]) -> list[Any]:
+    task = next((kwargs["task_type"] for _, kwargs in values if kwargs.get("task_type")), None)
+    base = {"task_type": task, "target_modules": None} | SMALL
+    return [(HoraConfig, base), (HoraConfig, base | {"a_source": "hypernetwork", "residual": True})]
+
+
+EXCHANGE: dict[tuple[str, ...], Callable[[Sequence[Any]], list[Any]]] = {
+    ("test_name", "model_id", "config_cls", "config_kwargs"): _custom,
+    ("test_name", "tuner_method", "config_cls", "config_kwargs_1", "config_kwargs_2"): _pairs,
+    ("model_id",): _models,
+    ("config_cls", "config_kwargs"): _configs,
+    ("config_cls",): lambda values: [MlpHoraConfig],
+    ("config_class", "mandatory_kwargs"): lambda values: [(HoraConfig, {})],
+    ("config0",): lambda values: [MlpHoraConfig(target_modules=["lin0"], init_weights=False, **SMALL)],
+}
+"""What PEFT's tests are parametrised with, by the names of the parameters."""
+
+SKIP: dict[str, str] = {}
+"""Part of a test's name to the reason why it says nothing about HoRA."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Exchange argument values in the marks, before pytest reads them."""
+    for mark in metafunc.definition.iter_markers("parametrize"):
+        if getattr(mark, "_exchanged", False):
+            continue
+        names, values, *rest = mark.args
+        key = tuple(name.strip() for name in (names.split(",") if isinstance(names, str) else names))
+        if key in EXCHANGE:
+            object.__setattr__(mark, "args", (names, EXCHANGE[key](list(values)), *rest))
+            object.__setattr__(mark, "kwargs", {k: v for k, v in mark.kwargs.items() if k != "ids"})
+        object.__setattr__(mark, "_exchanged", True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests that take a HoraConfig; what is skipped among them has a reason."""
+    ours, others = [], []
+    for item in items:
+        params = getattr(item, "callspec", None)
+        values = params.params.values() if params else ()
+        is_ours = any(
+            isinstance(value, HoraConfig) or (isinstance(value, type) and issubclass(value, HoraConfig))
+            for value in values
+        )
+        (ours if is_ours else others).append(item)
+        for part, reason in SKIP.items():
+            if is_ours and part in item.name:
+                item.add_marker(pytest.mark.skip(reason=reason))
+    config.hook.pytest_deselected(items=others)
+    items[:] = ours
