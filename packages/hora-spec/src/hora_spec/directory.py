@@ -185,7 +185,8 @@ def _array(name: str, entry: Mapping[str, Any], path: Path) -> NDArray[Any]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    binary = getattr(os, "O_BINARY", 0)  # Windows translates line ends otherwise
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | binary, 0o666)
     try:
         view = memoryview(data)
         while view:

@@ -48,16 +48,10 @@ def load_adapter(directory: str | os.PathLike[str]) -> Adapter:
     if not isinstance(entries, list):
         raise HoraError(f"hora_layers must be a list of layers, got {type(entries).__name__} (spec F2)")
     layers: dict[str, AdapterLayer] = {}
-    for entry in entries:
-        name, spec, sites = layer_from_json(entry)
+    for name, spec, sites in map(layer_from_json, entries):
         if name in layers:
             raise HoraError(f"layer names are unique, got {name!r} twice (spec F2)")
-        layer = AdapterLayer(spec, sites, {})
-        prefix = _prefix(layer)
-        params = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
-        order = {key: i for i, key in enumerate(param_shapes(spec, layer.shape))}
-        params = dict(sorted(params.items(), key=lambda item: order.get(item[0], len(order))))
-        layers[name] = dataclasses.replace(layer, params=params)
+        layers[name] = _take_params(AdapterLayer(spec, sites, {}), tensors)
     if strangers := [key for key in tensors if not key.startswith(PREFIX) or ".hora_hyper." in key]:
         raise HoraError(
             f"every tensor belongs to a layer or to a module trained whole, got also {strangers[:3]}: config and "
@@ -188,6 +182,14 @@ def _check_version(config: Mapping[str, Any]) -> None:
         raise HoraError(
             f"this version reads adapters of spec version {SPEC_VERSION}, got {version!r}: upgrade hora-spec (spec F4)"
         )
+
+
+def _take_params(layer: AdapterLayer, tensors: dict[str, Any]) -> AdapterLayer:
+    """The layer with its parameters, in canonical order, which leave `tensors`."""
+    prefix = _prefix(layer)
+    params = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
+    order = [*param_shapes(layer.spec, layer.shape), *params]  # strangers last; the check names them
+    return dataclasses.replace(layer, params=dict(sorted(params.items(), key=lambda item: order.index(item[0]))))
 
 
 def _prefix(layer: AdapterLayer) -> str:
