@@ -149,8 +149,9 @@ SIZES: tuple[dict[str, int], ...] = (
 )
 """The fixed table of method sizes; in the second, hidden is smaller than rank."""
 
-_SOURCES = (("full", "direct"), ("full", "hypernetwork"), ("b", "direct"), ("a", "hypernetwork"))
-_FREE = (("a", "direct"), ("none", "direct"))
+GENERATING = (("full", "direct"), ("full", "hypernetwork"), ("b", "direct"), ("a", "hypernetwork"))
+FREE = (("a", "direct"), ("none", "direct"))
+"""Valid ``(sharing, a_source)`` in which something is generated, and in which nothing is."""
 
 
 def corpus() -> tuple[Case, ...]:
@@ -162,13 +163,13 @@ def corpus() -> tuple[Case, ...]:
         {"sharing": sharing, "a_source": a_source, "activation": activation, "gain": gain}
         for gain in ("transfer", 1.0)
         for activation in ACTIVATIONS
-        for sharing, a_source in (_SOURCES + _FREE if gain == "transfer" else _SOURCES)
+        for sharing, a_source in (GENERATING + FREE if gain == "transfer" else GENERATING)
     ]
     layers = list(LAYERS.values())
     cases = []
     for n, method in enumerate(methods):
         spec = AdapterSpec(**SIZES[n // 2 % 2], **method, alpha=(6.0, None)[n // 3 % 2])
         if spec.generates_b:
-            spec = spec.replace(residual=n % 3 == 0, normalize=n % 10 != 7)
-        cases.append(Case(spec, layers[n % len(layers)], seed=n, regime=REGIMES[n // 2 % 5 if n % 2 else 0]))
+            spec = spec.replace(residual=n % 3 == 0, normalize=n % 9 != 4)
+        cases.append(Case(spec, layers[n % len(layers)], seed=n, regime=REGIMES[n % 7 if n % 7 < 5 else 0]))
     return tuple(cases)
