@@ -64,7 +64,7 @@ def vit_from_onnx(source: Path, target: Path) -> dict[str, float]:
             for k in (1, 2):
                 state[f"{ours}.ls{k}.gamma"] = weights[f"{theirs}.layer_scale{k}.lambda1"]
 
-    tensors = {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
+    tensors = {name: torch.from_numpy(np.array(value, order="C")) for name, value in state.items()}
     model = timm.create_model(VIT_ARCHITECTURE, pretrained=False, num_classes=0).eval()
     model.load_state_dict(tensors, strict=True)
     difference = _compare_blocks(source, model)

@@ -232,8 +232,9 @@ class Llama(nnx.Module):
         *,
         valid: Bool[Array, "batch keys"] | None = None,
         cache: Cache | None = None,
+        at: Int[Array, "batch picked"] | None = None,
     ) -> Any:
-        """Logits of the next token at every position.
+        """Logits of the next token.
 
         Parameters
         ----------
@@ -244,20 +245,14 @@ class Llama(nnx.Module):
             counted over valid keys, so padding on the left shifts nothing.
         cache
             From `init_cache`, or returned by the previous call.
+        at
+            Positions whose logits are wanted; default all. Few positions save most of the memory of a large vocabulary.
 
         Returns
         -------
         array, or (array, Cache)
-            Logits ``(batch, seq, vocab_size)``; with a cache also the cache to pass next.
+            Logits ``(batch, seq or picked, vocab_size)``; with a cache also the cache to pass next.
         """
-        hidden, new = self.hidden(tokens, valid=valid, cache=cache)
-        logits = self.logits(hidden)
-        return logits if cache is None else (logits, new)
-
-    def hidden(
-        self, tokens: jax.Array, *, valid: jax.Array | None = None, cache: Cache | None = None
-    ) -> tuple[jax.Array, Cache | None]:
-        """Final hidden states ``(batch, seq, embed)`` and the new cache."""
         batch, seq = tokens.shape
         start, keys = (0, seq) if cache is None else (cache.filled, cache.k.shape[2])
         valid = jnp.ones((batch, keys), bool) if valid is None else valid
@@ -266,13 +261,11 @@ class Llama(nnx.Module):
         positions = jax.lax.dynamic_slice_in_dim(positions, start, seq, axis=1)
         causal = slots[:, None] >= jnp.arange(keys)[None, :]
         mask = causal[None, None] & valid[:, None, None, :]
-        return self.model(tokens, positions, mask, cache)
-
-    def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
-        """Scores of every token of the vocabulary."""
-        if self.config.tie_word_embeddings:
-            return self.model.embed_tokens.attend(hidden)
-        return self.lm_head(hidden)
+        hidden, new = self.model(tokens, positions, mask, cache)
+        if at is not None:
+            hidden = jnp.take_along_axis(hidden, at[..., None], axis=1)
+        logits = self.model.embed_tokens.attend(hidden) if self.config.tie_word_embeddings else self.lm_head(hidden)
+        return logits if cache is None else (logits, new)
 
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
         """An empty cache for `length` positions."""

@@ -1,0 +1,73 @@
+"""Prepares a torch model for a method: HoRA from hora-torch, peers from PEFT; what is to be trained requires grad."""
+
+from math import gcd
+from typing import Any
+
+from hora_spec import HoraError
+
+from hora_bench.methods import Method
+from hora_bench.models.split import split_torch
+from hora_bench.torchvision_ops import declare_missing_ops
+
+
+def prepare(model: Any, method: Method, *, seed: int) -> Any:
+    """The model with the method's parameters injected and everything else frozen.
+
+    Parameters
+    ----------
+    model
+        A timm ViT with a new ``head``, which every method trains, or a causal language model.
+    method
+        Adapts Q and V of all layers, in the peers too: a fused qkv is split for them.
+    seed
+        Of the initial values.
+
+    Raises
+    ------
+    HoraError
+        The method does not exist on torch.
+    """
+    if "torch" not in method.library:
+        raise HoraError(f"{method.name} exists on {', '.join(method.library)}, got --backend torch")
+    declare_missing_ops()
+    import peft
+    import torch
+
+    torch.manual_seed(seed)
+    saved = ["head"] if hasattr(model, "head") else None
+    if method.family in ("full", "probe"):
+        model.requires_grad_(method.family == "full")
+        if method.family == "probe":
+            if saved is None:
+                raise HoraError(
+                    "linear-probe trains a classification head, got a language model: choose another method"
+                )
+            model.head.requires_grad_(True)
+        return model
+    if method.family == "hora":
+        import hora_torch
+
+        options = {**method.options}
+        rank, alpha = options.pop("rank"), options.pop("alpha")
+        config = hora_torch.HoraConfig(r=rank, hora_alpha=alpha, seed=seed, modules_to_save=saved, **options)
+        return peft.get_peft_model(model, config)
+    targets = split_torch(model) or ["q_proj", "v_proj"]
+    given = {"target_modules": targets, "modules_to_save": saved}
+    return peft.get_peft_model(model, _peer(method, given, model, targets))
+
+
+def _peer(method: Method, given: dict[str, Any], model: Any, targets: list[str]) -> Any:
+    import peft
+
+    options = method.options
+    match method.family:
+        case "lora" | "dora":
+            dora = method.family == "dora"
+            return peft.LoraConfig(r=options["rank"], lora_alpha=options["alpha"], use_dora=dora, **given)
+        case "vera":
+            return peft.VeraConfig(r=options["rank"], **given)
+        case "vblora":
+            sizes = [m.weight.shape for n, m in model.named_modules() if any(n.endswith(t) for t in targets)]
+            length = gcd(256, *(side for shape in sizes for side in shape))
+            return peft.VBLoRAConfig(r=options["rank"], num_vectors=options["vectors"], vector_length=length, **given)
+    raise HoraError(f"{method.name} has no implementation on torch")

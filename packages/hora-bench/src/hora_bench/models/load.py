@@ -1,0 +1,108 @@
+"""Pretrained models by name on either backend: an asset, a directory, or a name of timm or the hub."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hora_spec import HoraError
+
+from hora_bench import assets
+from hora_bench.asset_table import ASSETS
+from hora_bench.torchvision_ops import declare_missing_ops
+
+Head = tuple[np.ndarray, np.ndarray]
+
+
+def resolve(name: str) -> str | Path:
+    """The directory of an asset or path, else the name itself, which then belongs to timm or the hub."""
+    if name in {asset.name for asset in ASSETS}:
+        return assets.find(name).get()
+    return Path(name) if Path(name).is_dir() else name
+
+
+def source(name: str) -> dict[str, Any]:
+    """What a result file records about the weights."""
+    if name in {asset.name for asset in ASSETS}:
+        return {"name": name, **(assets.find(name).origin or {})}
+    return {"name": Path(name).name if Path(name).is_dir() else name}
+
+
+def timm_vit(name: str, image_size: int, head: Head | None = None) -> Any:
+    """A pretrained timm model for square images, in evaluation mode.
+
+    Parameters
+    ----------
+    name
+        Asset, directory (``config.json`` and ``model.safetensors`` as timm saves them) or timm name.
+    image_size
+        Height and width in pixels; positions are resized.
+    head
+        New kernel ``(features, classes)`` and bias; None leaves pooled features.
+    """
+    declare_missing_ops()
+    import timm
+    import torch
+
+    found = resolve(name)
+    path = f"local-dir:{found}" if isinstance(found, Path) else found
+    try:
+        model = timm.create_model(path, pretrained=True, img_size=image_size, num_classes=0)
+    except RuntimeError as error:
+        raise HoraError(f"--model must be an asset, a directory or a timm model, got {name!r}: {error}") from error
+    if head is not None:
+        model.reset_classifier(head[0].shape[1])
+        with torch.no_grad():
+            model.head.weight.copy_(torch.from_numpy(head[0].T.copy()))
+            model.head.bias.copy_(torch.from_numpy(head[1]))
+    return model.eval()
+
+
+def num_features(name: str) -> int:
+    """Width of the features that a new head reads."""
+    return timm_vit(name, 224 if not isinstance(resolve(name), Path) else 98).num_features
+
+
+def nnx_vit(name: str, image_size: int, head: Head | None = None, **changes: Any) -> Any:
+    """The NNX ViT with the weights of `timm_vit`; `changes` are fields of its config (``scan_layers``, ``remat``)."""
+    from hora_bench.models.checkpoint import load_vit, vit_config
+
+    model = timm_vit(name, image_size, head)
+    tensors = {key: value.numpy() for key, value in model.state_dict().items()}
+    return load_vit(vit_config(model).replace(**changes), tensors)
+
+
+def causal_lm(name: str, *, dtype: str = "float32") -> Any:
+    """A causal language model of transformers, in evaluation mode."""
+    declare_missing_ops()
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(resolve(name), dtype=getattr(torch, dtype)).eval()
+
+
+def nnx_llama(name: str, **changes: Any) -> Any:
+    """The NNX LLaMA with the weights of `causal_lm`."""
+    from huggingface_hub import snapshot_download
+
+    from hora_bench.models.checkpoint import load_llama
+
+    found = resolve(name)
+    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+    directory = found if isinstance(found, Path) else Path(snapshot_download(found, allow_patterns=patterns))
+    return load_llama(directory, **changes)
+
+
+def tokenizer(name: str) -> Any:
+    """The tokenizer of a language model, the same for both backends."""
+    declare_missing_ops()
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(resolve(name))
+
+
+def is_language_model(name: str) -> bool:
+    """Whether a directory or asset is a Hugging Face language model."""
+    found = resolve(name)
+    config = found / "config.json" if isinstance(found, Path) else None
+    return bool(config and config.exists() and "model_type" in json.loads(config.read_text()))

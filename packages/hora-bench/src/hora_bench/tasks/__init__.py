@@ -1,0 +1,1 @@
+"""Tasks: data, splits, protocol and scoring, the same for both backends."""

@@ -1,0 +1,1 @@
+"""One training loop for both backends: the same recipe, data order, schedule and checkpoints."""

@@ -1,0 +1,104 @@
+"""The learner on JAX: one compiled step over the trained variables, the frozen ones passed beside."""
+
+from functools import partial
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from hora_bench.methods.jax import Filter
+from hora_bench.tasks.base import Batch
+from hora_bench.training.loop import Arrays
+from hora_bench.training.recipe import Recipe
+
+
+def logits_of(model: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    """Logits of images ``(batch, classes)``, or of the response's tokens ``(batch, response, vocab)``."""
+    logits = model(batch["image"]) if "image" in batch else model(batch["tokens"], at=batch["at"])
+    return logits.astype(jnp.float32)
+
+
+def loss_of(model: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    """Weighted mean cross-entropy."""
+    each = optax.softmax_cross_entropy_with_integer_labels(logits_of(model, batch), batch["label"])
+    return (each * batch["weight"]).sum() / batch["weight"].sum()
+
+
+@final
+class JaxLearner:
+    """AdamW on the variables that a filter selects.
+
+    Parameters
+    ----------
+    model, trained
+        From `hora_bench.methods.jax.prepare`.
+    recipe
+        Rates and moments.
+    """
+
+    def __init__(self, model: Any, trained: Filter, recipe: Recipe) -> None:
+        self.graph, self.params, self.frozen = nnx.split(model, trained, ...)
+        self.transform = optax.chain(
+            optax.scale_by_adam(recipe.beta1, recipe.beta2, recipe.eps),
+            optax.add_decayed_weights(recipe.weight_decay),
+        )
+        self.moments = self.transform.init(self.params)
+
+    @property
+    def model(self) -> Any:
+        """The model with its present parameters."""
+        return nnx.merge(self.graph, self.params, self.frozen)
+
+    @property
+    def params_count(self) -> int:
+        """Number of trained values."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+    def step(self, batch: Batch, learning_rate: float, step: int) -> float:
+        """One optimiser step; the loss before it."""
+        loss, self.params, self.moments = self._step(self.params, self.moments, self.frozen, batch, learning_rate)
+        return float(loss)
+
+    def outputs(self, batch: Batch) -> np.ndarray:
+        """Logits ``(rows, classes)`` of images, or summed log-likelihoods ``(rows,)`` of responses."""
+        return np.asarray(self._outputs(self.params, self.frozen, batch))
+
+    def memory_bytes(self, batch: Batch) -> int:
+        """Temporary memory of the compiled step, as XLA plans it."""
+        lowered = self._step.func.lower(self, self.params, self.moments, self.frozen, batch, 0.0)
+        return int(lowered.compile().memory_analysis().temp_size_in_bytes)
+
+    def state(self) -> Arrays:
+        """Trained parameters and optimiser moments."""
+        leaves = jax.tree.leaves((self.params, self.moments))
+        return {f"leaf.{i}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
+
+    def restore(self, state: Arrays) -> None:
+        """Go back to an earlier `state`."""
+        leaves, tree = jax.tree.flatten((self.params, self.moments))
+        new = [jnp.asarray(state[f"leaf.{i}"]) for i in range(len(leaves))]
+        self.params, self.moments = jax.tree.unflatten(tree, new)
+
+    def nonfinite(self) -> str:
+        """The first trained parameter that is not finite."""
+        for path, variable in nnx.to_flat_state(self.params):
+            if not jnp.isfinite(variable.get_value()).all():
+                return f"first in {'.'.join(map(str, path))}"
+        return "all trained parameters are finite"
+
+    @partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+    def _step(self, params: Any, moments: Any, frozen: Any, batch: Any, rate: Any) -> tuple[jax.Array, Any, Any]:
+        loss, grads = jax.value_and_grad(lambda p: loss_of(nnx.merge(self.graph, p, frozen), batch))(params)
+        updates, moments = self.transform.update(grads, moments, params)
+        return loss, jax.tree.map(lambda p, u: p - rate * u, params, updates), moments
+
+    @partial(jax.jit, static_argnums=0)
+    def _outputs(self, params: Any, frozen: Any, batch: Any) -> jax.Array:
+        logits = logits_of(nnx.merge(self.graph, params, frozen), batch)
+        if "image" in batch:
+            return logits
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["label"][..., None], axis=-1)[..., 0]
+        return (chosen * batch["weight"]).sum(-1)

@@ -1,0 +1,132 @@
+"""The learner on torch."""
+
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import nn
+
+from hora_bench.tasks.base import Batch
+from hora_bench.training.loop import Arrays
+from hora_bench.training.recipe import Recipe
+
+
+@final
+class Logits(nn.Module):
+    """A batch to logits: of images ``(batch, classes)``, of the response's tokens ``(batch, response, vocab)``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Logits in float32."""
+        if "image" in batch:
+            return self.model(batch["image"].permute(0, 3, 1, 2)).float()
+        causal = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        hidden = causal.base_model(input_ids=batch["tokens"].long(), use_cache=False).last_hidden_state
+        picked = hidden.gather(1, batch["at"].long()[..., None].expand(-1, -1, hidden.shape[-1]))
+        return causal.get_output_embeddings()(picked).float()
+
+
+@final
+class TorchLearner:
+    """AdamW on the parameters that require grad.
+
+    Parameters
+    ----------
+    model
+        Prepared by `hora_bench.methods.torch.prepare`.
+    recipe
+        Rates and moments.
+    accelerator
+        An `accelerate.Accelerator` to run on its device and, under ``accelerate launch``, in several processes: each
+        takes its rows of every batch, and the loss is weighted so that the sum equals one process.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe, *, accelerator: Any) -> None:
+        self.model = model
+        self.accelerator = accelerator
+        moments = (recipe.beta1, recipe.beta2)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trained, lr=recipe.learning_rate, betas=moments, eps=recipe.eps, weight_decay=recipe.weight_decay
+        )
+        self.logits, self.optimizer = accelerator.prepare(Logits(model), optimizer)
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Trained parameters by name."""
+        module = self.accelerator.unwrap_model(self.logits).model
+        return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+    @property
+    def params_count(self) -> int:
+        """Number of trained values."""
+        return sum(p.numel() for p in self.trained.values())
+
+    def step(self, batch: Batch, learning_rate: float, step: int) -> float:
+        """One optimiser step; the loss before it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        torch.manual_seed(step)
+        self.logits.train()
+        loss = self.loss(batch)
+        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+        return float(self.accelerator.reduce(loss.detach(), reduction="mean"))
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Weighted mean cross-entropy; on several processes the mean over them is the whole batch's."""
+        count, rank = self.accelerator.num_processes, self.accelerator.process_index
+        total = float(batch["weight"].sum())
+        local = self._tensors({name: value[rank::count] for name, value in batch.items()})
+        each = nn.functional.cross_entropy(
+            self.logits(local).flatten(0, -2), local["label"].flatten().long(), reduction="none"
+        )
+        return (each * local["weight"].flatten()).sum() * (count / total)
+
+    @torch.no_grad()
+    def outputs(self, batch: Batch) -> np.ndarray:
+        """Logits ``(rows, classes)`` of images, or summed log-likelihoods ``(rows,)`` of responses."""
+        self.logits.eval()
+        local = self._tensors(batch)
+        logits = self.logits(local)
+        if "image" in batch:
+            return logits.cpu().numpy()
+        chosen = logits.log_softmax(-1).gather(-1, local["label"].long()[..., None])[..., 0]
+        return (chosen * local["weight"]).sum(-1).cpu().numpy()
+
+    def state(self) -> Arrays:
+        """Trained parameters and optimiser moments."""
+        arrays = {f"param.{name}": p.detach().cpu().numpy() for name, p in self.trained.items()}
+        stored = self.optimizer.state_dict()["state"]
+        for index, moments in stored.items():
+            arrays |= {f"moment.{index}.{key}": value.cpu().numpy() for key, value in moments.items()}
+        return {name: np.array(value) for name, value in arrays.items()}
+
+    def restore(self, state: Arrays) -> None:
+        """Go back to an earlier `state`."""
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(torch.from_numpy(state[f"param.{name}"]))
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in state.items():
+            if name.startswith("moment."):
+                _, index, key = name.split(".")
+                moments.setdefault(int(index), {})[key] = torch.from_numpy(value)
+        if moments:
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+
+    def nonfinite(self) -> str:
+        """The first trained parameter that is not finite."""
+        for name, parameter in self.trained.items():
+            if not torch.isfinite(parameter).all():
+                return f"first in {name}"
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                return f"first in the gradient of {name}"
+        return "all trained parameters are finite"
+
+    def _tensors(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return {name: torch.from_numpy(value).to(self.accelerator.device) for name, value in batch.items()}
