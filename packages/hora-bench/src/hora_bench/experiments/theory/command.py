@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from hora_bench.experiments.journal import Journal
 from hora_bench.experiments.record import write_record
 
 from .identify import SPLITS, identify
@@ -38,8 +39,7 @@ def command(
         return
     size = "full" if full else "quick" if quick else "default"
     started = time.perf_counter()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    journal = out.with_suffix(".pieces.jsonl")
+    journal = Journal(out.with_suffix(".pieces.jsonl"))
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("fits")
         result = theory(
@@ -57,7 +57,7 @@ def command(
         result=result,
     )
     plot(result, out.with_suffix(".svg"))
-    journal.unlink()
+    journal.remove()
     show(result)
     console.print(f"[dim]{out} and {out.with_suffix('.svg')}[/dim]")
     if not all(gate["passed"] for gate in result["gates"]):

@@ -21,7 +21,8 @@ DIGITS: Final = 6
 LIMITS: Final = tuple(
     """\
 The gap is in the recovery of updates when a head is redundant. Prediction improves at the same rate with and \
-without sharing, so this says nothing about accuracy.
+without sharing (with sharing, which fits fewer parameters, its constant is smaller), so this says nothing about \
+accuracy.
 Only the products B A are compared: A and B apart are never identified.
 Sharing A alone, or B alone, does not identify the updates (identify, sharings a and b).
 One true head, width 3, rank 1, and one vector per head that is B of Q and of V at once: a generator that is known, \

@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 from typing import Any
+
+from hora_bench.experiments.journal import Journal
 
 from .identify import SPLITS, identify
 from .model import NOISE, SHARINGS, TOKENS, WIDTH, count_params
 from .rates import BOOTSTRAP, GRIDS, LIMITS, curves, gates, measure
-
-Piece = dict[str, Any]
-
-
-def _finished(journal: Path, run: dict[str, Any]) -> list[Piece]:
-    """Pieces of the same run in the journal; a last line cut by a kill is dropped."""
-    if not journal.exists():
-        return []
-    pieces = []
-    for line in journal.read_text().splitlines(keepends=True):
-        if line.endswith("\n"):
-            piece = json.loads(line)
-            if piece["run"] == run:
-                pieces.append(piece)
-    journal.write_text("".join(json.dumps(piece) + "\n" for piece in pieces))
-    return pieces
 
 
 def theory(
     size: str = "default",
     *,
     seed: int = 0,
-    journal: Path | None = None,
+    journal: Journal | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Identification and rates of recovery, with gates and limits.
@@ -46,7 +31,7 @@ def theory(
     seed
         Problem, samples and starts of trial t follow from ``(seed, t)``.
     journal
-        File that keeps finished pieces; a run that finds its own pieces there goes on from them.
+        Keeps finished pieces; a run that finds its own there goes on from them.
     progress
         Called with pieces done and pieces in total.
 
@@ -57,15 +42,14 @@ def theory(
         ``gates`` (empty when quick) and ``limits``.
     """
     grid = GRIDS[size]
-    run = {"seed": seed, "sizes": list(grid.sizes)}
-    done = {tuple(piece["key"]): piece["losses"] for piece in (_finished(journal, run) if journal else [])}
-    for key in grid.pieces():
-        if key not in done:
-            done[key] = measure(*key, sizes=grid.sizes, seed=seed)
-            if journal:
-                with journal.open("a") as lines:
-                    lines.write(json.dumps({"run": run, "key": key, "losses": done[key]}) + "\n")
-        progress(len(done), len(list(grid.pieces())))
+    journal = journal or Journal(None)
+    pieces, done = list(grid.pieces()), {}
+    for heads, sharing, trial in pieces:
+        key = {"heads": heads, "sharing": sharing, "trial": trial, "sizes": list(grid.sizes), "seed": seed}
+        done[heads, sharing, trial] = journal.once(
+            key, partial(measure, heads, sharing, trial, sizes=grid.sizes, seed=seed)
+        )
+        progress(len(done), len(pieces))
     records = curves(grid, done)
     return {
         "setting": {
@@ -85,7 +69,7 @@ def theory(
         ],
         "pieces": [
             {"fitted_heads": heads, "sharing": sharing, "trial": trial, **done[heads, sharing, trial]}
-            for heads, sharing, trial in grid.pieces()
+            for heads, sharing, trial in pieces
         ],
         "curves": records,
         "gates": [] if size == "quick" else gates(records),
