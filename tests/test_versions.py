@@ -46,6 +46,11 @@ def test_the_changelog_knows_the_version():
 
 
 @pytest.mark.parametrize("name", PROJECTS)
+def test_the_licence_travels_with_every_package(name):
+    assert (ROOT / "packages" / name / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
+
+
+@pytest.mark.parametrize("name", PROJECTS)
 def test_our_packages_ask_for_the_exact_minor_of_each_other(name):
     major, minor, _ = Version(PROJECTS["hora-spec"]["version"]).release
     ours = [requirement for requirement in requirements(name) if requirement.name.startswith("hora-")]
