@@ -211,7 +211,7 @@ def test_layers_to_transform_and_excluded_modules(llama):
 
 
 def test_excluding_everything_is_peft_s_error(llama):
-    with pytest.raises(ValueError, match="All modules were excluded|No modules were targeted"):
+    with pytest.raises(ValueError, match=r"All modules were excluded|No modules were targeted"):
         adapted(llama, exclude_modules=["q_proj", "v_proj"])
 
 

@@ -17,8 +17,8 @@ from hora_spec.testing import (
     check_linear,
     check_linear_grads,
     corpus,
+    laws,
 )
-from hora_spec.testing import laws
 from hora_torch import functional
 from hora_torch.hypernet import HoraHypernet
 from hora_torch.merging import merged_weight

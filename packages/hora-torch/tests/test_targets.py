@@ -184,5 +184,5 @@ def test_fused_weights_in_another_order_are_refused():
     )
     with pytest.raises(HoraError, match="another order"):
         peft.get_peft_model(model, HoraConfig(target_modules=["qkv_proj"]))
-    with pytest.raises(HoraError, match="Closest module names"):
+    with pytest.raises(HoraError, match="specify `target_modules`"):
         peft.get_peft_model(model, HoraConfig())

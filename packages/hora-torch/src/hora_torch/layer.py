@@ -16,7 +16,7 @@ from hora_torch.functional import stacked
 from hora_torch.hypernet import HoraHypernet
 from hora_torch.linear import Branch, add_branches, low_rank_linear
 from hora_torch.merging import merged_weight
-from hora_torch.targets import LayerPlan
+from hora_torch.targets import LayerPlan, out_in
 
 BASE = "__base__"
 """PEFT's name for the base model in ``adapter_names``."""
@@ -73,6 +73,16 @@ class HoraLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    @property
+    def in_features(self) -> int:
+        """Input width of the base layer."""
+        return out_in(self.get_base_layer())[1]
+
+    @property
+    def out_features(self) -> int:
+        """Output width of the base layer."""
+        return out_in(self.get_base_layer())[0]
+
     def hypernet(self, adapter_name: str) -> HoraHypernet:
         """The hypernetwork that generates this module's factors."""
         return self.hora_attached[adapter_name].leader.hora_hyper[adapter_name]
@@ -111,7 +121,7 @@ class HoraLayer(BaseTunerLayer):
             return
         with torch.no_grad():
             merged = {
-                parameter: merged_weight(self._original(parameter), additions, check=safe_merge)
+                parameter: merged_weight(self._original(parameter), additions, check=safe_merge, name=names[0])
                 for parameter, additions in self._additions([*self.merged_adapters, *names]).items()
             }
         for parameter, value in merged.items():

@@ -10,7 +10,11 @@ _CHUNK_BYTES = 1 << 20  # float32 working rows that stay in cache
 
 
 def merged_weight(
-    weight: Tensor, additions: Sequence[tuple[Layout, Tensor, Tensor, float]], *, check: bool = False
+    weight: Tensor,
+    additions: Sequence[tuple[Layout, Tensor, Tensor, float]],
+    *,
+    check: bool = False,
+    name: str = "default",
 ) -> Tensor:
     """A new stored weight with every ``scaling * b a`` added in its window.
 
@@ -22,6 +26,8 @@ def merged_weight(
         Layout, a (rank, embed), b (window rows, rank) and scaling of each.
     check
         Look at every entry of the result; otherwise only where the factors cannot exclude an overflow.
+    name
+        Name of the adapter, for the message.
 
     Returns
     -------
@@ -41,7 +47,7 @@ def merged_weight(
     limit = 0.0
     for _, a, b, scaling in additions:
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-            raise HoraError("only a finite delta can be merged, got NaN or infinity: training diverged (spec M3)")
+            raise HoraError(f"{_broken(name)}: only a finite delta can be merged, its factors are not (spec M3)")
         limit += scaling * float((a.abs().amax(1).double() * b.abs().amax(0).double()).sum())
     working = torch.float64 if weight.dtype == torch.float64 else torch.float32
     merged = weight.clone() if weight.dtype == working else torch.empty_like(weight)
@@ -53,10 +59,13 @@ def merged_weight(
     unsafe = limit > torch.finfo(working).max / 4 or weight.dtype == torch.float16
     if (check or unsafe) and not torch.isfinite(merged).all():
         raise HoraError(
-            f"the merged weight must be finite, NaNs detected in the merged weights or overflow of {weight.dtype}: "
-            "the adapter or the base is broken (spec M3)"
+            f"{_broken(name)}: the sum leaves the range of {weight.dtype}, or the base is not finite (spec M3)"
         )
     return merged
+
+
+def _broken(name: str) -> str:
+    return f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
 
 
 def _rows(layout: Layout) -> slice:

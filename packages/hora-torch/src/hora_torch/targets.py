@@ -153,6 +153,11 @@ def default_targets(model: nn.Module, config: HoraConfig) -> set[str]:
 def no_match(model: nn.Module, config: HoraConfig) -> NoTargetError:
     """The error for targets that match nothing, with the closest module names."""
     wanted = config.target_modules
+    if not wanted:
+        return NoTargetError(
+            "Please specify `target_modules`: no attention module with a known head count was found; name its modules, "
+            "and pass num_heads if the model does not tell"
+        )
     names = [name for name, module in model.named_modules() if name and _is_supported(base_module(module))]
     last = {name.rpartition(".")[2] for name in names}
     wishes = [wanted] if isinstance(wanted, str) else sorted(wanted or ())
@@ -183,7 +188,7 @@ def _sites(model: nn.Module, name: str, module: nn.Module, config: HoraConfig) -
             f"targets are Linear, Conv1D and MultiheadAttention modules, got {type(module).__name__} at {name!r}"
             + (": its forward is never called, target the MultiheadAttention" if _is_supported(module) else "")
         )
-    rows, embed = _out_in(module)
+    rows, embed = out_in(module)
     transposed = isinstance(module, Conv1D)
     shape = (embed, rows) if transposed else (rows, embed)
     pattern, axis = ("d (h k)", 1) if transposed else ("(h k) d", 0)
@@ -319,7 +324,10 @@ def _is_supported(module: nn.Module) -> bool:
     )
 
 
-def _out_in(module: nn.Module) -> tuple[int, int]:
+def out_in(module: nn.Module) -> tuple[int, int]:
+    """Output and input width of a supported module."""
+    if isinstance(module, nn.MultiheadAttention):
+        return 3 * module.embed_dim, module.embed_dim
     if isinstance(module, Conv1D):
         embed, rows = module.weight.shape
         return rows, embed
