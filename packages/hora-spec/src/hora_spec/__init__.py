@@ -9,6 +9,7 @@ from hora_spec.activations import ACTIVATIONS, LEAKY_RELU_SLOPE
 from hora_spec.adapter import Adapter, AdapterLayer, Site
 from hora_spec.errors import HoraError
 from hora_spec.files import SPEC_VERSION, layer_from_json, layer_to_json, load_adapter, save_adapter
+from hora_spec.goldens import Golden, load_goldens
 from hora_spec.init import init_params
 from hora_spec.layout import Layout, Window
 from hora_spec.lora import LoraModule, export_lora, to_lora
@@ -27,6 +28,7 @@ __all__ = [
     "AdapterLayer",
     "AdapterSpec",
     "Factors",
+    "Golden",
     "HoraError",
     "LayerShape",
     "Layout",
@@ -41,6 +43,7 @@ __all__ = [
     "layer_from_json",
     "layer_to_json",
     "load_adapter",
+    "load_goldens",
     "param_shapes",
     "reference",
     "save_adapter",

@@ -20,6 +20,7 @@ from hora_spec.testing.checks import (
     check_linear,
     check_linear_grads,
 )
+from hora_spec.testing.golden import check_golden
 from hora_spec.testing.laws import (
     law_finite_differences,
     law_merged_forward,
@@ -59,6 +60,7 @@ __all__ = [
     "LinearGrads",
     "check_delta",
     "check_factors",
+    "check_golden",
     "check_grads",
     "check_init",
     "check_linear",

@@ -168,8 +168,8 @@ def corpus() -> tuple[Case, ...]:
     layers = list(LAYERS.values())
     cases = []
     for n, method in enumerate(methods):
-        spec = AdapterSpec(**SIZES[n // 2 % 2], **method, alpha=(6.0, None)[n // 3 % 2])
+        spec = AdapterSpec(**SIZES[n // 8 % 2], **method, alpha=(6.0, None)[n // 3 % 2])
         if spec.generates_b:
-            spec = spec.replace(residual=n % 3 == 0, normalize=n % 9 != 4)
+            spec = spec.replace(residual=(n + n // 4) % 2 == 0, normalize=n % 9 != 4)
         cases.append(Case(spec, layers[n % len(layers)], seed=n, regime=REGIMES[n % 7 if n % 7 < 5 else 0]))
     return tuple(cases)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hora_spec.goldens import Golden
 from hora_spec.testing.backend import Backend
 from hora_spec.testing.case import Case, param_dtype
 from hora_spec.testing.rounding import FORMATS, Format
@@ -30,7 +31,7 @@ class Claim:
 
     check: str
     backend: Backend
-    case: Case | str
+    case: Case | Golden
     dtype: str
     rule: str
     call: str
