@@ -19,8 +19,10 @@ from hora_spec import (
     reference,
     to_lora,
 )
+from hora_spec.goldens import load_goldens
 from safetensors.numpy import load_file
 
+GOLDENS = load_goldens()
 HEADS = ProjectionShape(num_heads=4, head_dim=3, embed_dim=5)
 GROUPED = ProjectionShape(num_heads=2, head_dim=3, embed_dim=5)
 
@@ -91,6 +93,27 @@ def test_f6_the_export_is_the_delta(place, method):
     for path, module in modules.items():
         scale = np.abs(expected[path]).max()
         np.testing.assert_allclose(lora_delta(module), expected[path], rtol=0, atol=1e-12 * scale)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", GOLDENS)
+def test_f6_the_export_of_every_golden_is_its_delta(name, fused):
+    golden = GOLDENS[name]
+    if fused and len({shape.embed_dim for shape in golden.layer.values()}) > 1:
+        fused = False  # weights of different input width cannot be one
+    stops = np.cumsum([shape.weight_shape[0] for shape in golden.layer.values()]).tolist()
+    sites, rows = {}, {}
+    for (p, shape), stop in zip(golden.layer.items(), stops, strict=True):
+        start = stop - shape.weight_shape[0] if fused else 0
+        rows[p] = slice(start, start + shape.weight_shape[0])
+        layout = Layout(window=Window(0, start, stop)) if fused else Layout()
+        weight_shape = (stops[-1], shape.embed_dim) if fused else shape.weight_shape
+        sites[p] = Site("qkv" if fused else p, "weight", weight_shape, layout, shape)
+    modules = to_lora(adapter_of(AdapterLayer(golden.spec, sites, golden.params)))
+    for p, delta in golden.delta.items():
+        module = modules[sites[p].module]
+        scale = golden.spec.scaling * (np.abs(module.b) @ np.abs(module.a)).max()
+        np.testing.assert_allclose(lora_delta(module)[rows[p]], delta, rtol=0, atol=1e-12 * scale)
 
 
 def test_f6_one_head_by_hand():
