@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
 
+import hora_jax
+import hora_jax.functional
 import hora_torch.functional
 import jax
 import jax.numpy as jnp
@@ -17,9 +19,6 @@ from hora_spec import AdapterSpec, Factors, LayerShape, Layout
 from hora_spec.testing import Backend, LinearGrads
 from hora_torch.hypernet import HoraHypernet
 from hora_torch.merging import merged_weight
-
-import hora_jax
-import hora_jax.functional
 
 jax.config.update("jax_enable_x64", True)
 torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096  # one for each case

@@ -14,13 +14,15 @@ from hora_spec.testing import (
     check_init,
     check_linear,
     check_linear_grads,
+    check_merge,
+    check_merge_refuses,
     law_finite_differences,
     law_merged_forward,
     law_permutation,
     law_scale_and_shift,
     law_start,
+    tolerance,
 )
-from hora_spec.testing import check_merge, check_merge_refuses, tolerance
 from hora_spec.testing.claim import Claim
 
 from .report import Tally
