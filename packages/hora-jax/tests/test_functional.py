@@ -1,0 +1,179 @@
+"""The conformance kit on `hora_jax.functional`, and what it cannot know: stacking, dtypes, differentiation, cost."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hora_jax import functional
+from hora_spec import AdapterSpec, Factors, HoraError, LayerShape, param_shapes, reference
+from hora_spec.testing import LAYERS, Backend, Case, checks, corpus, laws, merging
+
+CASES = corpus()
+ROUTES = ("branch", "merge", "plain")
+GQA = LAYERS["gqa_3_1"]
+
+
+def test_the_corpus_is_not_empty():
+    assert len(CASES) > 50
+
+
+@pytest.mark.parametrize("check", [checks.check_factors, checks.check_delta, checks.check_grads])
+def test_generation_conforms(backend: Backend, check):
+    assert max(check(backend, case) for case in CASES[:: 2 if check is checks.check_factors else 5]) <= 1
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("check", [checks.check_linear, checks.check_linear_grads])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_d3_the_adapted_projection_conforms(backends, route, check, dtype):
+    assert max(check(backends(route), case, dtype) for case in CASES[::12]) <= 1
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("check", [checks.check_delta, checks.check_grads, checks.check_linear_grads])
+def test_float64_conforms(backend: Backend, check):
+    assert max(check(backend, case, "float64") for case in CASES[::15]) <= 1
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        laws.law_start,
+        laws.law_permutation,
+        laws.law_scale_and_shift,
+        laws.law_merged_forward,
+        laws.law_finite_differences,
+    ],
+)
+def test_laws(backend: Backend, law):
+    assert max(law(backend, case) for case in CASES[::12]) <= 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_m1_merging_rounds_once_in_every_stored_form(backend: Backend, dtype):
+    assert merging.check_merge(backend, CASES[1], dtype) <= 1
+
+
+@pytest.mark.parametrize("spec", [AdapterSpec(3), AdapterSpec.paper(3), AdapterSpec(3, sharing="none")])
+def test_stacked_layers_equal_single_ones(spec: AdapterSpec):
+    layers = [Case(spec, GQA, seed).inputs().params for seed in range(3)]
+    stacked = {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
+    together = functional.delta(spec, GQA, stacked)
+    for i, layer in enumerate(layers):
+        for p, alone in functional.delta(spec, GQA, layer).items():
+            np.testing.assert_allclose(together[p][i], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_the_program_that_generates_does_not_grow_with_layers():
+    def program(layers: int) -> int:
+        shapes = {n: jax.ShapeDtypeStruct((layers, *s), "float32") for n, s in param_shapes(AdapterSpec(), GQA).items()}
+        lowered = jax.jit(functional.factors, static_argnums=(0, 1)).lower(AdapterSpec(), GQA, shapes)
+        return lowered.compile().as_text().count("\n")
+
+    assert program(32) <= program(2) + 5
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_weight_has_no_gradient_and_the_bias_has_one(route):
+    x, weight, bias, factors, scaling = linear_inputs()
+
+    def loss(weight, bias):
+        return functional.hora_linear(x, weight, bias, factors, scaling, route=route).sum()
+
+    to_weight, to_bias = jax.grad(loss, argnums=(0, 1))(weight, bias)
+    assert not to_weight.any()
+    np.testing.assert_allclose(to_bias, np.full(bias.shape, x[..., 0].size))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_no_dense_gradient_is_computed(route):
+    tokens, embed, rank = 256, 64, 2
+    shape = LayerShape.attention(embed, 4)["q"]
+    args = (
+        jax.ShapeDtypeStruct((tokens, embed), "float32"),
+        jax.ShapeDtypeStruct(shape.weight_shape, "float32"),
+        Factors(jax.ShapeDtypeStruct((rank, embed), "float32"), jax.ShapeDtypeStruct((4, 16, rank), "float32")),
+    )
+
+    def loss(x, weight, factors):
+        return functional.hora_linear(x, weight, None, factors, 1.0, route=route).sum()
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 2))).lower(*args).compile()
+    dense = 2 * tokens * embed * embed  # one product of activations and weight
+    assert compiled.cost_analysis()["flops"] < 2.6 * dense  # forward, backward to x, and thin products; not three
+
+
+def test_forward_mode_works_on_the_plain_route():
+    x, weight, bias, factors, scaling = linear_inputs()
+    tangent = jax.jvp(
+        lambda x: functional.hora_linear(x, weight, bias, factors, scaling, route="plain"), (x,), (jnp.ones_like(x),)
+    )[1]
+    expected = reference.hora_linear(np.ones(x.shape), weight, None, factors, scaling)
+    np.testing.assert_allclose(tangent, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("route", ["branch", "merge"])
+def test_forward_mode_on_another_route_says_what_to_do(route):
+    x, weight, bias, factors, scaling = linear_inputs()
+    with pytest.raises(HoraError, match='pass route="plain"'):
+        jax.jvp(lambda x: functional.hora_linear(x, weight, bias, factors, scaling, route=route), (x,), (x,))
+
+
+def test_auto_merges_many_float32_tokens_and_branches_else():
+    _, weight, bias, factors, scaling = linear_inputs()
+    embed = weight.shape[1]
+
+    def dots(x: jax.Array) -> int:
+        return str(jax.make_jaxpr(functional.hora_linear, static_argnums=4)(x, weight, bias, factors, scaling)).count(
+            "dot_general"
+        )
+
+    assert dots(jnp.ones((embed + 1, embed))) == 2  # the sum, and one product
+    assert dots(jnp.ones((embed, embed))) == 3
+    assert dots(jnp.ones((embed + 1, embed), jnp.bfloat16)) == 3
+
+
+def test_activations_keep_their_dtype_and_factors_keep_theirs():
+    x, weight, bias, factors, scaling = linear_inputs("bfloat16")
+    grads = jax.grad(lambda x, f: functional.hora_linear(x, weight, bias, f, scaling).sum(), argnums=(0, 1))(x, factors)
+    assert jax.tree.map(lambda g: g.dtype.name, grads) == ("bfloat16", Factors("float32", "float32"))
+
+
+def test_vmap_over_examples_is_the_batch():
+    x, weight, bias, factors, scaling = linear_inputs()
+    together = functional.hora_linear(x, weight, bias, factors, scaling, route="branch")
+    apart = jax.vmap(lambda x: functional.hora_linear(x, weight, bias, factors, scaling, route="branch"))(x)
+    np.testing.assert_allclose(apart, together, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": lambda w: w.T}, "transpose Flax kernels first"),
+        ({"factors": lambda f: Factors(f.a.T, f.b)}, "a \\(rank, embed\\)"),
+        ({"route": lambda _: "dense"}, "route must be one of auto, branch, merge, plain"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(change, message):
+    x, weight, bias, factors, scaling = linear_inputs()
+    given = {"weight": weight, "factors": factors, "route": "auto"}
+    given |= {name: function(given[name]) for name, function in change.items()}
+    with pytest.raises(HoraError, match=message):
+        functional.hora_linear(x, given["weight"], bias, given["factors"], scaling, route=given["route"])
+
+
+def test_s6_parameters_that_do_not_fit_are_refused():
+    params = Case(AdapterSpec(3), GQA).inputs().params
+    with pytest.raises(HoraError, match="a.q must have shape"):
+        functional.factors(AdapterSpec(3), GQA, params | {"a.q": params["a.q"].T})
+    with pytest.raises(HoraError, match="exactly"):
+        functional.factors(AdapterSpec(3, residual=True), GQA, params)
+
+
+def linear_inputs(dtype: str = "float32"):
+    """Tokens, weight, bias, factors and scaling of one projection."""
+    case = Case(AdapterSpec(3, alpha=6.0), GQA)
+    inputs = case.inputs(dtype)
+    factors = reference.factors(case.spec, case.layer, inputs.params)["q"]
+    x, weight, bias = (jnp.asarray(v["q"]) for v in (inputs.x, inputs.weight, inputs.bias))
+    return x, weight, bias, Factors(*(jnp.asarray(part, "float32") for part in factors)), case.spec.scaling

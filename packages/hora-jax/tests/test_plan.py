@@ -1,0 +1,196 @@
+"""Planning: layouts, names, determinism, and every refusal."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from hora_jax import Target, plan, presets
+from hora_spec import AdapterSpec, HoraError, Layout, ProjectionShape, Window
+from hora_spec.testing import merging
+
+SPEC = AdapterSpec(2, hidden_dim=4, head_embed_dim=3)
+SHAPE = ProjectionShape(num_heads=2, head_dim=3, embed_dim=5)
+
+
+def leaf(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, "float32")
+
+
+def blocks(count: int, *, kernel: tuple[int, ...] = (8, 4, 2)) -> dict:
+    return {
+        "blocks": {str(i): {"attn": {n: {"kernel": leaf(*kernel)} for n in ("query", "value")}} for i in range(count)}
+    }
+
+
+QV = [Target(f"blocks.*.attn.{name}.kernel", p, "d h k") for name, p in (("query", "q"), ("value", "v"))]
+
+
+@pytest.mark.parametrize(("layout", "shape"), merging.stored_forms(SHAPE), ids=lambda v: getattr(v, "pattern", str(v)))
+def test_l1_every_stored_form_gives_the_same_projection(layout: Layout, shape):
+    layer = "block.{l}" if layout.stacked else "block"
+    heads = None if "h" in layout.axes else SHAPE.num_heads
+    found = plan({"w": leaf(*shape)}, SPEC, Target("w", "q", layout, heads, layer=layer)).layers[0]
+    assert found.shape["q"] == SHAPE
+    assert found.names == (("block.0", "block.1") if layout.stacked else ("block",))
+
+
+def test_layers_are_in_natural_order_and_named_by_their_attention_module():
+    planned = plan(blocks(11), SPEC, QV)
+    assert [layer.name for layer in planned.layers] == [f"blocks.{i}.attn" for i in range(11)]
+    assert list(planned.groups()) == ["blocks.0.attn"]
+
+
+def test_a_model_its_state_its_shapes_and_a_dict_give_equal_plans(tower):
+    targets = presets.attention()
+    plans = [
+        plan(tree, SPEC, targets)
+        for tree in (
+            tower,
+            nnx.state(tower),
+            nnx.to_pure_dict(nnx.state(tower)),
+            nnx.eval_shape(lambda: type(tower)(nnx.Rngs(0))),
+        )
+    ]
+    assert len(set(plans)) == 1
+
+
+def test_planning_reads_no_values():
+    traced = []
+
+    def step(x):
+        traced.append(plan({"w": x}, SPEC, Target("w", "q", "(h k) d", 2, layer="w")))
+        return x
+
+    jax.jit(step)(jnp.ones((4, 5)))
+    assert traced == [plan({"w": leaf(4, 5)}, SPEC, Target("w", "q", "(h k) d", 2, layer="w"))]
+
+
+def test_a_stack_names_its_layers_by_place():
+    target = Target("**.layers.q.kernel", "q", "l d h k", layer="{0}.layers.{l}.self_attn")
+    (layer,) = plan({"model": {"layers": {"q": {"kernel": leaf(3, 8, 4, 2)}}}}, SPEC, target).layers
+    assert layer.name == "model.layers.*.self_attn"
+    assert layer.names == tuple(f"model.layers.{i}.self_attn" for i in range(3))
+    assert layer.stacked
+
+
+def test_layers_of_different_shape_or_method_are_different_groups():
+    tree = blocks(3)
+    tree["blocks"]["1"]["attn"]["query"]["kernel"] = leaf(8, 2, 2)
+    assert list(plan(tree, SPEC, QV).groups()) == ["blocks.0.attn", "blocks.1.attn"]
+    specs = {f"blocks.{i}.attn": SPEC.replace(rank=1 + i // 2) for i in range(3)}
+    assert [len(group) for group in plan(blocks(3), specs, QV).groups().values()] == [2, 1]
+
+
+def test_fused_parts_are_windows_of_one_leaf():
+    targets = [Target("attn.qkv.kernel", p, "d (h k)", 2, ("qkv".index(p), 3)) for p in "qv"]
+    (layer,) = plan({"attn": {"qkv": {"kernel": leaf(8, 24)}}}, SPEC, targets).layers
+    assert [site.layout.window for site in layer.sites] == [Window(1, 0, 8), Window(1, 16, 24)]
+
+
+def test_the_report_counts_layers_and_parameters():
+    report = plan(blocks(11), SPEC, QV).report()
+    assert "blocks.0.attn ... blocks.10.attn: layers=11 rank=2" in report
+    assert "q: heads=4 head_dim=2 embed=8, 'd h k' in blocks.0.attn.query.kernel (8, 4, 2)" in report
+    assert report.endswith(f"total: layers=11 params={plan(blocks(11), SPEC, QV).params_count:,}")
+
+
+REFUSED = {
+    "a pattern that matches nothing, with the nearest paths": (
+        blocks(2),
+        [Target("blocks.*.attention.query.kernel", "q", "d h k")],
+        r"got none for \['blocks.\*.attention.query.kernel'\].*blocks.\*.attn.query.kernel",
+    ),
+    "one projection of two that matches nothing": (
+        blocks(2),
+        [QV[0], Target("blocks.*.attn.values.kernel", "v", "d h k")],
+        "every projection matches a leaf, got none for",
+    ),
+    "two targets for one leaf": (
+        blocks(2),
+        [QV[0], Target("**.query.kernel", "v", "d h k")],
+        "a part of a leaf is adapted once",
+    ),
+    "overlapping windows": (
+        {"a": {"w": leaf(12, 5)}},
+        [Target("a.w", p, Layout("(h k) d", Window(0, s, s + 4)), 2, layer="a") for p, s in (("q", 0), ("v", 2))],
+        "a part of a leaf is adapted once",
+    ),
+    "two leaves for one projection of a layer": (
+        blocks(1),
+        [Target("blocks.*.attn.*.kernel", "q", "d h k")],
+        "a projection of a layer is matched once",
+    ),
+    "a layer without one of the projections": (
+        blocks(2) | {"extra": {"attn": {"query": {"kernel": leaf(8, 4, 2)}}}},
+        [Target("**.attn.query.kernel", "q", "d h k"), QV[1]],
+        r"got extra.attn without \['v'\]",
+    ),
+    "a layout with other axes": (
+        blocks(1),
+        [Target("**.query.kernel", "q", "d (h k)", 4)],
+        "a layout names every axis",
+    ),
+    "heads that do not divide": (
+        blocks(1, kernel=(8, 10)),
+        [Target("**.query.kernel", "q", "d (h k)", 4)],
+        "heads must divide the 10 rows",
+    ),
+    "heads that contradict the leaf": (
+        blocks(1),
+        [Target("**.query.kernel", "q", "d h k", 2)],
+        "is the weight transposed",
+    ),
+    "no head count": (
+        blocks(1, kernel=(8, 8)),
+        [Target("**.query.kernel", "q", "d (h k)")],
+        "does not show the head count",
+    ),
+    "a head count that only the model knows": (
+        blocks(1, kernel=(8, 8)),
+        [Target("**.query.kernel", "q", "d (h k)", "num_heads")],
+        "plan the model itself",
+    ),
+    "fused parts that do not divide": (
+        blocks(1, kernel=(8, 8)),
+        [Target("**.query.kernel", "q", "d (h k)", 2, (0, 3))],
+        "give a Layout with a Window",
+    ),
+    "a stack without a place in its name": (
+        blocks(1),
+        [Target("**.query.kernel", "q", "l h k", layer="x")],
+        "a pattern names",
+    ),
+    "a layer without a name": (
+        {"query": {"kernel": leaf(8, 4, 2)}},
+        [Target("query.kernel", "q", "d h k")],
+        "has a name",
+    ),
+    "stacks of different depth": (
+        {"q": leaf(2, 8, 4, 2), "v": leaf(3, 8, 4, 2)},
+        [Target(p, p, "l d h k", layer="x.{l}") for p in "qv"],
+        "stack equally many layers",
+    ),
+    "head counts that do not divide each other": (
+        {"q": leaf(8, 6, 2), "v": leaf(8, 4, 2)},
+        [Target(p, p, "d h k", layer="x") for p in "qv"],
+        "every head count divides the largest",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    tree, targets, message = REFUSED[name]
+    with pytest.raises(HoraError, match=message):
+        plan(tree, SPEC, targets)
+
+
+def test_specs_by_layer_must_fit_the_layers_found():
+    names = [f"blocks.{i}.attn" for i in range(2)]
+    with pytest.raises(HoraError, match=r"got none for \['blocks.1.attn'\]"):
+        plan(blocks(2), {names[0]: SPEC}, QV)
+    with pytest.raises(HoraError, match=r"got also \['blocks.7.attn'\]"):
+        plan(blocks(2), dict.fromkeys([*names, "blocks.7.attn"], SPEC), QV)
+    target = Target("w", "q", "l d h k", layer="x.{l}")
+    with pytest.raises(HoraError, match="stacked layers share one spec"):
+        plan({"w": leaf(2, 8, 4, 2)}, {"x.0": SPEC, "x.1": SPEC.replace(rank=1)}, target)
