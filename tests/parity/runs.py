@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import hora_jax
+import hora_spec
 import hora_torch
 import jax
 import jax.numpy as jnp
@@ -72,8 +73,12 @@ class TorchRun:
 
     def logits(self, inputs: Any) -> Any:
         """Output of the adapted model."""
+        return self.apply(self.adapted, inputs)
+
+    def apply(self, module: torch.nn.Module, inputs: Any) -> Any:
+        """Output of any form of the model."""
         with torch.no_grad():
-            return self.model.logits(self.adapted, self._tensor(inputs)).numpy()
+            return self.model.logits(module, self._tensor(inputs)).numpy()
 
     def train(self, steps: Iterable[int]) -> list[float]:
         """Train on these batches with a new optimiser; the loss of each."""
@@ -106,8 +111,8 @@ class TorchRun:
         self._adapt(lambda base: peft.PeftModel.from_pretrained(base, directory, is_trainable=True))
 
     def export_lora(self, directory: Path) -> None:
-        """Write the adapter as LoRA."""
-        hora_torch.export_lora(self.adapted, directory)  # casts to float32 itself
+        """Write the adapter as LoRA, in the dtype of the run."""
+        hora_torch.export_lora(self.adapted, directory, dtype=np.float64 if self.wide else np.float32)
 
     def _tensor(self, values: Any) -> torch.Tensor:
         tensor = torch.from_numpy(values)
@@ -141,7 +146,11 @@ class JaxRun:
 
     def logits(self, inputs: Any) -> Any:
         """Output of the adapted model."""
-        return np.asarray(HoraModel(self.base, self.plan, self.phi)(self._array(inputs)))
+        return self.apply(HoraModel(self.base, self.plan, self.phi), inputs)
+
+    def apply(self, module: Any, inputs: Any) -> Any:
+        """Output of any form of the model."""
+        return np.asarray(jax.jit(lambda module, inputs: module(inputs))(module, self._array(inputs)))
 
     def train(self, steps: Iterable[int]) -> list[float]:
         """Train on these batches with a new optimiser; the loss of each."""
@@ -167,9 +176,8 @@ class JaxRun:
 
     def save(self, directory: Path) -> None:
         """Write the adapter, whose parameters are float32 numbers from then on."""
-        narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), self.phi)
-        hora_jax.save_adapter(directory, self.plan, narrow)
-        self.phi = jax.tree.map(lambda leaf: leaf.astype(self.dtype), narrow)
+        hora_jax.save_adapter(directory, self.plan, self._narrow())
+        self.phi = jax.tree.map(lambda leaf: leaf.astype(self.dtype), self._narrow())
 
     def load(self, directory: Path) -> None:
         """Continue from an adapter, whichever framework wrote it."""
@@ -177,8 +185,14 @@ class JaxRun:
         self.phi = jax.tree.map(lambda leaf: leaf.astype(self.dtype), loaded)
 
     def export_lora(self, directory: Path) -> None:
-        """Write the adapter as LoRA."""
-        hora_jax.export_lora(directory, self.plan, self.phi)
+        """Write the adapter as LoRA, in the dtype of the run."""
+        if self.wide:
+            hora_spec.export_lora(hora_jax.to_adapter(self.plan, self._narrow()), directory, dtype=np.float64)
+        else:
+            hora_jax.export_lora(directory, self.plan, self.phi)
+
+    def _narrow(self) -> Any:
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), self.phi)
 
     def _array(self, values: Any) -> jax.Array:
         return jnp.asarray(values, self.dtype) if np.issubdtype(values.dtype, np.floating) else jnp.asarray(values)
