@@ -60,7 +60,7 @@ def _hora(name: str, description: str, **changes: Any) -> Method:
 _PAPER: Final = {
     name: getattr(AdapterSpec.paper(8), name) for name in ("a_source", "hidden_dim", "head_embed_dim", "gain")
 }
-_LORA: Final = {"rank": 8, "alpha": 8}
+_LORA: Final = {"rank": 8, "alpha": None}  # as in HoRA, alpha None is the rank: scaling 1
 
 METHODS: Final = (
     _hora("hora", "the recommended form: A direct and shared, B generated for all heads"),

@@ -69,7 +69,8 @@ def _qwix(model: Any, method: Method, seed: int) -> Any:
         split_nnx(model)
         size = model.config.image_size
         pattern, example = r".*attn/qkv/(q|v)", jnp.zeros((1, size, size, 3))
-    provider = qwix.LoraProvider(module_path=pattern, rank=options["rank"], alpha=float(options["alpha"]))
+    alpha = float(options["alpha"] or options["rank"])
+    provider = qwix.LoraProvider(module_path=pattern, rank=options["rank"], alpha=alpha)
     return qwix.apply_lora_to_model(model, provider, example, rngs=nnx.Rngs(seed))
 
 

@@ -63,7 +63,8 @@ def _peer(method: Method, given: dict[str, Any], model: Any, targets: list[str])
     match method.family:
         case "lora" | "dora":
             dora = method.family == "dora"
-            return peft.LoraConfig(r=options["rank"], lora_alpha=options["alpha"], use_dora=dora, **given)
+            rank = options["rank"]
+            return peft.LoraConfig(r=rank, lora_alpha=options["alpha"] or rank, use_dora=dora, **given)
         case "vera":
             return peft.VeraConfig(r=options["rank"], **given)
         case "vblora":

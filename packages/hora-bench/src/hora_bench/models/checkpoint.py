@@ -11,6 +11,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 from hora_spec import HoraError
+from jax.typing import DTypeLike
 from safetensors import safe_open
 
 from hora_bench.models.llama import Llama, LlamaConfig
@@ -106,13 +107,15 @@ def vit_config(model: Any) -> ViTConfig:
     )
 
 
-def load_llama(directory: Path, **changes: Any) -> Llama:
-    """A LLaMA from a Hugging Face directory (``config.json`` and safetensors), in float32.
+def load_llama(directory: Path, *, dtype: DTypeLike = "float32", **changes: Any) -> Llama:
+    """A LLaMA from a Hugging Face directory (``config.json`` and safetensors).
 
     Parameters
     ----------
     directory
         Where the files are.
+    dtype
+        Of all weights, and so of the activations.
     **changes
         Fields of `LlamaConfig` to change, such as ``scan_layers=True``.
     """
@@ -120,11 +123,18 @@ def load_llama(directory: Path, **changes: Any) -> Llama:
     model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
     stacked = "model.layers" if config.scan_layers else None
     unused = ("lm_head.weight",) if config.tie_word_embeddings else ()
-    return assign(model, read_safetensors(directory), stacked=stacked, unused=unused)
+    return assign(model, read_safetensors(directory), stacked=stacked, unused=unused, dtype=dtype)
 
 
-def assign(model: Any, tensors: Tensors, *, stacked: str | None = None, unused: Iterable[str] = ()) -> Any:
-    """Fill an (abstract) NNX model with PyTorch tensors of the same module names, as float32.
+def assign(
+    model: Any,
+    tensors: Tensors,
+    *,
+    stacked: str | None = None,
+    unused: Iterable[str] = (),
+    dtype: DTypeLike = "float32",
+) -> Any:
+    """Fill an (abstract) NNX model with PyTorch tensors of the same module names.
 
     Parameters
     ----------
@@ -136,6 +146,8 @@ def assign(model: Any, tensors: Tensors, *, stacked: str | None = None, unused: 
         Path of a scanned stack: ``model.layers`` gathers ``model.layers.0.x, model.layers.1.x, ...`` on a leading axis.
     unused
         Names that may be left over.
+    dtype
+        Of the model's parameters.
 
     Raises
     ------
@@ -159,7 +171,7 @@ def assign(model: Any, tensors: Tensors, *, stacked: str | None = None, unused: 
         if value.shape != shape:
             raise HoraError(f"{name} must have shape {shape} here, got {value.shape}: wrong model or image size?")
         left -= set(names)
-        filled.append((path, variable.replace(jnp.asarray(value))))
+        filled.append((path, variable.replace(jnp.asarray(value, dtype))))
     if left:
         raise HoraError(f"the model must use every tensor of the checkpoint, {len(left)} are left: {sorted(left)[:4]}")
     return nnx.merge(graph, nnx.from_flat_state(filled))

@@ -59,8 +59,15 @@ def timm_vit(name: str, image_size: int, head: Head | None = None) -> Any:
 
 
 def num_features(name: str) -> int:
-    """Width of the features that a new head reads."""
-    return timm_vit(name, 224 if not isinstance(resolve(name), Path) else 98).num_features
+    """Width of the features that a new head reads, without weights."""
+    declare_missing_ops()
+    import timm
+    import torch
+
+    found = resolve(name)
+    architecture = json.loads((found / "config.json").read_text())["architecture"] if isinstance(found, Path) else found
+    with torch.device("meta"):
+        return timm.create_model(architecture, num_classes=0).num_features
 
 
 def nnx_vit(name: str, image_size: int, head: Head | None = None, **changes: Any) -> Any:
@@ -81,8 +88,8 @@ def causal_lm(name: str, *, dtype: str = "float32") -> Any:
     return AutoModelForCausalLM.from_pretrained(resolve(name), dtype=getattr(torch, dtype)).eval()
 
 
-def nnx_llama(name: str, **changes: Any) -> Any:
-    """The NNX LLaMA with the weights of `causal_lm`."""
+def nnx_llama(name: str, *, dtype: str = "float32", **changes: Any) -> Any:
+    """The NNX LLaMA with the weights of `causal_lm`; `changes` are fields of its config."""
     from huggingface_hub import snapshot_download
 
     from hora_bench.models.checkpoint import load_llama
@@ -90,7 +97,7 @@ def nnx_llama(name: str, **changes: Any) -> Any:
     found = resolve(name)
     patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
     directory = found if isinstance(found, Path) else Path(snapshot_download(found, allow_patterns=patterns))
-    return load_llama(directory, **changes)
+    return load_llama(directory, dtype=dtype, **changes)
 
 
 def tokenizer(name: str) -> Any:

@@ -162,8 +162,8 @@ class TextTask:
 
     def _batch(self, rows: list[tuple[Record, str, bool]]) -> Batch:
         encoded = [self._encode(*row) for row in rows]
-        seq = _rounded(max(len(prompt) + len(response) for prompt, response in encoded), BUCKET)
-        width = _rounded(max(len(response) for _, response in encoded), RESPONSE_BUCKET)
+        seq = rounded(max(len(prompt) + len(response) for prompt, response in encoded), BUCKET)
+        width = rounded(max(len(response) for _, response in encoded), RESPONSE_BUCKET)
         tokens = np.full((len(rows), seq), self.tokenizer.eos_token_id, np.int32)
         at, label, weight = (np.zeros((len(rows), width), kind) for kind in (np.int32, np.int32, np.float32))
         for i, (prompt, response) in enumerate(encoded):
@@ -220,5 +220,6 @@ def _family(answer: str) -> str:
     return next((family for family in FAMILIES if re.fullmatch(family, answer)), "")
 
 
-def _rounded(length: int, bucket: int) -> int:
+def rounded(length: int, bucket: int) -> int:
+    """The next multiple of `bucket`."""
     return -(-length // bucket) * bucket

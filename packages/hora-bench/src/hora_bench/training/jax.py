@@ -13,6 +13,7 @@ from hora_bench.methods.jax import Filter
 from hora_bench.tasks.base import Batch
 from hora_bench.training.loop import Arrays
 from hora_bench.training.recipe import Recipe
+from hora_bench.training.sharding import make_mesh, replicate, shard_batch, shard_weights
 
 
 def logits_of(model: Any, batch: dict[str, jax.Array]) -> jax.Array:
@@ -37,10 +38,16 @@ class JaxLearner:
         From `hora_bench.methods.jax.prepare`.
     recipe
         Rates and moments.
+    mesh
+        Sizes of the axes fsdp and tp, or None for one device.
     """
 
-    def __init__(self, model: Any, trained: Filter, recipe: Recipe) -> None:
+    def __init__(self, model: Any, trained: Filter, recipe: Recipe, *, mesh: dict[str, int] | None = None) -> None:
         self.graph, self.params, self.frozen = nnx.split(model, trained, ...)
+        self.mesh = make_mesh(mesh) if mesh else None
+        if self.mesh:
+            self.frozen = shard_weights(self.frozen, self.mesh)
+            self.params = replicate(self.params, self.mesh)
         self.transform = optax.chain(
             optax.scale_by_adam(recipe.beta1, recipe.beta2, recipe.eps),
             optax.add_decayed_weights(recipe.weight_decay),
@@ -57,18 +64,25 @@ class JaxLearner:
         """Number of trained values."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
+    @property
+    def total_params_count(self) -> int:
+        """Number of all values, trained and frozen."""
+        return self.params_count + sum(leaf.size for leaf in jax.tree.leaves(self.frozen))
+
     def step(self, batch: Batch, learning_rate: float, step: int) -> float:
         """One optimiser step; the loss before it."""
-        loss, self.params, self.moments = self._step(self.params, self.moments, self.frozen, batch, learning_rate)
+        loss, self.params, self.moments = self._step(
+            self.params, self.moments, self.frozen, self._placed(batch), learning_rate
+        )
         return float(loss)
 
     def outputs(self, batch: Batch) -> np.ndarray:
         """Logits ``(rows, classes)`` of images, or summed log-likelihoods ``(rows,)`` of responses."""
-        return np.asarray(self._outputs(self.params, self.frozen, batch))
+        return np.asarray(self._outputs(self.params, self.frozen, self._placed(batch)))
 
     def memory_bytes(self, batch: Batch) -> int:
         """Temporary memory of the compiled step, as XLA plans it."""
-        lowered = self._step.func.lower(self, self.params, self.moments, self.frozen, batch, 0.0)
+        lowered = type(self)._step.lower(self, self.params, self.moments, self.frozen, batch, 0.0)
         return int(lowered.compile().memory_analysis().temp_size_in_bytes)
 
     def state(self) -> Arrays:
@@ -81,6 +95,8 @@ class JaxLearner:
         leaves, tree = jax.tree.flatten((self.params, self.moments))
         new = [jnp.asarray(state[f"leaf.{i}"]) for i in range(len(leaves))]
         self.params, self.moments = jax.tree.unflatten(tree, new)
+        if self.mesh:
+            self.params, self.moments = replicate((self.params, self.moments), self.mesh)
 
     def nonfinite(self) -> str:
         """The first trained parameter that is not finite."""
@@ -88,6 +104,9 @@ class JaxLearner:
             if not jnp.isfinite(variable.get_value()).all():
                 return f"first in {'.'.join(map(str, path))}"
         return "all trained parameters are finite"
+
+    def _placed(self, batch: Batch) -> Any:
+        return shard_batch(batch, self.mesh) if self.mesh else batch
 
     @partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
     def _step(self, params: Any, moments: Any, frozen: Any, batch: Any, rate: Any) -> tuple[jax.Array, Any, Any]:

@@ -65,6 +65,11 @@ class TorchLearner:
         """Number of trained values."""
         return sum(p.numel() for p in self.trained.values())
 
+    @property
+    def total_params_count(self) -> int:
+        """Number of all values, trained and frozen."""
+        return sum(p.numel() for p in self.accelerator.unwrap_model(self.logits).parameters())
+
     def step(self, batch: Batch, learning_rate: float, step: int) -> float:
         """One optimiser step; the loss before it."""
         for group in self.optimizer.param_groups:
@@ -97,6 +102,22 @@ class TorchLearner:
             return logits.cpu().numpy()
         chosen = logits.log_softmax(-1).gather(-1, local["label"].long()[..., None])[..., 0]
         return (chosen * local["weight"]).sum(-1).cpu().numpy()
+
+    def memory_bytes(self, batch: Batch) -> int:
+        """Bytes that one forward pass keeps for the backward pass, parameters left out; shared storage counts once."""
+        kept: dict[int, int] = {}
+        fixed = {p.untyped_storage().data_ptr() for p in self.logits.parameters()}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in fixed:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        self.logits.train()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = self.loss(batch)  # noqa: F841 (holds the graph, so that no address is used twice)
+        return sum(kept.values())
 
     def state(self) -> Arrays:
         """Trained parameters and optimiser moments."""

@@ -1,0 +1,40 @@
+"""The command line: one command a file; frameworks are imported when a command works, not for help."""
+
+import sys
+
+import typer
+from hora_spec import HoraError
+from rich.console import Console
+
+from hora_bench.commands import assets, methods, run, show
+from hora_bench.demo import command as demo
+from hora_bench.experiments.cost import command as cost
+from hora_bench.experiments.theory import command as theory
+
+TOUR = """
+HoRA on real models and data, on torch and JAX.
+
+Start with [bold]demo[/bold]: five minutes, everything once. Then [bold]run[/bold] fine-tunes a model on a benchmark
+or on your own data with any of the [bold]methods[/bold], and [bold]show[/bold] tabulates what you ran. The experiments
+of the paper have a command each. Weights and data are fetched once, see [bold]assets[/bold].
+"""
+START, WORK, PAPER = "Start here", "Fine-tune and compare", "The paper's experiments"
+
+app = typer.Typer(help=TOUR, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app.command("demo", rich_help_panel=START)(demo.command)
+app.add_typer(assets.app, name="assets", rich_help_panel=START)
+app.command("run", rich_help_panel=WORK)(run.command)
+app.command("show", rich_help_panel=WORK)(show.command)
+app.command("methods", rich_help_panel=WORK)(methods.command)
+app.command("schema", rich_help_panel=WORK)(methods.schema)
+app.command("cost", rich_help_panel=PAPER)(cost.command)
+app.command("theory", rich_help_panel=PAPER)(theory.command)
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one line, not a traceback."""
+    try:
+        app()
+    except HoraError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+        sys.exit(2)

@@ -1,0 +1,1 @@
+"""Commands of ``hora-bench`` that are not experiments."""

@@ -1,0 +1,35 @@
+"""``hora-bench assets``."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hora_bench import assets
+from hora_bench.asset_table import ASSETS
+from hora_bench.cache import cache_dir
+
+app = typer.Typer(no_args_is_help=True, help="Weights and data: what there is, where it comes from, fetch it.")
+console = Console()
+
+
+@app.command("list")
+def show() -> None:
+    """All assets, their licences and sources, and which are in the cache."""
+    table = Table("asset", "what", "licence", "sources, in order", "in the cache", title=f"assets in {cache_dir()}")
+    for asset in ASSETS:
+        origin = asset.origin
+        sources = "\n".join(map(str, asset.sources))
+        table.add_row(asset.name, asset.description, asset.licence, sources, origin["source"] if origin else "no")
+    console.print(table)
+
+
+@app.command("get")
+def get(names: Annotated[list[str] | None, typer.Argument(help="Which; all when left out.")] = None) -> None:
+    """Fetch, check and convert assets; what is already there is left alone."""
+    for name in names or [asset.name for asset in ASSETS]:
+        asset = assets.find(name)
+        path = asset.get(report=lambda line: console.print(f"[dim]{line}[/dim]"))
+        checks = ", ".join(f"{key} {value:g}" for key, value in (asset.origin or {})["checks"].items())
+        console.print(f"{name}: {path}" + (f" ({checks})" if checks else ""))

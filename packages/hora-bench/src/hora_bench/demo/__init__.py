@@ -1,0 +1,1 @@
+"""``hora-bench demo``: the whole life of an adapter on both backends, in minutes."""

@@ -1,0 +1,82 @@
+"""``hora-bench demo``."""
+
+import json
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console()
+
+
+def command(
+    *,
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller images and fewer steps: under a minute.")] = False,
+    out: Annotated[Path, typer.Option(help="Where the report and the adapters go.")] = Path("results/demo"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON, nothing else.")] = False,
+) -> None:
+    """Fine-tune a pretrained ViT on both backends, merge, export, exchange, and write report.html."""
+    console.quiet = as_json
+    from hora_bench import assets
+    from hora_bench.demo import page, stages
+
+    started = time.perf_counter()
+    size = stages.QUICK if quick else stages.FULL
+    assets.find(stages.MODEL).get(report=lambda line: console.print(f"[dim]{line}[/dim]"))
+    for folder in ("adapter", "lora"):  # of an earlier demonstration
+        shutil.rmtree(out / folder, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    task = stages.demo_task(size)
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        hora, hora_row = stages.train_torch("hora", task, size, _bar(progress, "HoRA on torch", size))
+        in_jax, jax_row = stages.train_jax(task, size, _bar(progress, "HoRA on JAX", size))
+        lora, lora_row = stages.train_torch("lora", task, size, _bar(progress, "LoRA of PEFT on torch", size))
+        last = progress.add_task("merging, exporting, exchanging", total=3, loss="")
+        hora_row.b_factors = stages.hora_b_factors(hora)
+        lora_row.b_factors = stages.lora_b_factors(lora, heads=6)
+        exchange = stages.export_and_reload(hora, task, size, out)
+        progress.advance(last)
+        stages.merge_torch(hora, hora_row, task, size)
+        progress.advance(last)
+        stages.merge_jax(in_jax, jax_row, task, size)
+        progress.advance(last)
+
+    rows = [hora_row, jax_row, lora_row]
+    seconds = time.perf_counter() - started
+    page.write(out / "report.html", rows, exchange, size, seconds)
+    if as_json:
+        print(json.dumps({"seconds": seconds, "rows": [_numbers(row) for row in rows], "exchange": exchange}))
+        return
+    console.print(_table("Fine-tuning", page.HEADER, page.table(rows)))
+    console.print(page.MEMORY_NOTE, style="dim")
+    console.print(page.CAUTION, style="bold")
+    console.print(_table("Merging and exchange", ("", "accuracy", "numbers", "speed"), page.checks(rows, exchange)))
+    console.print(f"{seconds:.0f} s; {out / 'report.html'}, adapters in {out / 'adapter'} and {out / 'lora'}")
+
+
+def _bar(progress: Progress, label: str, size: Any) -> Any:
+    bar = progress.add_task(label, total=size.steps, loss="")
+    return lambda done, total, loss: progress.update(bar, completed=done, total=total, loss=f"loss {loss:.3f}")
+
+
+def _table(title: str, header: Any, rows: Any) -> Table:
+    table = Table(*header, title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _numbers(row: Any) -> dict[str, Any]:
+    return {key: value for key, value in asdict(row).items() if key not in ("b_factors", "curve")} | {
+        "loss": row.curve.loss
+    }

