@@ -1,0 +1,309 @@
+"""HoRA beside PEFT's LoRA and the frozen base: time and memory, same model, same batch, one process.
+
+    python compare.py [--only projection step memory generation merge] [--repeats 15] [--clock cpu]
+
+Times are medians of interleaved runs, so that a busy machine slows all sides alike; with ``--clock cpu`` they are
+processor seconds, which leave out what other processes take. A ratio below 1 means that HoRA is faster.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def declare_torchvision_operators() -> Any:
+    """Let timm import torchvision beside a torch that its operators were not built for (torchvision 0.28)."""
+    found = find_spec("torchvision")
+    for library in [] if found is None else Path(found.origin).parent.glob("_C*.so"):
+        try:
+            torch.ops.load_library(library)
+        except OSError:
+            declared = torch.library.Library("torchvision", "FRAGMENT")
+            for name in ("nms", "qnms"):
+                declared.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            return declared
+    return None
+
+
+_TORCHVISION = declare_torchvision_operators()
+
+import peft  # noqa: E402
+import transformers  # noqa: E402
+from hora_torch import HoraConfig  # noqa: E402
+from hora_torch.layer import HoraLayer  # noqa: E402
+from hora_torch.merging import merged_weight  # noqa: E402
+
+Step = Callable[[], Any]
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+clock = CLOCKS["wall"]
+
+
+def medians(sides: Mapping[str, Step], repeats: int) -> dict[str, float]:
+    """Median seconds of each side; sides take turns, in an order that rotates."""
+    names, times = list(sides), {name: [] for name in sides}
+    for name in names * 2:
+        sides[name]()
+    for i in range(repeats):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            start = clock()
+            sides[name]()
+            times[name].append(clock() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+class Attention(nn.Module):
+    """One query projection, where both methods find it."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.num_heads = dim // 64
+        self.q_proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q_proj(x)
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    return model.requires_grad_(False)
+
+
+def with_lora(model: nn.Module, rank: int, targets: Iterable[str], **kwargs: Any) -> nn.Module:
+    return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), **kwargs))
+
+
+def with_hora(model: nn.Module, rank: int, targets: Iterable[str], **kwargs: Any) -> nn.Module:
+    return peft.get_peft_model(model, HoraConfig(r=rank, target_modules=list(targets), **kwargs))
+
+
+def projection(repeats: int) -> list[tuple[str, ...]]:
+    """Forward and backward of one projection whose input needs a gradient."""
+    rows = []
+    for dim in (768, 2048):
+        for tokens in (1024, 4096, 8192):
+            for rank in (8, 32):
+                x = torch.randn(1, tokens, dim, requires_grad=True)
+                grad = torch.randn(1, tokens, dim)
+                models = {
+                    "base": frozen(Attention(dim)),
+                    "lora": with_lora(Attention(dim), rank, ["q_proj"]),
+                    "hora": with_hora(Attention(dim), rank, ["q_proj"]),
+                    "branch": with_hora(Attention(dim), rank, ["q_proj"], route="branch"),
+                }
+                for model in models.values():
+                    model.train()
+                got = medians({name: lambda m=m: m(x).backward(grad) for name, m in models.items()}, repeats)
+                rows.append((f"d {dim}, {tokens} tokens, r {rank}", *times(got), f"{got['branch'] / got['lora']:.2f}"))
+    return rows
+
+
+def vit() -> tuple[nn.Module, tuple[str, ...], Callable[[nn.Module], Tensor]]:
+    """timm ViT-S/14, batch 32, 98 px."""
+    import timm
+
+    model = timm.models.vision_transformer.VisionTransformer(
+        img_size=98, patch_size=14, embed_dim=384, depth=12, num_heads=6, num_classes=10
+    )
+    x, y = torch.randn(32, 3, 98, 98), torch.randint(0, 10, (32,))
+    return model, ("qkv",), lambda model: nn.functional.cross_entropy(model(x), y)
+
+
+def llama() -> tuple[nn.Module, tuple[str, ...], Callable[[nn.Module], Tensor]]:
+    """8 layers, 1024 wide, grouped queries 4:1, 4 x 512 tokens."""
+    config = transformers.LlamaConfig(
+        vocab_size=1024,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+    )
+    ids = torch.randint(0, 1024, (4, 512))
+    return (
+        transformers.LlamaForCausalLM(config),
+        ("q_proj", "v_proj"),
+        lambda model: model(input_ids=ids, labels=ids, use_cache=False).loss,
+    )
+
+
+MODELS = {"timm ViT-S, batch 32, 98 px": vit, "LLaMA 8 x 1024, GQA 4:1, 4 x 512": llama}
+
+
+def training_step(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Step:
+    """One AdamW step on what is trainable; a frozen model back-propagates to its first activations, as LoRA does."""
+    model.train()
+    params = [param for param in model.parameters() if param.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=1e-4) if params else None
+
+    def step() -> None:
+        loss(model).backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def step(repeats: int) -> list[tuple[str, ...]]:
+    """A whole training step. The base trains the bias of its first attention, so that it back-propagates as far."""
+    rows = []
+    for name, build in MODELS.items():
+        sides = {}
+        for side in ("base", "lora", "hora"):
+            torch.manual_seed(0)
+            model, targets, loss = build()
+            if side == "base":
+                frozen(model)
+                first = next(module for key, module in model.named_modules() if key.endswith(targets[0]))
+                first.bias = nn.Parameter(torch.zeros(first.out_features))
+            else:
+                model = (with_lora if side == "lora" else with_hora)(model, 8, targets)
+            sides[side] = training_step(model, loss)
+        rows.append((name, *times(medians(sides, repeats))))
+    return rows
+
+
+def times(got: Mapping[str, float]) -> tuple[str, ...]:
+    return (
+        *(f"{got[name] * 1e3:.1f}" for name in ("base", "lora", "hora")),
+        f"{got['hora'] / got['lora']:.2f}",
+        f"{got['hora'] / got['base']:.2f}",
+    )
+
+
+class QueryValue(nn.Module):
+    """Query and value projections of one input."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.num_heads = dim // 64
+        self.q_proj, self.v_proj = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.q_proj(x), self.v_proj(x)
+
+
+def memory(repeats: int) -> list[tuple[str, ...]]:
+    """Bytes saved for backward by q and v, and the peak of live bytes in one step."""
+    rows = []
+    for dropout in (0.0, 0.1):
+        got = {}
+        for side in ("lora", "hora"):
+            base = QueryValue(2048).to(torch.bfloat16)
+            wrap = with_lora if side == "lora" else with_hora
+            model = wrap(base, 8, ["q_proj", "v_proj"], **{f"{side}_dropout": dropout}).train()
+            x = torch.randn(1, 4096, 2048, dtype=torch.bfloat16, requires_grad=True)
+            weights = {param.untyped_storage().data_ptr() for param in model.parameters()}
+            got[side] = saved_activations(lambda model=model, x=x: model(x), weights)
+        rows.append((f"saved by q and v, bf16, 4096 x 2048, dropout {dropout}", *bytes_of(got)))
+    for name, build in MODELS.items():
+        got = {}
+        for side in ("lora", "hora"):
+            torch.manual_seed(0)
+            model, targets, loss = build()
+            run = training_step((with_lora if side == "lora" else with_hora)(model, 8, targets), loss)
+            run()
+            got[side] = peak_bytes(run)
+        rows.append((f"peak of a step, {name}", *bytes_of(got)))
+    return rows
+
+
+def saved_activations(run: Step, weights: set[int]) -> int:
+    """Bytes of distinct storages that autograd keeps, weights aside."""
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept.append(run())  # results live, so no storage is counted twice under one address
+    return sum(seen.values())
+
+
+def peak_bytes(run: Step) -> int:
+    """Highest sum of bytes allocated and not yet freed during a step, from the profiler's allocation events."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    live = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+def bytes_of(got: Mapping[str, int]) -> tuple[str, ...]:
+    return ("", f"{got['lora'] / 2**20:.1f}", f"{got['hora'] / 2**20:.1f}", f"{got['hora'] / got['lora']:.2f}", "")
+
+
+def generation(repeats: int) -> list[tuple[str, ...]]:
+    """All factors, forward and backward, beside a training step of 2048 tokens."""
+    model, targets, loss = llama()
+    model = with_hora(model, 8, targets)
+    nets = [
+        net for module in model.modules() if isinstance(module, HoraLayer) for net in module.hora_hyper.values()
+    ]
+
+    def generate() -> None:
+        outputs = [part for net in nets for p in net.layer for part in net(p) if part.grad_fn is not None]
+        torch.autograd.backward(outputs, [torch.ones_like(part) for part in outputs])
+
+    got = medians({"step": training_step(model, loss), "generate": generate}, repeats)
+    share = got["generate"] / got["step"]
+    return [(f"factors of {2 * len(nets)} projections, of a step", "", f"{got['step'] * 1e3:.1f}",
+             f"{got['generate'] * 1e3:.1f}", f"{share:.4f}", "")]
+
+
+def merge(repeats: int) -> list[tuple[str, ...]]:
+    """Merging projections of 4096 x 4096 beside copying their bytes; 8 of them, the issue's 64 take 8 times as long."""
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        weights = [torch.randn(4096, 4096).to(dtype) for _ in range(8)]
+        a, b = torch.randn(8, 4096), torch.randn(4096, 8)
+        from hora_spec import Layout
+
+        sides = {
+            "copy": lambda: [weight.clone() for weight in weights],
+            "merge": lambda: [merged_weight(weight, [(Layout(), a, b, 1.0)]) for weight in weights],
+        }
+        got = medians(sides, max(3, repeats // 3))
+        rows.append((f"merge 8 of 4096 x 4096, {dtype}, of copying", "", f"{got['copy'] * 1e3:.1f}",
+                     f"{got['merge'] * 1e3:.1f}", f"{got['merge'] / got['copy']:.2f}", ""))
+    return rows
+
+
+SECTIONS = {"projection": projection, "step": step, "memory": memory, "generation": generation, "merge": merge}
+HEADER = ("", "base", "LoRA", "HoRA", "HoRA/LoRA", "HoRA/base", "branch/LoRA")
+
+
+def main() -> None:
+    """Print one table per section."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    options = parser.parse_args()
+    global clock
+    clock = CLOCKS[options.clock]
+    torch.set_num_threads(options.threads)
+    for name in options.only:
+        unit = "MiB" if name == "memory" else "ms"
+        print(f"\n{name} ({unit}): {SECTIONS[name].__doc__}")
+        print("  ".join((HEADER[0].ljust(58), *(title.rjust(11) for title in HEADER[1:]))))
+        for label, *cells in SECTIONS[name](options.repeats):
+            print("  ".join((label.ljust(58), *(cell.rjust(11) for cell in cells))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
