@@ -164,7 +164,7 @@ def test_shapes_that_do_not_fit_are_refused(change, message):
 
 def test_s6_parameters_that_do_not_fit_are_refused():
     params = Case(AdapterSpec(3), GQA).inputs().params
-    with pytest.raises(HoraError, match="a.q must have shape"):
+    with pytest.raises(HoraError, match=r"a\.q must have shape"):
         functional.factors(AdapterSpec(3), GQA, params | {"a.q": params["a.q"].T})
     with pytest.raises(HoraError, match="exactly"):
         functional.factors(AdapterSpec(3, residual=True), GQA, params)

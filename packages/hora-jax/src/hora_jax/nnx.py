@@ -63,11 +63,7 @@ class HoraModel(nnx.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the base returns for these arguments with the adapter applied."""
-        bound = self.bind()
-        result = bound(*args, **kwargs)
-        if sown := nnx.state(bound, nnx.Intermediate):
-            nnx.update(self.base, sown)
-        return result
+        return self.bind()(*args, **kwargs)
 
     def bind(self) -> Any:
         """The base with the adapter in place, sharing all its variables: for calling its other methods.

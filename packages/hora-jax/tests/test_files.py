@@ -1,0 +1,166 @@
+"""The PEFT directory and LoRA export: exchange, refusals, and training state in Orbax."""
+
+import json
+
+import hora_spec
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from hora_bench.models.llama import Llama, LlamaConfig
+from hora_bench.models.vit import ViT, ViTConfig
+from hora_jax import (
+    export_lora,
+    from_adapter,
+    init,
+    load_adapter,
+    load_specs,
+    plan,
+    presets,
+    save_adapter,
+    to_adapter,
+)
+from hora_jax.nnx import HoraModel, HoraParam
+from hora_spec import HoraError, Layout, Window
+from safetensors.numpy import load_file
+
+LLAMA = LlamaConfig(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+)
+VIT = ViTConfig(image_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=4, mlp_dim=24, num_classes=3)
+
+
+@pytest.fixture
+def llama():
+    return Llama(LLAMA, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture
+def planned(llama, method):
+    return plan(llama, method, presets.llama())
+
+
+@pytest.fixture
+def phi(planned, perturbed):
+    return perturbed(init(planned))
+
+
+def equal(a, b) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_an_adapter_comes_back_as_it_was(tmp_path, planned, phi):
+    save_adapter(tmp_path, planned, phi, config={"base_model_name_or_path": "a/b"})
+    equal(load_adapter(tmp_path, planned), phi)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "a/b"
+
+
+def test_f2_tensors_carry_the_names_they_have_in_pytorch(tmp_path, planned, phi):
+    save_adapter(tmp_path, planned, phi)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.2.self_attn.q_proj.hora_hyper.b_out.v"
+    np.testing.assert_array_equal(tensors[key], phi["model.layers.0.self_attn"]["b_out.v"][2])
+
+
+def test_stacking_does_not_change_the_file(tmp_path, planned, phi, method):
+    scanned = plan(Llama(LLAMA.replace(scan_layers=True), rngs=nnx.Rngs(0)), method, presets.llama())
+    save_adapter(tmp_path / "a", planned, phi)
+    save_adapter(tmp_path / "b", scanned, {"model.layers.*.self_attn": phi["model.layers.0.self_attn"]})
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    (params,) = load_adapter(tmp_path / "a", scanned).values()
+    equal(params, phi["model.layers.0.self_attn"])
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_parts_of_a_fused_weight_are_rows_of_the_pytorch_weight(method, scan):
+    planned = plan(ViT(VIT.replace(scan_layers=scan), rngs=nnx.Rngs(0)), method, presets.vit())
+    sites = to_adapter(planned, init(planned)).layers["blocks.1.attn"].sites
+    assert {site.module for site in sites.values()} == {"blocks.1.attn.qkv"}
+    assert sites["v"].layout == Layout("(h k) d", Window(0, 32, 48))
+    assert sites["v"].weight_shape == (48, 16)
+
+
+def test_the_method_of_a_file_plans_the_model(tmp_path, llama, planned, phi, method):
+    save_adapter(tmp_path, planned, phi)
+    assert plan(llama, load_specs(tmp_path), presets.llama()) == planned
+    other = plan(llama, method.replace(rank=2), presets.llama())
+    with pytest.raises(HoraError, match="load_specs"):
+        load_adapter(tmp_path, other)
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path, planned, phi, method):
+    save_adapter(tmp_path, planned, phi)
+    vit = plan(ViT(VIT, rngs=nnx.Rngs(0)), method, presets.vit())
+    with pytest.raises(HoraError, match="of another model"):
+        load_adapter(tmp_path, vit)
+
+
+def test_modules_trained_whole_are_not_dropped_silently(tmp_path, planned, phi):
+    save_adapter(tmp_path, planned, phi, modules={"score.weight": np.ones((2, 3), "float32")})
+    with pytest.raises(HoraError, match="skip_modules=True"):
+        load_adapter(tmp_path, planned)
+    equal(load_adapter(tmp_path, planned, skip_modules=True), phi)
+
+
+def test_s7_a_diverged_adapter_is_not_written(tmp_path, planned, phi):
+    with pytest.raises(HoraError, match="finite"):
+        save_adapter(tmp_path / "new", planned, jax.tree.map(lambda v: v * np.nan, phi))
+    assert not (tmp_path / "new").exists()
+
+
+def test_f6_the_exported_lora_is_the_delta(tmp_path, llama, planned, phi):
+    export_lora(tmp_path, planned, phi)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    key = "base_model.model.model.layers.1.self_attn.v_proj.lora_{}.weight"
+    update = config["lora_alpha"] / config["r"] * tensors[key.format("B")] @ tensors[key.format("A")]
+    merged = HoraModel(llama, planned, phi).merged()
+    before, after = (m.model.layers[1].self_attn.v_proj.kernel[...] for m in (llama, merged))
+    np.testing.assert_allclose(after - before, update.T, atol=1e-5)
+
+
+def test_adapters_pass_through_the_specification_s_form(planned, phi):
+    equal(from_adapter(planned, to_adapter(planned, phi)), phi)
+    assert isinstance(to_adapter(planned, phi), hora_spec.Adapter)
+
+
+def test_orbax_keeps_the_training_state_and_only_that(tmp_path, llama, planned, phi):
+    model = HoraModel(llama, planned, phi)
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=HoraParam)
+    tokens = np.arange(8).reshape(2, 4)
+
+    def train(model, optimizer):
+        grads = nnx.grad(lambda m: (m(tokens) ** 2).mean(), argnums=nnx.DiffState(0, HoraParam))(model)
+        optimizer.update(model, grads)
+
+    train(model, optimizer)
+    saved = {
+        "adapter": nnx.to_pure_dict(nnx.state(model, HoraParam)),
+        "optimizer": nnx.to_pure_dict(nnx.state(optimizer)),
+    }
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "step", saved)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "step", jax.tree.map(np.zeros_like, saved))
+    equal(restored, saved)
+    values = sum(leaf.size for leaf in jax.tree.leaves(saved["adapter"]))
+    assert values == planned.params_count
+
+    again = HoraModel(llama, planned, init(planned, seed=3))
+    optimizer_again = nnx.Optimizer(again, optax.adam(1e-2), wrt=HoraParam)
+    for part, key in ((again, "adapter"), (optimizer_again, "optimizer")):
+        kept = nnx.state(part, HoraParam) if key == "adapter" else nnx.state(part)
+        nnx.replace_by_pure_dict(kept, restored[key])
+        nnx.update(part, kept)
+    for each in ((model, optimizer), (again, optimizer_again)):
+        train(*each)
+    equal(again.adapter(), model.adapter())

@@ -1,0 +1,307 @@
+"""`HoraModel`: the same numbers as merging, in every way NNX models are run and trained."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from hora_jax import Target, init, merge, plan, presets
+from hora_jax.nnx import HoraModel, HoraParam
+from hora_spec import AdapterSpec, HoraError, Layout, Window
+
+
+@pytest.fixture
+def model(tower, method, perturbed) -> HoraModel:
+    planned = plan(tower, method, presets.attention())
+    return HoraModel(tower, planned, perturbed(init(planned)))
+
+
+def close(a, b, tolerance: float = 1e-5) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), a, b)
+
+
+def loss_of(model, x):
+    return jnp.mean(jnp.square(model(x)))
+
+
+def only_adapter(loss):
+    return nnx.value_and_grad(loss, argnums=nnx.DiffState(0, HoraParam))
+
+
+def test_i4_a_fresh_adapter_changes_no_bit(tower, method, x):
+    planned = plan(tower, method, presets.attention())
+    np.testing.assert_array_equal(HoraModel(tower, planned, init(planned))(x), tower(x))
+
+
+def test_adapted_is_merged(model, x):
+    assert not jnp.allclose(model(x), model.base(x))
+    close(model(x), model.merged()(x))
+
+
+@pytest.mark.parametrize("method", [AdapterSpec(2, sharing="none"), AdapterSpec(2, sharing="b", alpha=4.0)], ids=str)
+def test_an_a_per_head_works_too(model, x):
+    close(model(x), model.merged()(x))
+
+
+def test_jit_equals_eager(model, x):
+    close(nnx.jit(lambda m, x: m(x))(model, x), model(x))
+    close(jax.jit(lambda x: model(x))(x), model(x))
+
+
+def test_it_trains_in_graph_mode_with_an_nnx_optimizer(model, x):
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=HoraParam)
+    frozen = jax.tree.map(np.asarray, nnx.state(model.base))
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        loss, grads = only_adapter(loss_of)(model, x)
+        optimizer.update(model, grads)
+        return loss
+
+    losses = [float(step(model, optimizer, x)) for _ in range(5)]
+    assert losses[-1] < losses[0]
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model.base), frozen)
+
+
+def test_it_trains_in_tree_mode_with_a_donated_step(model, x):
+    graph, params, rest = nnx.split(model, HoraParam, ..., graph=False)
+    optimizer = optax.adam(1e-2)
+
+    def step(params, state, rest, x):
+        value, grads = jax.value_and_grad(lambda p: loss_of(nnx.merge(graph, p, rest), x))(params)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    step, state, losses = jax.jit(step, donate_argnums=(0, 1)), optimizer.init(params), []
+    for _ in range(5):
+        params, state, value = step(params, state, rest, x)
+        losses.append(float(value))
+    assert losses[-1] < losses[0]
+    assert step._cache_size() == 1
+
+
+def test_both_modes_compute_the_same_gradients(model, x):
+    graph, params, rest = nnx.split(model, HoraParam, ..., graph=False)
+    tree = jax.grad(lambda p: loss_of(nnx.merge(graph, p, rest), x))(params)
+    _, grads = only_adapter(loss_of)(model, x)
+    close(nnx.to_pure_dict(tree), nnx.to_pure_dict(grads))
+
+
+def test_frozen_weights_have_no_gradient_and_no_optimizer_state(model, x):
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=HoraParam)
+    _, grads = only_adapter(loss_of)(model, x)
+    adapter = model.plan.params_count
+    assert sum(leaf.size for leaf in jax.tree.leaves(grads)) == adapter
+    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(optimizer))) == 2 * adapter + 2  # moments, two counters
+
+    graph, params, rest = nnx.split(model, HoraParam, ...)
+    program = jax.make_jaxpr(jax.grad(lambda p: loss_of(nnx.merge(graph, p, rest), x)))(params)
+    kernel = model.base.blocks[0].attn.query.kernel.shape
+    made = [var.aval.shape for eqn in program.eqns for var in eqn.outvars if eqn.primitive.name == "dot_general"]
+    assert made
+    assert kernel not in made  # no product has the shape of a weight: neither a delta nor a dense gradient is formed
+
+
+def test_gradients_equal_those_through_a_merge(model, x):
+    _, grads = only_adapter(loss_of)(model, x)
+    through = jax.grad(lambda phi: loss_of(merge(model.plan, model.base, phi), x))(model.adapter())
+    for key, params in through.items():
+        for name, value in params.items():
+            close(grads["phi"][key][name][...], value, 1e-4)
+
+
+def test_the_filter_for_lora_parameters_selects_the_adapter(model):
+    assert len(jax.tree.leaves(nnx.state(model, nnx.LoRAParam))) == len(jax.tree.leaves(model.adapter()))
+
+
+def test_gradients_accumulate_over_microbatches(model, x):
+    optimizer = nnx.Optimizer(model, optax.MultiSteps(optax.sgd(1.0), every_k_schedule=2), wrt=HoraParam)
+    _, whole = only_adapter(loss_of)(model, x)
+    before = model.adapter()
+    for half in x[:1], x[1:]:
+        _, grads = only_adapter(loss_of)(model, half)
+        optimizer.update(model, grads)
+    moved = jax.tree.map(lambda a, b: a - b, before, model.adapter())
+    close(moved, {key: {n: v[...] for n, v in p.items()} for key, p in whole["phi"].items()}, 1e-4)
+
+
+def test_statistics_of_the_base_are_updated(model, x):
+    model.train()
+    mean = model.base.blocks[0].norm.mean[...]
+    nnx.jit(lambda m, x: m(x))(model, x)
+    assert not jnp.allclose(model.base.blocks[0].norm.mean[...], mean)
+
+
+def test_random_streams_of_the_base_advance_as_without_adapter(tower, method, x):
+    planned = plan(tower, method, presets.attention())
+    model = HoraModel(nnx.clone(tower), planned, init(planned))
+    for each in (tower, model):
+        each.train()
+    first, second = model(x), model(x)
+    assert not jnp.allclose(first, second)
+    np.testing.assert_array_equal(first, tower(x))
+    np.testing.assert_array_equal(second, tower(x))
+
+
+def test_a_key_value_cache_is_filled_as_without_adapter(tower, method, perturbed, x):
+    base = type(tower)(nnx.Rngs(0), decode=True)
+    base.eval()
+    planned = plan(base, method, presets.attention())
+    phi = perturbed(init(planned))
+    model, merged = HoraModel(base, planned, phi), merge(planned, base, phi)
+    for each in (base, merged):
+        for block in each.blocks:
+            block.attn.init_cache(x.shape)
+    step = nnx.jit(lambda m, token: m(token))
+    for i in range(x.shape[1]):
+        close(step(model, x[:, i : i + 1]), step(merged, x[:, i : i + 1]))
+    assert int(base.blocks[0].attn.cache_index[...]) == x.shape[1]
+
+
+def test_what_the_base_sows_is_kept(model, x):
+    class Sower(nnx.Module):
+        def __init__(self, tower):
+            self.tower = tower
+
+        def __call__(self, x):
+            self.sow(nnx.Intermediate, "seen", x)
+            return self.tower(x)
+
+    base = Sower(model.base)
+    planned = plan(base, model.plan.layers[0].spec, presets.attention())
+    sowing = HoraModel(base, planned, init(planned))
+    sowing(x)
+    (seen,) = nnx.pop(sowing, nnx.Intermediate)["base"]["seen"][...]
+    np.testing.assert_array_equal(seen, x)
+
+
+def test_other_methods_of_the_base_are_called_through_bind(model, x):
+    close(model.bind().blocks[0].attn(x), model.merged().blocks[0].attn(x))
+
+
+def stacked_tower(depth: int, axis: int):
+    """Attention kernels with their layers axis anywhere, run by a scan."""
+
+    @nnx.split_rngs(splits=depth)
+    @nnx.vmap(in_axes=(nnx.StateAxes({nnx.RngState: 0, ...: axis}),), out_axes=nnx.StateAxes({...: axis}))
+    def make(rngs):
+        return nnx.MultiHeadAttention(4, 16, decode=False, use_bias=False, keep_rngs=False, rngs=rngs)
+
+    class Scanned(nnx.Module):
+        def __init__(self, rngs):
+            self.layers = make(rngs)
+
+        def __call__(self, x):
+            scan = nnx.scan(lambda x, layer: x + layer(x), in_axes=(nnx.Carry, axis), out_axes=nnx.Carry)
+            return scan(x, self.layers)
+
+    return Scanned(nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_a_scan_over_stacked_layers_slices_the_factors(axis, method, perturbed, x):
+    base = stacked_tower(3, axis)
+    (target_q, target_v) = presets.attention(stack_axis=axis)
+    planned = plan(base, method, (target_q, target_v))
+    assert planned.layers[0].names == ("layers.0", "layers.1", "layers.2")
+    model = HoraModel(base, planned, perturbed(init(planned)))
+    close(nnx.jit(lambda m, x: m(x))(model, x), model.merged()(x))
+
+
+def test_remat_gives_the_same_gradients(model, x):
+    class Remat(nnx.Module):
+        def __init__(self, tower):
+            self.blocks = tower.blocks
+
+        def __call__(self, x):
+            for block in self.blocks:
+                x = nnx.remat(lambda block, x: block(x))(block, x)
+            return x
+
+    again = HoraModel(Remat(model.base), model.plan, model.adapter())
+    (value, grads), (expected_value, expected) = only_adapter(loss_of)(again, x), only_adapter(loss_of)(model, x)
+    close(value, expected_value)
+    close(nnx.to_pure_dict(grads), nnx.to_pure_dict(expected))
+
+
+def test_forward_mode_works_on_the_plain_route_and_else_says_so(model, x):
+    plain = HoraModel(model.base, model.plan, model.adapter(), route="plain")
+    jax.jvp(lambda x: plain(x), (x,), (x,))
+    with pytest.raises(HoraError, match='route="plain"'):
+        jax.jvp(lambda x: model(x), (x,), (x,))
+
+
+def test_bfloat16_activations_stay_bfloat16_and_the_adapter_float32(model, x):
+    base = jax.tree.map(lambda v: v.astype("bfloat16") if v.dtype == "float32" else v, nnx.state(model.base))
+    nnx.update(model.base, base)
+    narrow = HoraModel(model.base, model.plan, model.adapter())
+    y = narrow(x.astype("bfloat16"))
+    assert y.dtype == jnp.bfloat16
+    _, grads = only_adapter(lambda m, x: jnp.mean(m(x).astype("float32") ** 2))(narrow, x.astype("bfloat16"))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(grads)} == {"float32"}
+    close(y.astype("float32"), model.merged()(x.astype("bfloat16")).astype("float32"), 0.1)
+
+
+class Fused(nnx.Module):
+    """Query and value in one weight, as linear columns, as heads, and as maps along a leading axis."""
+
+    def __init__(self, form: str) -> None:
+        rngs = nnx.Rngs(0)
+        self.qkv = {
+            "columns": lambda: nnx.Linear(16, 24, rngs=rngs),
+            "heads": lambda: nnx.LinearGeneral(16, (6, 4), rngs=rngs),
+            "maps": lambda: nnx.Einsum("bsd,chdk->cbshk", (3, 2, 16, 4), rngs=rngs),
+        }[form]()
+
+    def __call__(self, x):
+        return self.qkv(x)
+
+
+@pytest.mark.parametrize(
+    ("form", "windows"),
+    [
+        ("columns", [Layout("d (h k)", Window(1, 0, 8)), Layout("d (h k)", Window(1, 16, 24))]),
+        ("heads", [Layout("d h k", Window(1, 0, 2)), Layout("d h k", Window(1, 4, 6))]),
+        ("maps", [Layout("1 h d k", Window(0, 0, 1)), Layout("1 h d k", Window(0, 2, 3))]),
+    ],
+)
+def test_parts_of_a_fused_weight_are_adapted_alone(form, windows, method, perturbed, x):
+    base = Fused(form)
+    targets = [
+        Target("qkv.kernel", p, w, 2 if form == "columns" else None, layer="a")
+        for p, w in zip("qv", windows, strict=True)
+    ]
+    planned = plan(base, method, targets)
+    model = HoraModel(base, planned, perturbed(init(planned)))
+    changed = model(x) - base(x)
+    close(model(x), model.merged()(x))
+    parts = jnp.split(changed, 3, {"columns": -1, "heads": -2, "maps": 0}[form])
+    assert [bool(part.any()) for part in parts] == [True, False, True]
+
+
+def test_a_module_that_is_no_linear_map_is_refused(method, x):
+    class Odd(nnx.Module):
+        def __init__(self):
+            self.kernel = nnx.Param(jnp.ones((16, 4, 2)))
+
+        def __call__(self, x):
+            return jnp.einsum("bsd,dhk->bhsk", x, self.kernel[...])
+
+    class Holder(nnx.Module):
+        def __init__(self):
+            self.odd = Odd()
+
+        def __call__(self, x):
+            return self.odd(x)
+
+    planned = plan(Holder(), method, Target("odd.kernel", "q", "d h k", layer="a"))
+    with pytest.raises(HoraError, match=r"call hora_jax\.merge inside the loss"):
+        HoraModel(Holder(), planned, init(planned))(x)
+
+
+def test_a_model_that_does_not_fit_is_refused(model, method):
+    with pytest.raises(HoraError, match="plan this tree"):
+        HoraModel(model.base.blocks[0], model.plan, model.adapter())
+    with pytest.raises(HoraError, match="belongs to another plan"):
+        HoraModel(model.base, model.plan, {})
