@@ -161,14 +161,14 @@ def test_a_key_value_cache_is_filled_as_without_adapter(tower, method, perturbed
 
 def test_what_the_base_sows_is_captured(model, x):
     class Sower(nnx.Module):
-        def __init__(self, tower):
-            self.tower = tower
+        def __init__(self, block):
+            self.block = block
 
         def __call__(self, x):
             self.sow(nnx.Intermediate, "seen", x)
-            return self.tower(x)
+            return self.block(x)
 
-    base = Sower(model.base)
+    base = Sower(model.base.blocks[0])  # flax 0.12.8 cannot merge an nnx.List while it captures
     planned = plan(base, model.plan.layers[0].spec, presets.attention())
     sowing = HoraModel(base, planned, init(planned))
     y, captured = nnx.capture(sowing, nnx.Intermediate)(x)
