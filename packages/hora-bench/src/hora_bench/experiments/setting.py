@@ -33,6 +33,9 @@ DEFAULTS: Final[dict[str, Any]] = {
     "score_on": "val",
     "scoring": "accuracy",
     "dtype": "float32",
+    "mesh": None,
+    "remat": False,
+    "scan": False,
 }
 QUICK: Final[dict[str, Any]] = {"image_size_px": 28, "steps": 20, "warmup_steps": 2}
 FINAL: Final[dict[str, Any]] = {"train_on": "train+val", "score_on": "test"}

@@ -116,5 +116,5 @@ def factors_of(model: Any) -> dict[tuple[int, str], Factors]:
                 continue
             layer = int(name.partition("blocks.")[2].partition(".")[0])
             for projection, factors in made.items():
-                found[layer, projection] = Factors(*(np.array(factor) for factor in factors))
+                found[layer, projection] = Factors(*(factor.numpy().copy() for factor in factors))
     return found

@@ -1,0 +1,145 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hora_bench.experiments import ablate, sample_efficiency
+from hora_bench.experiments.intervals import mean_interval
+from hora_bench.experiments.journal import Journal
+from hora_bench.experiments.record import read_record, write_record
+from hora_bench.experiments.sample_efficiency import plot as plot_curve
+from hora_bench.experiments.setting import Setting, read_setting, request, vary
+from hora_bench.experiments.similarity.plot import plot as plot_similarity
+from hora_bench.experiments.similarity.run import similarity
+from hora_bench.tasks.image_sources import digits
+from hora_bench.torchvision_ops import declare_missing_ops
+from hora_spec import HoraError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny timm ViT without pretraining, as a directory."""
+    declare_missing_ops()
+    import timm
+    from safetensors.torch import save_file
+
+    path = tmp_path_factory.mktemp("model")
+    vit = timm.create_model("test_vit", num_classes=0)
+    save_file(vit.state_dict(), path / "model.safetensors")
+    config = {"architecture": "test_vit", "num_features": vit.num_features, "pretrained_cfg": vit.pretrained_cfg}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture
+def setting(model, monkeypatch):
+    """Two steps on forty digits."""
+
+    def few(image_size):
+        task = digits(image_size)
+        parts = {part: getattr(task, part).take(np.arange(40)) for part in ("train", "val", "test")}
+        return replace(task, **parts)
+
+    monkeypatch.setattr("hora_bench.experiments.setting.digits", few)
+    return Setting(request(model=str(model), image_size_px=32, steps=2, warmup_steps=1, batch_size=4), {})
+
+
+def test_similarity_measures_every_layer_and_resumes(setting, tmp_path):
+    journal, seen = tmp_path / "pieces.jsonl", []
+    asked = {"methods": ["lora", "hora", "mh-lora"], "journal": Journal(journal)}
+    first = similarity(setting, **asked, progress=lambda *counts: seen.append(counts))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert len(first["layers"]) == 3 * 6 * 2
+    assert {record["projection"] for record in first["layers"]} == {"q", "v"}
+    hora = [record for record in first["summary"] if record["method"] == "hora"]
+    assert all(0 < record["participation_ratio"] <= 8 for record in hora)
+    assert similarity(setting, methods=asked["methods"], journal=Journal(journal)) == first
+    for path in plot_similarity(first, tmp_path):
+        assert path.read_text().startswith("<?xml")
+
+
+def test_ablation_changes_one_factor_and_repeats_no_run(setting, tmp_path, monkeypatch):
+    asked = {"factors": {"residual": [True]}, "learning_rates": [1e-3], "references": ["lora"]}
+    first = ablate.ablate(setting, tmp_path, **asked)
+    assert [(row["factor"], row["value"]) for row in first["rows"]] == [
+        ("default", None),
+        ("method", "lora"),
+        ("residual", True),
+        ("learning_rate", 1e-3),
+        ("labels", "shuffled"),
+    ]
+    assert first["rows"][0]["difference_pct"] == 0
+    assert all(row["low_pct"] <= row["mean_pct"] <= row["high_pct"] for row in first["rows"])
+    monkeypatch.setattr("hora_bench.runs.fit", lambda *_, **__: pytest.fail("trained again"))
+    assert ablate.ablate(setting, tmp_path, **asked) == first
+
+
+def test_sample_efficiency_tunes_on_validation_and_tests_with_every_seed(setting, tmp_path):
+    found = sample_efficiency.sample_efficiency(
+        setting, tmp_path, methods=["hora"], fractions=[0.5], learning_rates=[1e-3, 1e-2], seeds=[0, 1]
+    )
+    (point,) = found["curve"]
+    best = max(found["search"], key=lambda trial: trial["accuracy_pct"])
+    assert point["learning_rate"] == best["learning_rate"]
+    assert len(point["accuracies_pct"]) == 2
+    plot_curve(found, tmp_path / "curve.svg")
+    assert (tmp_path / "curve.svg").stat().st_size > 1000
+
+
+def test_shuffled_labels_keep_images_and_test_labels(setting):
+    plain, shuffled = setting.load("digits"), setting.load("digits-shuffled")
+    assert shuffled.name == "digits-shuffled"
+    assert (plain.labels("test") == shuffled.labels("test")).all()
+    assert sorted(plain.labels("train")) == sorted(shuffled.labels("train"))
+    assert (plain.labels("train") != shuffled.labels("train")).mean() > 0.8
+
+
+def test_an_experiment_file_gives_request_and_what_varies(tmp_path):
+    path = tmp_path / "one.toml"
+    path.write_text('[request]\nsteps = 7\n[vary]\nmethods = ["hora"]\n')
+    found = read_setting(path, quick={}, data=None)
+    assert (found.base.steps, found.vary) == (7, {"methods": ["hora"]})
+    path.write_text("[request]\nstep = 7\n")
+    with pytest.raises(HoraError, match=r"got \['step'\] in one.toml"):
+        read_setting(path, quick={}, data=None)
+    assert read_setting(None, quick={"seeds": [3]}, data=None).vary == {"seeds": [3]}
+
+
+def test_a_task_without_its_folder_says_what_to_pass(setting, tmp_path):
+    with pytest.raises(HoraError, match="pass --data"):
+        setting.load("sign_digits")
+    with pytest.raises(HoraError, match="must hold sign_digits"):
+        Setting(setting.base, {}, tmp_path).load("sign_digits")
+
+
+def test_a_varied_request_is_validated():
+    assert vary(request(), seed=4).seed == 4
+    with pytest.raises(ValueError, match="fraction"):
+        vary(request(), fraction=2.0)
+
+
+@pytest.mark.parametrize("accuracies", [[100.0], [0.0], [60.0, 70.0, 65.0]])
+def test_intervals_hold_the_mean_and_stay_percentages(accuracies):
+    found = mean_interval(accuracies, 200)
+    assert 0 <= found["low_pct"] <= found["mean_pct"] <= found["high_pct"] <= 100
+    assert mean_interval(accuracies, 20_000)["low_pct"] >= found["low_pct"]
+
+
+def test_a_journal_drops_a_line_cut_by_a_kill(tmp_path):
+    path = tmp_path / "pieces.jsonl"
+    for key in "ab":
+        Journal(path).once(key, lambda key=key: key.upper())
+    path.write_text(path.read_text()[:-3])
+    journal = Journal(path)
+    assert journal.once("a", lambda: pytest.fail("forgotten")) == "A"
+    assert journal.once("b", lambda: 2) == 2
+    assert Journal(path).once("b", lambda: pytest.fail("forgotten")) == 2
+    journal.remove()
+    assert not path.exists()
+
+
+def test_a_record_has_a_line_per_table_row_and_reads_back(tmp_path):
+    result = {"rows": [{"a": 1, "b": [2, 3]}, {"a": 4, "b": []}], "notes": ["x"], "setting": {"deep": {"er": None}}}
+    write_record(tmp_path / "r.json", "cost", "hora-bench cost", seconds=1.23, result=result)
+    assert read_record(tmp_path / "r.json")["result"] == result
+    assert '   {"a": 1, "b": [2, 3]},\n' in (tmp_path / "r.json").read_text()
