@@ -1,7 +1,6 @@
 from dataclasses import replace
 
 import pytest
-from hora_bench.experiments.cost import cost, paper
 from hora_bench.experiments.cost.architectures import MODELS, Workload
 from hora_bench.experiments.cost.counted_by_torch import adapted, build, count_macs, trainable
 from hora_bench.experiments.cost.counted_by_xla import count_layer_macs
@@ -15,6 +14,7 @@ from hora_bench.experiments.cost.formulas import (
     params_count,
     routes,
 )
+from hora_bench.experiments.cost.run import cost, paper
 from hora_spec import AdapterSpec
 
 PEERS = ("lora", "dora", "vera")

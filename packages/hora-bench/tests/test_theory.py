@@ -3,9 +3,8 @@ from functools import cache, partial
 
 import numpy as np
 import pytest
-from hora_bench.experiments import theory as package
 from hora_bench.experiments.journal import Journal
-from hora_bench.experiments.theory import plot, theory
+from hora_bench.experiments.theory import run
 from hora_bench.experiments.theory.fit import fit, losses
 from hora_bench.experiments.theory.identify import identify
 from hora_bench.experiments.theory.model import (
@@ -16,7 +15,9 @@ from hora_bench.experiments.theory.model import (
     jacobian,
     predict,
 )
+from hora_bench.experiments.theory.plot import plot
 from hora_bench.experiments.theory.rates import GRIDS, LOSSES, Grid, gates, measure, summarise
+from hora_bench.experiments.theory.run import theory
 from scipy.optimize import check_grad
 
 
@@ -119,9 +120,9 @@ def measured(monkeypatch):
         rng = np.random.default_rng([heads, len(sharing), trial, seed])
         return {name: rng.uniform(1, 2, len(sizes)).tolist() for name in LOSSES} | {"starts": 2, "unreached": 0}
 
-    monkeypatch.setitem(package.run.GRIDS, "quick", Grid(sizes=(60, 120), trials=2))
-    monkeypatch.setattr(package.run, "measure", measure)
-    monkeypatch.setattr(package.run, "identify", cache(partial(identify, fits=1)))
+    monkeypatch.setitem(run.GRIDS, "quick", Grid(sizes=(60, 120), trials=2))
+    monkeypatch.setattr(run, "measure", measure)
+    monkeypatch.setattr(run, "identify", cache(partial(identify, fits=1)))
     return asked
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from hora_bench.commands import assets, methods, run, show
 from hora_bench.demo import command as demo
+from hora_bench.experiments import commands as experiments
 from hora_bench.experiments.cost import command as cost
 from hora_bench.experiments.theory import command as theory
 
@@ -29,6 +30,9 @@ app.command("methods", rich_help_panel=WORK)(methods.command)
 app.command("schema", rich_help_panel=WORK)(methods.schema)
 app.command("cost", rich_help_panel=PAPER)(cost.command)
 app.command("theory", rich_help_panel=PAPER)(theory.command)
+app.command("sample-efficiency", rich_help_panel=PAPER)(experiments.sample_efficiency)
+app.command("ablate", rich_help_panel=PAPER)(experiments.ablate)
+app.command("similarity", rich_help_panel=PAPER)(experiments.similarity)
 
 
 def main() -> None:

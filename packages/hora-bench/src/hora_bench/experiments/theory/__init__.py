@@ -2,8 +2,3 @@
 
 NumPy and SciPy only. The theorems are about *recovery of the updates* when a head is redundant.
 """
-
-from .plot import plot
-from .run import theory
-
-__all__ = ["plot", "theory"]

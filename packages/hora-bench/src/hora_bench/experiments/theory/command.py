@@ -15,11 +15,6 @@ from rich.table import Table
 from hora_bench.experiments.journal import Journal
 from hora_bench.experiments.record import write_record
 
-from .identify import SPLITS, identify
-from .model import SHARINGS
-from .plot import plot
-from .run import theory
-
 console = Console()
 
 
@@ -34,6 +29,11 @@ def command(
     out: Annotated[Path, typer.Option(help="Result file; the plot goes beside it.")] = Path("results/theory.json"),
 ) -> None:
     """The paper's theorems as a regression: what sharing identifies, and how fast it is recovered."""
+    from .identify import identify
+    from .model import SHARINGS
+    from .plot import plot
+    from .run import theory
+
     if part == "identify":
         _show_identification([_record(identify(sharing, seed=seed)) for sharing in SHARINGS])
         return
@@ -84,6 +84,8 @@ def show(result: dict[str, Any]) -> None:
 
 
 def _show_identification(records: list[dict[str, Any]]) -> None:
+    from .identify import SPLITS
+
     title = "two heads for one, no noise: which split of the value update changes the function"
     table = Table("sharing", f"change at a split of {SPLITS[-1]:g}", "order", "value error", "identified", title=title)
     for found in records:
