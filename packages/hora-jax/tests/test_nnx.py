@@ -172,7 +172,7 @@ def test_what_the_base_sows_is_captured(model, x):
     planned = plan(base, model.plan.layers[0].spec, presets.attention())
     sowing = HoraModel(base, planned, init(planned))
     y, captured = nnx.capture(sowing, nnx.Intermediate)(x)
-    (seen,) = captured["base"]["seen"][...]
+    (seen,) = captured["base"]["seen"].get_value()
     np.testing.assert_array_equal(seen, x)
     np.testing.assert_array_equal(y, base(x))
 

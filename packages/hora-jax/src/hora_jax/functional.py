@@ -177,10 +177,11 @@ def hora_linear(
             f"got {x.shape}, {weight.shape}, {a.shape} and {b.shape}: transpose Flax kernels first (spec D3)"
         )
     if _resolve(route, x) == "merge":
+        a, b = routes.follow(factors, weight, 0)
         y = routes.merged(x, jax.lax.stop_gradient(weight), a, scaling * b)
     else:
         y = x @ jax.lax.stop_gradient(weight).T
-        z = branch(x, factors, scaling, route="plain" if route == "plain" else "branch")
+        z = branch(x, routes.follow(factors, y, -1), scaling, route="plain" if route == "plain" else "branch")
         y = y + z.reshape(y.shape)
     return y if bias is None else y + bias
 

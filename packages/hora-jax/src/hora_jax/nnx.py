@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from hora_spec import Factors, HoraError
 
-from hora_jax import adapter, functional
+from hora_jax import adapter, functional, routes
 from hora_jax.adapter import Phi
 from hora_jax.plan import Layer, Plan
 from hora_jax.targets import Site, child, leaves
@@ -106,7 +106,8 @@ class _Branch(nnx.Module):
         for site, (a, b) in zip(self.sites, self.factors, strict=True):
             # an inner module with a narrower compute dtype casts x as well: XLA makes one cast of the two
             narrow = x.astype(y.dtype) if y.dtype.itemsize < x.dtype.itemsize else x
-            z = functional.branch(narrow, Factors(a[...], b[...]), self.scaling, route=self.route)
+            factors = routes.follow(Factors(a[...], b[...]), y, -1 if "hk" in site.layout.axes else -2)
+            z = functional.branch(narrow, factors, self.scaling, route=self.route)
             y = y + _place(z, x, y, site).astype(y.dtype)
         return y
 

@@ -10,7 +10,8 @@ from functools import wraps
 
 import jax
 import jax.numpy as jnp
-from hora_spec import HoraError
+from hora_spec import Factors, HoraError
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 
@@ -30,6 +31,21 @@ def reverse_only(function: Callable[..., Array]) -> Callable[..., Array]:
             ) from error
 
     return guarded
+
+
+def follow(factors: Factors, heads: Array, axis: int) -> Factors:
+    """Factors sharded as the output they add to: A on every device, B by heads; on a mesh of explicit axes alone.
+
+    `axis` is the axis of `heads` that the heads lead, -1 when they are joined with head_dim. Where axes are automatic,
+    the compiler propagates the weight's sharding by itself.
+    """
+    a, b = factors
+    sharding = _explicit(heads)
+    if sharding is None:
+        return factors
+    by_head = sharding.spec[axis]
+    a = jax.sharding.reshard(a, PartitionSpec(*((by_head, None, None) if a.ndim == 3 else (None, None))))
+    return Factors(a, jax.sharding.reshard(b, PartitionSpec(by_head, None, None)))
 
 
 def plain(x: Array, a: Array, b: Array) -> Array:
@@ -60,6 +76,8 @@ branch = reverse_only(_branch)
 def _merged(x: Array, weight: Array, a: Array, b: Array) -> Array:
     wide = jnp.promote_types(weight.dtype, jnp.float32)
     delta = jnp.einsum("hkr,hrd->hkd" if a.ndim == 3 else "hkr,rd->hkd", b, a).reshape(weight.shape)
+    if (sharding := _explicit(weight)) is not None:
+        delta = jax.sharding.reshard(delta, sharding)
     return x @ (weight.astype(wide) + delta).astype(weight.dtype).T
 
 
@@ -71,7 +89,8 @@ def _merged_backward(saved: tuple[Array, ...], g: Array) -> tuple[Array | None, 
     x, weight, a, b = saved
     per_head = g.astype(x.dtype).reshape(*g.shape[:-1], *b.shape[:2])
     grad_x, grad_a, grad_b = _low_rank_gradients(x, _shrink(x, a), a, b, per_head)
-    return (g @ weight).astype(x.dtype) + grad_x, None, grad_a, grad_b
+    through_base = jnp.einsum("...o,od->...d", g, weight, out_sharding=_explicit(x))
+    return through_base.astype(x.dtype) + grad_x, None, grad_a, grad_b
 
 
 _merged.defvjp(_merged_forward, _merged_backward)
@@ -85,12 +104,23 @@ def _shrink(x: Array, a: Array) -> Array:
 def _low_rank_gradients(x: Array, u: Array, a: Array, b: Array, g: Array) -> tuple[Array, Array, Array]:
     """Gradients of ``(x A^T) B^T`` with respect to x, A and B, given g (..., h, k)."""
     free = a.ndim == 3
-    grad_b = _accumulate("...hk,...hr->hkr" if free else "...hk,...r->hkr", g, u)
-    grad_u = _accumulate("...hk,hkr->...hr" if free else "...hk,hkr->...r", g, b.astype(g.dtype)).astype(g.dtype)
-    grad_a = _accumulate("...hr,...d->hrd" if free else "...r,...d->rd", grad_u, x)
-    grad_x = jnp.einsum("...hr,hrd->...d" if free else "...r,rd->...d", grad_u, a.astype(x.dtype))
+    grad_b = _accumulate("...hk,...hr->hkr" if free else "...hk,...r->hkr", g, u, like=b)
+    grad_u = _accumulate("...hk,hkr->...hr" if free else "...hk,hkr->...r", g, b.astype(g.dtype), like=u)
+    grad_u = grad_u.astype(g.dtype)
+    grad_a = _accumulate("...hr,...d->hrd" if free else "...r,...d->rd", grad_u, x, like=a)
+    into_x = "...hr,hrd->...d" if free else "...r,rd->...d"
+    grad_x = jnp.einsum(into_x, grad_u, a.astype(x.dtype), out_sharding=_explicit(x))
     return grad_x, grad_a.astype(a.dtype), grad_b.astype(b.dtype)
 
 
-def _accumulate(subscripts: str, *operands: Array) -> Array:
-    return jnp.einsum(subscripts, *operands, preferred_element_type=jnp.promote_types(operands[0].dtype, jnp.float32))
+def _accumulate(subscripts: str, *operands: Array, like: Array | None = None) -> Array:
+    """Contraction that accumulates in float32 or better, sharded like another array."""
+    wide = jnp.promote_types(operands[0].dtype, jnp.float32)
+    out = None if like is None else _explicit(like)
+    return jnp.einsum(subscripts, *operands, preferred_element_type=wide, out_sharding=out)
+
+
+def _explicit(array: Array) -> NamedSharding | None:
+    """The sharding that is part of an array's type, None where the compiler decides."""
+    sharding = jax.typeof(array).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None

@@ -1,0 +1,165 @@
+"""Every preset on the model it is for: names, head counts, and adapted equals merged."""
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hora_bench.models.llama import Llama, LlamaConfig
+from hora_bench.models.vit import ViT, ViTConfig
+from hora_jax import init, merge, plan, presets
+from hora_jax.nnx import HoraModel
+from hora_spec import HoraError, ProjectionShape
+
+LLAMA = LlamaConfig(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+)
+VIT = ViTConfig(image_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=4, mlp_dim=24, num_classes=3)
+TOKENS = np.arange(10).reshape(2, 5)
+IMAGES = np.linspace(-1, 1, 2 * 16 * 16 * 3, dtype="float32").reshape(2, 16, 16, 3)
+
+
+def close(a, b) -> None:
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("remat", [False, True])
+def test_llama(method, perturbed, scan, remat):
+    base = Llama(LLAMA.replace(scan_layers=scan, remat=remat), rngs=nnx.Rngs(0))
+    planned = plan(base, method, presets.llama("qkv"))
+    names = [name for layer in planned.layers for name in layer.names]
+    assert names == [f"model.layers.{i}.self_attn" for i in range(2)]
+    assert planned.layers[0].shape["v"] == ProjectionShape(2, 4, 16)
+    model = HoraModel(base, planned, perturbed(init(planned)))
+    close(model(TOKENS), model.merged()(TOKENS))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_llama_with_a_key_value_cache(method, perturbed, scan):
+    base = Llama(LLAMA.replace(scan_layers=scan), rngs=nnx.Rngs(0))
+    planned = plan(base, method, presets.llama())
+    model, cache, logits = HoraModel(base, planned, perturbed(init(planned))), base.init_cache(2, 5), []
+    step = nnx.jit(lambda m, token, cache: m(token, cache=cache))
+    for i in range(5):
+        out, cache = step(model, TOKENS[:, i : i + 1], cache)
+        logits.append(out)
+    close(jnp.concatenate(logits, 1), model(TOKENS))
+
+
+def test_head_counts_of_parameters_alone_are_given(method):
+    state = nnx.state(Llama(LLAMA, rngs=nnx.Rngs(0)))
+    with pytest.raises(HoraError, match="plan the model itself"):
+        plan(state, method, presets.llama())
+    planned = plan(state, method, presets.llama(num_heads=4, num_kv_heads=2))
+    assert planned == plan(Llama(LLAMA, rngs=nnx.Rngs(0)), method, presets.llama())
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_vit(method, perturbed, scan):
+    base = ViT(VIT.replace(scan_layers=scan), rngs=nnx.Rngs(0))
+    planned = plan(base, method, presets.vit())
+    assert [name for layer in planned.layers for name in layer.names] == ["blocks.0.attn", "blocks.1.attn"]
+    model = HoraModel(base, planned, perturbed(init(planned)))
+    close(model(IMAGES), model.merged()(IMAGES))
+
+
+def test_linen_attention(method, perturbed, x):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for _ in range(2):
+                x = nn.MultiHeadDotProductAttention(num_heads=4)(x, x)
+            return x
+
+    variables = Net().init(jax.random.key(0), x)
+    planned = plan(variables, method, presets.attention())
+    assert [layer.name for layer in planned.layers] == [f"params.MultiHeadDotProductAttention_{i}" for i in range(2)]
+    merged = merge(planned, variables, perturbed(init(planned)))
+    assert not jnp.allclose(Net().apply(merged, x), Net().apply(variables, x))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_linen_attention_scanned_over_layers(method, perturbed, x, axis):
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return x + nn.MultiHeadDotProductAttention(num_heads=4, use_bias=False, name="attn")(x, x), None
+
+    net = nn.scan(Layer, variable_axes={"params": axis}, split_rngs={"params": True}, length=3)()
+    variables = net.init(jax.random.key(0), x, None)
+    planned = plan(variables, method, presets.attention(stack_axis=axis))
+    assert planned.layers[0].names == tuple(f"params.attn.{i}" for i in range(3))
+    merged = merge(planned, variables, perturbed(init(planned)))
+    assert not jnp.allclose(net.apply(merged, x, None)[0], net.apply(variables, x, None)[0])
+
+
+def test_equinox_attention(method, perturbed, x):
+    class Net(eqx.Module):
+        layers: list
+
+        def __call__(self, x):
+            for layer in self.layers:
+                x = layer(x, x, x)
+            return x
+
+    net = Net([eqx.nn.MultiheadAttention(4, 16, key=jax.random.key(i)) for i in range(2)])
+    planned = plan(net, method, presets.equinox("qkv"))
+    assert [layer.name for layer in planned.layers] == ["layers.0", "layers.1"]
+    assert planned.layers[0].shape["k"] == ProjectionShape(4, 4, 16)
+    merged = merge(planned, net, perturbed(init(planned)))
+    assert not jnp.allclose(merged(x[0]), net(x[0]))
+
+
+def test_tunix_llama(method, perturbed):
+    llama3 = pytest.importorskip("tunix.models.llama3.model", reason="tunix is not installed", exc_type=ImportError)
+    config = llama3.ModelConfig(
+        num_layers=2,
+        vocab_size=32,
+        embed_dim=16,
+        hidden_dim=24,
+        num_heads=4,
+        head_dim=4,
+        num_kv_heads=2,
+        rope_theta=10_000,
+        norm_eps=1e-5,
+        weight_tying=True,
+    )
+    base = llama3.Llama3(config, rngs=nnx.Rngs(0))
+    planned = plan(base, method, presets.tunix_llama())
+    assert [layer.name for layer in planned.layers] == [f"model.layers.{i}.self_attn" for i in range(2)]
+    model = HoraModel(base, planned, perturbed(init(planned)))
+    positions, mask = np.broadcast_to(np.arange(5), (2, 5)), jnp.tril(jnp.ones((2, 5, 5), bool))
+    close(model(TOKENS, positions, None, mask)[0], model.merged()(TOKENS, positions, None, mask)[0])
+
+
+def test_jimm_vit(method, perturbed):
+    vit = pytest.importorskip("jimm.models.vit", reason="jimm is not installed", exc_type=ImportError)
+    base = vit.VisionTransformer(
+        num_classes=3,
+        img_size=16,
+        patch_size=8,
+        num_layers=2,
+        num_heads=4,
+        mlp_dim=24,
+        hidden_size=16,
+        dropout_rate=0.0,
+    )
+    planned = plan(base, method, presets.jimm_vit())
+    assert [name for layer in planned.layers for name in layer.names] == [f"vit.layers.{i}.attention" for i in range(2)]
+    model = HoraModel(base, planned, perturbed(init(planned)))
+    close(model(IMAGES), model.merged()(IMAGES))
+
+
+def test_projections_are_in_the_order_of_their_modules():
+    assert [target.projection for target in presets.attention(("v", "q"))] == ["q", "v"]
+    with pytest.raises(HoraError, match=r"got \['o'\]"):
+        presets.vit(("q", "o"))
