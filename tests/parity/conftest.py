@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from hora_spec.testing import Backend
+from hora_spec.testing.mutants import MUTANTS
 
 from .backends import COMPILER, jax_backend, torch_backend
 from .report import ROOT, Report, Tally
@@ -14,7 +15,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("parity")
     group.addoption("--case", help="run tests of drawn cases on this one, a repr as the report prints it")
     group.addoption("--only", help="run the one test with this id; what the report's replay commands use")
-    group.addoption("--plant", help="BACKEND:MUTANT, such as torch:ddof_1: the backend is made wrong, tests must fail")
+    group.addoption("--plant", help="FRAMEWORK:MUTANT, such as 'jax:No normalisation': is made wrong, and tests fail")
     group.addoption("--report", type=Path, default=ROOT / "results" / "parity", help="folder of the report")
 
 
@@ -40,7 +41,7 @@ def tally(request: pytest.FixtureRequest) -> Tally:
 @pytest.fixture(scope="session")
 def backends(pytestconfig: pytest.Config) -> dict[str, Backend]:
     """Both frameworks in every way they run, one of them made wrong if ``--plant`` asks for it."""
-    return {
+    result = {
         "torch": torch_backend(),
         "torch merge": torch_backend("merge"),
         "torch compiled": torch_backend(compiler=COMPILER),
@@ -48,6 +49,13 @@ def backends(pytestconfig: pytest.Config) -> dict[str, Backend]:
         "jax merge": jax_backend("merge"),
         "jax eager": jax_backend(jit=False),
     }
+    if planted := pytestconfig.getoption("--plant", None):
+        framework, _, name = planted.partition(":")
+        (mutant,) = (mutant for mutant in MUTANTS if mutant.name == name)
+        for way, backend in result.items():
+            if way.startswith(framework):
+                result[way] = mutant.plant(backend)._replace(name=f"{backend.name} with {name}")
+    return result
 
 
 class Reporter:

@@ -35,6 +35,7 @@ FAMILIES: dict[str, Family] = {
     "linear": Family("adapted projection, branch and merge routes", KIT),
     "linear gradients": Family("backward pass of the adapted projection", KIT),
     "gradients": Family("gradient of every parameter", KIT),
+    "goldens": Family("the stored arrays of every golden case", KIT),
     "torch against JAX": Family("the same arrays, torch against JAX directly", "twice the bound of either"),
     "laws": Family("what holds whatever the numbers are", KIT),
     "merge": Family("merged weights in every layout", EXACT),
