@@ -4,7 +4,7 @@ import time
 
 import pytest
 from hora_spec import HoraError
-from hora_spec.testing import LAWS, REFERENCE, VECTORIZED, check_delta, check_factors, corpus
+from hora_spec.testing import LAWS, REFERENCE, VECTORIZED, check_delta, check_factors, check_merge_refuses, corpus
 from hora_spec.testing.mutants import MUTANTS, killer, rewired, survivors
 
 BUDGET_S = 60
@@ -54,3 +54,12 @@ def _fails(check, backend):
         except AssertionError:
             return True
     return False
+
+
+def test_e2_a_refusal_that_changes_the_weight_is_seen():
+    def merge(weight, delta, layout):
+        weight[0, 0] += 1
+        return REFERENCE.merge(weight, delta, layout)
+
+    with pytest.raises(AssertionError, match="after a refusal"):
+        check_merge_refuses(REFERENCE._replace(merge=merge), corpus()[0], "float32")

@@ -14,7 +14,7 @@ from hora_spec.goldens import Golden
 from hora_spec.layout import Layout
 from hora_spec.testing.backend import REFERENCE
 from hora_spec.testing.case import LAYERS, Case, corpus
-from hora_spec.testing.golden import check_golden
+from hora_spec.testing.checks import check_golden
 
 Array = NDArray[Any]
 

@@ -15,12 +15,12 @@ from hora_spec.testing.case import LAYERS, REGIMES, SIZES, Case, Inputs, corpus
 from hora_spec.testing.checks import (
     check_delta,
     check_factors,
+    check_golden,
     check_grads,
     check_init,
     check_linear,
     check_linear_grads,
 )
-from hora_spec.testing.golden import check_golden
 from hora_spec.testing.laws import (
     law_finite_differences,
     law_merged_forward,

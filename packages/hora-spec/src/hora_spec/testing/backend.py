@@ -70,14 +70,14 @@ def _linear_grads(
     x: Array, weight: Array, bias: Array | None, factors: Factors, scaling: float, cotangent: Array
 ) -> LinearGrads:
     """Backward pass of `hora_spec.reference.hora_linear`, head by head, by hand."""
-    a, b = np.float64(factors.a), np.float64(factors.b)
+    weight, a, b = (np.asarray(part, np.float64) for part in (weight, *factors))
     heads, head_dim, _ = b.shape
-    tokens = np.float64(x).reshape(-1, x.shape[-1])
-    rows = np.float64(cotangent).reshape(len(tokens), heads, head_dim)
+    tokens = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
+    rows = np.asarray(cotangent, np.float64).reshape(len(tokens), heads, head_dim)
     grad_x, grad_a, grad_b = np.zeros(tokens.shape), np.zeros(a.shape), np.zeros(b.shape)
     for i in range(heads):
         a_i = a if a.ndim == 2 else a[i]
-        grad_x += rows[:, i] @ (np.float64(weight[i * head_dim : (i + 1) * head_dim]) + scaling * b[i] @ a_i)
+        grad_x += rows[:, i] @ (weight[i * head_dim : (i + 1) * head_dim] + scaling * b[i] @ a_i)
         grad_weight = scaling * rows[:, i].T @ tokens
         grad_b[i] = grad_weight @ a_i.T
         if a.ndim == 2:

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hora_spec.activations import ACTIVATIONS
+from hora_spec.errors import HoraError
 from hora_spec.init import normal, raw_stream
 from hora_spec.reference import Factors
 from hora_spec.shapes import LayerShape, ProjectionShape, param_shapes
@@ -15,8 +16,7 @@ from hora_spec.spec import AdapterSpec
 
 Array = NDArray[Any]
 
-Regime = Literal["normal", "offset", "constant", "zeros", "tiny"]
-REGIMES: tuple[Regime, ...] = get_args(Regime)
+REGIMES = ("normal", "offset", "constant", "zeros", "tiny")
 """What head embeddings and the seed of A look like; everything else is standard normal.
 
 ``normal``; ``offset`` by 64, where normalisation cancels; ``constant`` columns, which it maps to zero; ``zeros``, which
@@ -75,7 +75,11 @@ class Case:
     spec: AdapterSpec
     layer: LayerShape
     seed: int = 0
-    regime: Regime = "normal"
+    regime: str = "normal"
+
+    def __post_init__(self) -> None:
+        if self.regime not in REGIMES:
+            raise HoraError(f"a regime is one of {REGIMES}, got {self.regime!r}: it says what embeddings look like")
 
     def inputs(self, dtype: str = "float32") -> Inputs:
         """Fresh arrays of `dtype`; values are float32 numbers, rounded once more for a 16-bit dtype.
@@ -143,7 +147,7 @@ LAYERS: dict[str, LayerShape] = {
 }
 """The fixed table of shapes: a new shape costs JAX a compilation."""
 
-SIZES: tuple[dict[str, int], ...] = (
+SIZES: tuple[dict[str, Any], ...] = (
     {"rank": 3, "hidden_dim": 5, "head_embed_dim": 4},
     {"rank": 5, "hidden_dim": 3, "head_embed_dim": 6},
 )

@@ -1,8 +1,8 @@
 """One comparison, and the message of its failure."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +33,12 @@ class Claim:
     backend: Backend
     case: Case | Golden
     dtype: str
-    rule: str
-    call: str
+    rule: str = ""
+    call: str = ""
+
+    def about(self, rule: str, call: str) -> Self:
+        """The claim of one rule and call among several."""
+        return replace(self, rule=rule, call=call)
 
     @property
     def format(self) -> Format:

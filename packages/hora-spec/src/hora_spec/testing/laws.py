@@ -64,7 +64,7 @@ def law_scale_and_shift(backend: Backend, case: Case, dtype: str = "float32") ->
     bounds = [tolerance.delta(case.spec, case.layer, given, claim.wide) for given in (one, other)]
     for p in case.layer:
         bound = bounds[0][p].error + bounds[1][p].error
-        worst = max(worst, claim.close(f"delta[{p!r}]", results[1][p], np.float64(results[0][p]), bound))
+        worst = max(worst, claim.close(f"delta[{p!r}]", results[1][p], np.asarray(results[0][p], np.float64), bound))
     return worst
 
 
@@ -86,7 +86,7 @@ def law_merged_forward(backend: Backend, case: Case, dtype: str = "float32") -> 
             + tolerance.linear(x, merged, bias, none, 1.0, fmt=claim.format).error
             + np.abs(np.float64(x)) @ off.T
         )
-        worst = max(worst, claim.close(f"y[{p!r}]", got, np.float64(adapted), bound))
+        worst = max(worst, claim.close(f"y[{p!r}]", got, np.asarray(adapted, np.float64), bound))
     return worst
 
 

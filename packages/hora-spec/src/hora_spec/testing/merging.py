@@ -56,7 +56,7 @@ def check_merge(backend: Backend, case: Case, dtype: str = "float32") -> float:
 
 
 def check_merge_refuses(backend: Backend, case: Case, dtype: str = "float32") -> float:
-    """A non-finite delta, and a sum that leaves the range of the weight, are a HoraError (spec M3, E1)."""
+    """A delta that is not finite and a sum that overflows are a HoraError, and the weight stays (spec M3, E1, E2)."""
     layout = Layout()
     for p, shape in case.layer.items():
         weight, delta = _given(case, p, layout, shape.weight_shape, dtype)
@@ -65,10 +65,14 @@ def check_merge_refuses(backend: Backend, case: Case, dtype: str = "float32") ->
             bad_delta, bad_weight = delta.copy(), weight.copy()
             bad_delta[0, 0] = value
             bad_weight[0, 0] = abs(value) if what == "overflow" else bad_weight[0, 0]
-            claim = Claim("check_merge_refuses", backend, case, dtype, "M3, E1", f"merge(weight, delta with {what})")
+            given = bad_weight.copy()
+            claim = Claim(
+                "check_merge_refuses", backend, case, dtype, "M3, E1, E2", f"merge(weight, delta with {what})"
+            )
             try:
                 got = backend.merge(bad_weight, bad_delta, layout)
             except HoraError:
+                claim.equal("the weight after a refusal", bad_weight, given)
                 continue
             raise claim.failure(f"merging {what} must raise HoraError, got {got[0, 0]}")
     return 0.0

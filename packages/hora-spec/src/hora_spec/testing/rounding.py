@@ -106,7 +106,7 @@ class Rounded:
         n = self.shape[-1]
         error = self.magnitude @ other.error + self.error @ np.abs(other.value)
         error = error + self.format.gamma(n) * (self.magnitude @ other.magnitude)
-        products = np.float64(self.magnitude > 0) @ np.float64(other.magnitude > 0)
+        products = (self.magnitude > 0).astype(np.float64) @ (other.magnitude > 0).astype(np.float64)
         return Rounded(self.value @ other.value, error + products * self.format.underflow, self.format)
 
     def scale(self, constant: float) -> Rounded:

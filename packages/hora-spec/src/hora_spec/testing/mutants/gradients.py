@@ -25,7 +25,7 @@ def through_normalization(backend: Backend) -> Backend:
         if not (spec.generates_b and spec.normalize):
             return {}
         raw = params["head_embed"]
-        inner = np.stack([reference.normalize(np.float64(head)) for head in raw]).astype(raw.dtype)
+        inner = np.stack([reference.normalize(head) for head in raw.astype(np.float64)]).astype(raw.dtype)
         given = {**params, "head_embed": inner}
         return {"head_embed": backend.grads(spec.replace(normalize=False), layer, given, cotangents)["head_embed"]}
 

@@ -4,7 +4,7 @@ The hidden activations of a layer are computed here, wrongly where a mutant says
 a form that it passes through unchanged: identity activation, identity first layer, no normalisation, gain 1.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from hora_spec.spec import AdapterSpec
 from hora_spec.testing.backend import Arrays, Backend
 
 Array = NDArray[Any]
+Generated = tuple[AdapterSpec, LayerShape, Arrays]
 Embed = Callable[[Array, bool], Array]
 Activation = Callable[[str, Array], Array]
 Gains = Callable[[float, float], tuple[float, float]]
@@ -44,13 +45,13 @@ def rewired(
 ) -> Backend:
     """`backend` with other steps inside its factors and delta; without arguments, an honest backend still."""
 
-    def one(spec: AdapterSpec, layer: LayerShape, params: Arrays, p: str) -> tuple[AdapterSpec, LayerShape, Arrays]:
+    def one(spec: AdapterSpec, layer: LayerShape, params: Mapping[str, Array], p: str) -> Generated:
         if not (spec.generates_a or spec.generates_b):
-            return spec, layer, params
+            return spec, layer, dict(params)
         alone = LayerShape({p: layer[p]})
         given = {key: value for key, value in params.items() if key.partition(".")[2] in ("", p)}
         dtype = next(iter(params.values())).dtype
-        wide = {key: np.float64(value) for key, value in given.items()}
+        wide = {key: value.astype(np.float64) for key, value in given.items()}
         gain_a, gain_b = gains(spec.gain_a, spec.gain_b)
         if spec.generates_a:
             hidden = gain_a * activation(spec.activation, wide["a_in"] * wide["a_seed"])
