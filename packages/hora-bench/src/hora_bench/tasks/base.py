@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 Batch = dict[str, np.ndarray]
-Split = Literal["train", "val", "test"]
+Split = Literal["train", "val", "test", "train+val"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,11 @@ class Task(Protocol):
     """Training examples by number, evaluation batches, and the judgement of what a model returned for them."""
 
     name: str
-    kind: Literal["images", "text"]
+
+    @property
+    def kind(self) -> Literal["images", "text"]:
+        """What batches hold."""
+        ...
 
     def size(self, split: Split) -> int:
         """Number of examples."""
