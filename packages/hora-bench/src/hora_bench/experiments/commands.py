@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -95,7 +95,7 @@ def _command(name: str, file: Path | None) -> str:
 
 
 @contextmanager
-def _timed(name: str, file: Path | None, out: Path) -> Iterator[tuple[Callable[..., None], Callable[[Any], Any]]]:
+def _timed(name: str, file: Path | None, out: Path) -> Generator[tuple[Callable[..., None], Callable[[Any], Any]]]:
     """A progress callback, and a function that writes the result with the time it took."""
     started = time.perf_counter()
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeRemainingColumn())

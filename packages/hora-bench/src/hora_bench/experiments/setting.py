@@ -62,11 +62,8 @@ class Setting:
 
     def load(self, task: str) -> ImageTask:
         """A task by name; the name's ending ``-shuffled`` permutes the labels to learn from, as a control."""
-        name = task.removesuffix(SHUFFLED)
-        if name == "digits":
-            found = digits(self.base.image_size_px)
-        else:
-            found = image_folder(self._folder(name), self.base.image_size_px, name=name)
+        name, size = task.removesuffix(SHUFFLED), self.base.image_size_px or 56
+        found = digits(size) if name == "digits" else image_folder(self._folder(name), size, name=name)
         if name == task:
             return found
         order = np.random.default_rng(0)

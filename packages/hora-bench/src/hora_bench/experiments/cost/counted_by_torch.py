@@ -17,9 +17,10 @@ from .architectures import Transformer, Workload
 from .formulas import Macs, Method, Route
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
 
 TARGETS = ["q_proj", "v_proj"]
 
@@ -32,7 +33,7 @@ def _addmm_flop(_: torch.Size, left: torch.Size, right: torch.Size, **__: object
 IN_PLACE = {torch.ops.aten.addmm_: _addmm_flop}
 
 
-def build(model: Transformer) -> nn.Module:
+def build(model: Transformer) -> PreTrainedModel:
     """The transformers model on the meta device, frozen; attention as plain products, which the counter sees."""
     declare_missing_ops()
     from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
@@ -67,7 +68,7 @@ def config(method: Method, route: Route = "branch") -> PeftConfig:
 
 
 @contextmanager
-def adapted(base: nn.Module, method: Method, route: Route = "branch") -> Iterator[nn.Module]:
+def adapted(base: PreTrainedModel, method: Method, route: Route = "branch") -> Generator[PeftModel]:
     """`base` with a method's adapter on Q and V; afterwards `base` is as before."""
     declare_missing_ops()
     import peft
@@ -86,7 +87,7 @@ def trainable(model: nn.Module) -> int:
     return sum(param.numel() for param in model.parameters() if param.requires_grad)
 
 
-def count_macs(model: nn.Module, load: Workload) -> Macs:
+def count_macs(model: PeftModel | PreTrainedModel, load: Workload) -> Macs:
     """MACs of a forward and of a backward pass in training; backward is 0 where nothing is trainable."""
     images = model.config.model_type == "vit"
     size, dtype = ((load.batch, 3, 224, 224), torch.float32) if images else (tuple(load), torch.long)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Literal
+
 import jax
 import jax.numpy as jnp
 from hora_jax.functional import factors, hora_linear
 from hora_spec import AdapterSpec, LayerShape, param_shapes
 
-from .formulas import Macs, Route
+from .formulas import Macs
 
 
-def count_layer_macs(spec: AdapterSpec, layer: LayerShape, tokens: int, route: Route = "branch") -> Macs:
+def count_layer_macs(
+    spec: AdapterSpec, layer: LayerShape, tokens: int, route: Literal["branch", "merge"] = "branch"
+) -> Macs:
     """MACs of the adapted projections of one layer: base products, factors and updates, inputs asking for gradients.
 
     XLA counts elementwise work too, so this is a little above the count by hand; FLOPs are halved.
@@ -33,5 +38,6 @@ def count_layer_macs(spec: AdapterSpec, layer: LayerShape, tokens: int, route: R
     return Macs(forward // 2, (_flops(train, params, inputs, weights, outputs) - forward) // 2)
 
 
-def _flops(function: object, *arguments: dict) -> int:
-    return int(jax.jit(function).lower(*arguments).cost_analysis()["flops"])
+def _flops(function: Callable[..., Any], *arguments: dict) -> int:
+    analysis: Any = jax.jit(function).lower(*arguments).cost_analysis()
+    return int(analysis["flops"])

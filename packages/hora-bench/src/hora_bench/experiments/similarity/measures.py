@@ -74,8 +74,10 @@ def start(spec: AdapterSpec, layer: LayerShape, *, draws: int = 10, seed: int = 
     ratios, cosines = [], []
     for draw in range(draws):
         rng = np.random.default_rng([seed, draw])
-        params = init_params(spec, layer, seed + draw, "start")
-        params |= {key: rng.normal(size=p.shape) for key, p in params.items() if key.startswith(("b_out.", "b."))}
+        params = {
+            key: rng.normal(size=value.shape) if key.startswith(("b_out.", "b.")) else value
+            for key, value in init_params(spec, layer, seed + draw, "start").items()
+        }
         for found in reference.factors(spec, layer, params).values():
             ratios.append(participation_ratio(singular_values(found)))
             columns = found.b.reshape(-1, spec.rank).T
@@ -116,5 +118,5 @@ def factors_of(model: Any) -> dict[tuple[int, str], Factors]:
                 continue
             layer = int(name.partition("blocks.")[2].partition(".")[0])
             for projection, factors in made.items():
-                found[layer, projection] = Factors(*(factor.numpy().copy() for factor in factors))
+                found[layer, projection] = Factors(*(torch.as_tensor(factor).numpy().copy() for factor in factors))
     return found

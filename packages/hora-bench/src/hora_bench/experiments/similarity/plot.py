@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-SVG: Final = {"svg.hashsalt": "hora", "svg.fonttype": "none"}
+SVG: Final[Any] = {"svg.hashsalt": "hora", "svg.fonttype": "none"}
 
 
 def plot(result: dict[str, Any], folder: Path) -> list[Path]:

@@ -53,7 +53,7 @@ def fit(problem: Problem, sharing: Sharing, heads: int, data: Data, rng: np.rand
     behind local minima.
     """
     bound = np.sum((data.y - predict(problem, problem.truth, data)) ** 2) + 1e-12 * data.y.size
-    best, lowest, starts = None, np.inf, 0
+    best, lowest, starts = problem.truth, np.inf, 0
     while lowest > bound and starts < MAX_STARTS:
         starts += 1
         theta = rng.normal(size=count_params(sharing, heads))
