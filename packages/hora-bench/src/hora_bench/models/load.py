@@ -84,7 +84,9 @@ def causal_lm(name: str, *, dtype: str = "float32") -> Any:
     declare_missing_ops()
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(resolve(name), dtype=getattr(torch, dtype)).eval()
 
 

@@ -195,10 +195,10 @@ def commonsense(tokenizer: Any, *, limit: int | None = None, folder: Path | None
     asset = assets.find("commonsense")
     folder = folder or asset.get()
     each = None if limit is None else -(-limit // len(TASKS))
-    spare = VAL_COUNT // len(TASKS)
+    spare = VAL_COUNT // len(TASKS) if each is None else max(1, each // 10)
     train, val, test = [], [], []
     for task in TASKS:
-        records = read_records(folder / task / "train.jsonl", task, None if each is None else each + spare)
+        records = read_records(folder / task / "train.jsonl", task, each)
         val += records[:spare]
         train += records[spare:]
         test += read_records(folder / task / "test.jsonl", task, each)

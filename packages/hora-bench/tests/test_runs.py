@@ -1,0 +1,215 @@
+"""Runs: the same on both backends, resumed to the same file, searched with equal budget, recorded by a schema."""
+
+import json
+
+import numpy as np
+import pytest
+from hora_bench import methods, results, runs
+from hora_bench.commands.run import load_task, parse_mesh
+from hora_bench.results import Request
+from hora_bench.tasks.text import records_file as read_file
+from hora_bench.training.loop import fit
+from hora_bench.training.recipe import Recipe, batch_indices, subset
+from hora_spec import HoraError
+
+TOLERANCE = 1e-4
+
+
+def request(model, **changes):
+    method = methods.find(changes.pop("method", "hora")).configured(changes.pop("options", {}))
+    settings = {
+        "task": "made",
+        "model": str(model),
+        "method": method.name,
+        "options": method.options,
+        "backend": "torch",
+        "seed": 0,
+        "fraction": 1.0,
+        "limit": None,
+        "image_size_px": 32,
+        "learning_rate": 1e-2,
+        "weight_decay": 1e-4,
+        "batch_size": 8,
+        "steps": 6,
+        "warmup_steps": 2,
+        "train_on": "train+val",
+        "score_on": "test",
+        "scoring": "accuracy",
+        "dtype": "float32",
+        "mesh": None,
+        "remat": False,
+        "scan": False,
+    }
+    return Request(**(settings | changes))
+
+
+def comparable(result):
+    return {key: value for key, value in result.model_dump().items() if key != "measured"}
+
+
+@pytest.mark.parametrize("method", ["hora", "hora-paper", "mh-lora", "linear-probe", "full"])
+def test_both_backends_agree_on_every_loss_and_score(method, vit_directory, image_task, tmp_path):
+    torch, jax = (
+        runs.run(request(vit_directory, method=method, backend=backend), image_task, tmp_path, command="test")
+        for backend in ("torch", "jax")
+    )
+    np.testing.assert_allclose(jax.loss, torch.loss, atol=TOLERANCE if method != "full" else 1e-2)
+    assert abs(jax.scores.correct_count - torch.scores.correct_count) <= 1
+    assert jax.trained_params_count == torch.trained_params_count
+    assert jax.total_params_count == torch.total_params_count
+
+
+@pytest.mark.parametrize("method", [m.name for m in methods.METHODS if m.family in ("lora", "dora", "vera", "vblora")])
+def test_peers_train_through_their_own_libraries(method, vit_directory, image_task, tmp_path):
+    for backend in methods.find(method).library:
+        result = runs.run(request(vit_directory, method=method, backend=backend), image_task, tmp_path, command="test")
+        assert result.loss[-1] < result.loss[0]
+        assert result.trained_params_count < result.total_params_count
+
+
+def test_lora_trains_as_many_values_on_both_backends(vit_directory, image_task, tmp_path):
+    counts = {
+        runs.run(
+            request(vit_directory, method="lora", backend=b), image_task, tmp_path, command=""
+        ).trained_params_count
+        for b in ("torch", "jax")
+    }
+    assert len(counts) == 1
+
+
+@pytest.mark.parametrize("scoring", ["log-likelihood", "generation"])
+def test_language_models_agree_on_both_backends(scoring, llama_directory, records_file, tmp_path):
+    from hora_bench.models.load import tokenizer
+
+    task = read_file(records_file, tokenizer(str(llama_directory)))
+    changes = {"image_size_px": None, "scoring": scoring, "batch_size": 4}
+    torch, jax = (
+        runs.run(request(llama_directory, backend=backend, **changes), task, tmp_path, command="test")
+        for backend in ("torch", "jax")
+    )
+    np.testing.assert_allclose(jax.loss, torch.loss, atol=TOLERANCE)
+    if scoring == "log-likelihood":
+        assert abs(jax.scores.correct_count - torch.scores.correct_count) <= 1
+
+
+def test_greedy_generation_with_a_cache_is_that_of_transformers(llama_directory):
+    from flax import nnx
+    from hora_bench import generation
+    from hora_bench.models import load
+
+    theirs = load.causal_lm(str(llama_directory))
+    tokens, valid = generation.left_padded([[2, 3, 4], [5, 6, 7, 8, 2]], 0)
+    import torch
+
+    written = theirs.generate(
+        input_ids=torch.tensor(tokens),
+        attention_mask=torch.tensor(valid).long(),
+        max_new_tokens=generation.NEW_TOKENS,
+        do_sample=False,
+    ).numpy()[:, tokens.shape[1] :]
+    graph, params = nnx.split(load.nnx_llama(str(llama_directory)))
+    ours = np.asarray(generation.greedy(graph, params, nnx.State({}), tokens, valid, 0))
+    np.testing.assert_array_equal(ours[:, : written.shape[1]], written)
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_a_killed_run_ends_in_the_same_file(backend, vit_directory, image_task, tmp_path):
+    class Kill(BaseException):
+        pass
+
+    def killer(moment):
+        def progress(stage, done, total, loss):
+            if (stage, done) == moment:
+                raise Kill
+
+        return progress
+
+    asked = request(vit_directory, backend=backend)
+    whole = runs.run(asked, image_task, tmp_path / "whole", command="test")
+    for moment in [("train", 1), ("train", 3), ("train", 6), ("score", 12)]:
+        out = tmp_path / "killed"
+        with pytest.raises(Kill):
+            runs.run(asked, image_task, out, command="test", progress=killer(moment), every_s=0.0)
+        assert not list(out.glob("*.json"))
+    resumed = runs.run(asked, image_task, out, command="test", every_s=0.0)
+    assert comparable(resumed) == comparable(whole)
+    assert [path.name for path in out.iterdir()] == [f"{asked.name}.json"]
+    assert runs.run(asked, image_task, out, command="another") == resumed
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_a_loss_that_is_no_number_stops_and_says_where(backend, vit_directory, image_task, tmp_path):
+    learner = runs.build(request(vit_directory, backend=backend), image_task)
+    recipe = Recipe(learning_rate=1e30, weight_decay=0.0, batch_size=8, steps=9, warmup_steps=0)
+    with pytest.raises(HoraError, match=r"loss must be finite.*last good state.*lower the learning rate"):
+        fit(
+            learner,
+            image_task,
+            "train",
+            recipe,
+            members=np.arange(24),
+            seed=0,
+            checkpoint=tmp_path / "state.safetensors",
+            every_s=0.0,
+        )
+
+
+def test_the_search_chooses_on_validation_with_equal_budget(vit_directory, image_task, tmp_path):
+    asked = request(vit_directory, steps=3)
+    best, trials = runs.tune(
+        asked, image_task, tmp_path, learning_rates=(1e-2, 1e-4), weight_decays=(0.0,), command="test"
+    )
+    assert [(trial.learning_rate, trial.weight_decay) for trial in trials] == [(1e-4, 0.0), (1e-2, 0.0)]
+    assert best.learning_rate == max(trials, key=lambda trial: trial.accuracy_pct).learning_rate
+    assert (best.train_on, best.score_on) == ("train+val", "test")
+    files = [results.read(tmp_path / trial.file) for trial in trials]
+    assert {(f.request.train_on, f.request.score_on) for f in files} == {("train", "val")}
+
+
+def test_a_result_that_breaks_the_schema_is_refused_on_reading(vit_directory, image_task, tmp_path):
+    result = runs.run(request(vit_directory, method="linear-probe", steps=1), image_task, tmp_path, command="test")
+    path = tmp_path / f"{result.request.name}.json"
+    assert results.read(path) == result
+    stored = json.loads(path.read_text())
+    for change, message in (
+        ({"loss": "low"}, "loss"),
+        ({"surprise": 1}, "surprise"),
+        ({"schema_version": 2}, "schema"),
+    ):
+        path.write_text(json.dumps(stored | change))
+        with pytest.raises(HoraError, match=message):
+            results.read(path)
+
+
+def test_the_schema_names_every_field_and_unit():
+    fields = results.schema()["$defs"]["Measured"]["properties"]
+    assert {"train_time_s", "step_time_s", "peak_memory_bytes"} <= set(fields)
+
+
+def test_data_order_depends_on_seed_and_step_alone():
+    whole = np.concatenate([batch_indices(10, 4, step, 0) for step in range(5)])
+    assert sorted(whole[:10]) == list(range(10)) == sorted(whole[10:])
+    assert not np.array_equal(whole[:10], np.concatenate([batch_indices(10, 5, step, 1) for step in range(2)]))
+
+
+def test_a_smaller_fraction_is_part_of_a_larger_one():
+    labels = np.repeat([0, 1, 2], [50, 30, 20])
+    small, large = (subset(labels, fraction, 0) for fraction in (0.1, 0.5))
+    assert set(small) <= set(large)
+    assert [int((labels[small] == c).sum()) for c in range(3)] == [5, 3, 2]
+    assert len(subset(labels, 0.001, 0)) == 3
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: methods.find("lara"), "a method is one of hora"),
+        (lambda: methods.find("lora").configured({"hidden_dim": 3}), "options of lora are rank, alpha"),
+        (lambda: parse_mesh("dp=2"), "axes fsdp and tp"),
+        (lambda: load_task("vtab/svhn", None, "m"), "reads your own copy"),
+        (lambda: load_task("mnist", None, "m"), "a task is one of"),
+    ],
+)
+def test_bad_requests_say_rule_and_fix(call, message):
+    with pytest.raises(HoraError, match=message):
+        call()
