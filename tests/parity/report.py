@@ -5,10 +5,12 @@ or without pytest-xdist, and `Report` folds them together. A ratio is an error d
 """
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,11 @@ class Family:
 
     title: str
     bound: str
+
+    @property
+    def exact(self) -> bool:
+        """Whether no error is allowed."""
+        return self.bound == EXACT
 
 
 KIT = "`hora_spec.testing.tolerance`, derived per element"
@@ -63,7 +70,7 @@ class Line:
     where: str
 
     def __add__(self, other: "Line") -> "Line":
-        worse = self if self.worst >= other.worst else other
+        worse = other if other.worst > self.worst or math.isnan(other.worst) else self
         return replace(worse, cases=self.cases + other.cases)
 
 
@@ -92,6 +99,8 @@ class Tally:
         """
         if family not in FAMILIES:
             raise KeyError(f"{family!r} is not a family of the report")
+        if unknown := sorted(set(rules) - set(rules_of_spec())):
+            raise KeyError(f"{unknown} are not rules of the specification")
         where = self.test if case is None else f"{self.test} --case {shlex.quote(repr(case))}"
         self.lines += [asdict(Line(rule, family, backend, 1, float(ratio), where)) for rule in sorted(set(rules))]
 
@@ -130,7 +139,9 @@ class Report:
                 found.append(f"family {name!r} has no cases")
             elif not line.worst < 1:
                 found.append(f"family {name!r} exceeds its bound: {line.worst:.3g} at {line.where}")
-            elif family.bound != EXACT and line.worst <= 0.01:
+            elif family.exact and line.worst:
+                found.append(f"family {name!r} is exact, and differs: {line.worst:.3g} at {line.where}")
+            elif not family.exact and line.worst <= 0.01:
                 found.append(f"family {name!r} never approaches its bound: {line.worst:.3g}; tighten it")
         return found
 
@@ -149,40 +160,30 @@ class Report:
     def markdown(self, *, complete: bool) -> str:
         """The report as the documentation shows it."""
         problems = self.problems()
-        verdict = "Every rule has cases, every error is within its bound." if not problems else "Not a proof yet:"
+        verdict = "Not a proof yet:" if problems else "Every rule has cases, every error is within its bound."
         if not complete:
-            verdict = "A part of the session ran; this is no verdict. " + (verdict if problems else "")
-        text = ["# Parity of torch and JAX", "", verdict, *(f"- {problem}" for problem in problems), ""]
-        text += [
-            "## By comparison",
-            "",
-            "| comparison | backend | bound | cases | worst error / bound |",
-            "|---|---|---|--:|--:|",
+            verdict = f"A part of the session ran, so this is no verdict. {verdict if problems else ''}"
+        by_rule = self.by_rule()
+        comparisons = [
+            (FAMILIES[family].title, backend, FAMILIES[family].bound, str(line.cases), _ratio(line))
+            for (family, backend), line in self.by_family().items()
         ]
-        for (name, backend), line in self.by_family().items():
-            family = FAMILIES[name]
-            text.append(f"| {family.title} | {backend} | {family.bound} | {line.cases} | {_ratio(line)} |")
-        text += [
-            "",
-            "## By rule",
-            "",
-            "| rule | cases | worst error / bound | comparison and backend |",
-            "|---|--:|--:|---|",
+        rules = [
+            (rule, str(line.cases), _ratio(line), f"{line.family}, {line.backend}") if line else (rule, "none", "", "")
+            for rule, line in by_rule.items()
         ]
-        lines = self.by_rule()
-        for rule, line in lines.items():
-            last = "none | | |" if line is None else f"{line.cases} | {_ratio(line)} | {line.family}, {line.backend} |"
-            text.append(f"| {rule} | {last}")
-        text += [
-            "",
-            "## Worst cases",
-            "",
-            "Each line replays one: the comparison of that rule nearest to its bound.",
-            "",
-            "```sh",
-        ]
-        text += list(dict.fromkeys(f"{replay(line.where)}  # {line.family}" for line in lines.values() if line))
-        return "\n".join([*text, "```", ""])
+        replays = dict.fromkeys(f"{replay(line.where)}  # {line.family}" for line in by_rule.values() if line)
+        parts = (
+            ("## Parity of torch and JAX", verdict),
+            *([f"- {problem}" for problem in problems],) * bool(problems),
+            ("### By comparison",),
+            _table(("comparison", "backend", "bound", "cases", "worst error / bound"), comparisons),
+            ("### By rule", "The comparison that came nearest to its bound, for each rule of the specification."),
+            _table(("rule", "cases", "worst error / bound", "comparison and backend"), rules),
+            ("### Worst cases", "Each line runs one of them again."),
+            ("```sh", *replays, "```"),
+        )
+        return "\n\n".join("\n".join(part) if part[0][0] in "-|`" else "\n\n".join(part) for part in parts) + "\n"
 
     def _worst(self, wanted: Any) -> Line | None:
         total: Line | None = None
@@ -191,6 +192,7 @@ class Report:
         return total
 
 
+@cache
 def rules_of_spec() -> list[str]:
     """Identifiers of the rules that the specification states, in its order."""
     return re.findall(r"^### ([A-Z]\d+)\. ", SPEC.read_text(), re.MULTILINE)
@@ -202,5 +204,9 @@ def replay(where: str) -> str:
     return f"nox -s parity -- -n0 --only {shlex.quote(test)}{case}{value}"
 
 
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *rows)]
+
+
 def _ratio(line: Line) -> str:
-    return "equal" if FAMILIES[line.family].bound == EXACT and not line.worst else f"{line.worst:.3g}"
+    return "equal" if FAMILIES[line.family].exact and not line.worst else f"{line.worst:.3g}"
