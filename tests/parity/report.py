@@ -21,6 +21,10 @@ EXACT = "exact"
 """Unit of a family that allows no error: its ratio is 0 or the test fails."""
 
 
+ANY = ""
+"""In place of a rule: all cases of a family and backend, each counted once."""
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """One kind of comparison: what is compared, and what bounds it (`EXACT` for equality to the bit)."""
@@ -60,7 +64,7 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Comparisons of one family by one backend under one rule: how many, the worst ratio, and where it was."""
+    """Comparisons of one family by one backend under one rule, or `ANY`: how many, the worst ratio, where it was."""
 
     rule: str
     family: str
@@ -102,7 +106,9 @@ class Tally:
         if unknown := sorted(set(rules) - set(rules_of_spec())):
             raise KeyError(f"{unknown} are not rules of the specification")
         where = self.test if case is None else f"{self.test} --case {shlex.quote(repr(case))}"
-        self.lines += [asdict(Line(rule, family, backend, 1, float(ratio), where)) for rule in sorted(set(rules))]
+        self.lines += [
+            asdict(Line(rule, family, backend, 1, float(ratio), where)) for rule in (ANY, *sorted(set(rules)))
+        ]
 
 
 @dataclass(slots=True)
@@ -122,13 +128,10 @@ class Report:
         return {rule: self._worst(lambda line, rule=rule: line.rule == rule) for rule in rules_of_spec()}
 
     def by_family(self) -> dict[tuple[str, str], Line]:
-        """One line for every family and backend; a case that several rules share counts once, under its first rule."""
-        pairs = sorted({(line.family, line.backend) for line in self.lines.values()})
-        result = {}
-        for family, backend in sorted(pairs, key=lambda pair: list(FAMILIES).index(pair[0])):
-            own = [x for x in self.lines.values() if (x.family, x.backend) == (family, backend)]
-            result[family, backend] = replace(max(own, key=lambda x: x.worst), cases=max(x.cases for x in own))
-        return result
+        """One line for every family and backend, in the order of `FAMILIES`."""
+        found = [line for line in self.lines.values() if line.rule == ANY]
+        found.sort(key=lambda line: (list(FAMILIES).index(line.family), line.backend))
+        return {(line.family, line.backend): line for line in found}
 
     def problems(self) -> list[str]:
         """Why this is no proof yet: rules or families without cases, bounds that are exceeded or never approached."""
