@@ -6,6 +6,7 @@ import pytest
 from hora_spec import HoraError
 from hora_spec.testing import LAWS, REFERENCE, VECTORIZED, check_delta, check_factors, check_merge_refuses, corpus
 from hora_spec.testing.mutants import MUTANTS, killer, rewired, survivors
+from hora_spec.testing.mutants.__main__ import main
 
 BUDGET_S = 60
 
@@ -63,3 +64,10 @@ def test_e2_a_refusal_that_changes_the_weight_is_seen():
 
     with pytest.raises(AssertionError, match="after a refusal"):
         check_merge_refuses(REFERENCE._replace(merge=merge), corpus()[0], "float32")
+
+
+def test_the_report_counts_them(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 0
+    assert f"vectorized: {len(MUTANTS)} of {len(MUTANTS)} mutants killed" in capsys.readouterr().out

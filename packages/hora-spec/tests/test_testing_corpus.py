@@ -1,5 +1,7 @@
 """The corpus covers what the specification allows."""
 
+import subprocess
+import sys
 from itertools import product
 
 import pytest
@@ -22,3 +24,10 @@ def test_every_valid_method_has_a_case(sharing):
         except HoraError:
             continue
         assert method in present
+
+
+def test_the_kit_needs_hypothesis_for_strategies_alone():
+    program = "import sys; sys.modules['hypothesis'] = None; import hora_spec.testing.mutants, hora_spec.goldens.build"
+    subprocess.run([sys.executable, "-c", program], check=True)
+    refused = subprocess.run([sys.executable, "-c", f"{program}, hora_spec.testing.strategies"], capture_output=True)
+    assert b"hypothesis" in refused.stderr
