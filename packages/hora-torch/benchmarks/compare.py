@@ -250,9 +250,7 @@ def generation(repeats: int) -> list[tuple[str, ...]]:
     """All factors, forward and backward, beside a training step of 2048 tokens."""
     model, targets, loss = llama()
     model = with_hora(model, 8, targets)
-    nets = [
-        net for module in model.modules() if isinstance(module, HoraLayer) for net in module.hora_hyper.values()
-    ]
+    nets = [net for module in model.modules() if isinstance(module, HoraLayer) for net in module.hora_hyper.values()]
 
     def generate() -> None:
         outputs = [part for net in nets for p in net.layer for part in net(p) if part.grad_fn is not None]
@@ -260,8 +258,16 @@ def generation(repeats: int) -> list[tuple[str, ...]]:
 
     got = medians({"step": training_step(model, loss), "generate": generate}, repeats)
     share = got["generate"] / got["step"]
-    return [(f"factors of {2 * len(nets)} projections, of a step", "", f"{got['step'] * 1e3:.1f}",
-             f"{got['generate'] * 1e3:.1f}", f"{share:.4f}", "")]
+    return [
+        (
+            f"factors of {2 * len(nets)} projections, of a step",
+            "",
+            f"{got['step'] * 1e3:.1f}",
+            f"{got['generate'] * 1e3:.1f}",
+            f"{share:.4f}",
+            "",
+        )
+    ]
 
 
 def merge(repeats: int) -> list[tuple[str, ...]]:
@@ -277,8 +283,16 @@ def merge(repeats: int) -> list[tuple[str, ...]]:
             "merge": lambda: [merged_weight(weight, [(Layout(), a, b, 1.0)]) for weight in weights],
         }
         got = medians(sides, max(3, repeats // 3))
-        rows.append((f"merge 8 of 4096 x 4096, {dtype}, of copying", "", f"{got['copy'] * 1e3:.1f}",
-                     f"{got['merge'] * 1e3:.1f}", f"{got['merge'] / got['copy']:.2f}", ""))
+        rows.append(
+            (
+                f"merge 8 of 4096 x 4096, {dtype}, of copying",
+                "",
+                f"{got['copy'] * 1e3:.1f}",
+                f"{got['merge'] * 1e3:.1f}",
+                f"{got['merge'] / got['copy']:.2f}",
+                "",
+            )
+        )
     return rows
 
 
