@@ -24,7 +24,7 @@ jax.config.update("jax_enable_x64", True)
 torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096  # one for each case
 
 ROUTES = ("branch", "merge")
-COMPILER = "aot_eager"  # traces, functionalises and differentiates like inductor, without its minutes of C++
+COMPILER = "aot_eager"  # all that torch.compile does before inductor, which needs a C++ compiler and minutes
 
 
 def torch_backend(route: str = "branch", *, compiler: str | None = None) -> Backend:

@@ -10,13 +10,15 @@ from hora_spec.testing.mutants import MUTANTS
 from .backends import COMPILER, jax_backend, torch_backend
 from .report import ROOT, Report, Tally
 
+FOLDER = ROOT / "results" / "parity"
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("parity")
     group.addoption("--case", help="run tests of drawn cases on this one, a repr as the report prints it")
     group.addoption("--only", help="run the one test with this id; what the report's replay commands use")
     group.addoption("--plant", help="FRAMEWORK:MUTANT, such as 'jax:No normalisation': is made wrong, and tests fail")
-    group.addoption("--report", type=Path, default=ROOT / "results" / "parity", help="folder of the report")
+    group.addoption("--report", type=Path, default=FOLDER, help="folder of the report")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -75,7 +77,7 @@ class Reporter:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if not self.report.lines or self._option("--plant"):
             return
-        self.report.write(self._option("--report"), complete=self._complete)
+        self.report.write(self._folder, complete=self._complete)
         if self._complete and self.report.problems() and not session.exitstatus:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -87,7 +89,7 @@ class Reporter:
             terminalreporter.line(f"{family:20} {backend:28} {line.cases:6} cases  worst {line.worst:.3g} of its bound")
         for problem in self.report.problems() if self._complete else ():
             terminalreporter.line(problem, red=True)
-        terminalreporter.line(f"report: {self._option('--report') / 'parity-report.md'}")
+        terminalreporter.line(f"report: {self._folder / 'parity-report.md'}")
 
     @property
     def _complete(self) -> bool:
@@ -97,6 +99,10 @@ class Reporter:
         here = Path(__file__).parent
         whole = any(here.is_relative_to(Path(argument).resolve()) for argument in self.config.args)
         return whole and not partial
+
+    @property
+    def _folder(self) -> Path:
+        return self._option("--report") or FOLDER
 
     def _option(self, name: str) -> Any:
         return self.config.getoption(name, None)

@@ -49,6 +49,10 @@ class TorchRun:
     adapted: peft.PeftModel = field(init=False)
 
     def __post_init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Go back to the initial adapter."""
         self._adapt(lambda base: peft.get_peft_model(base, config(self.spec)))
 
     def _adapt(self, adapt: Any) -> None:
@@ -133,8 +137,12 @@ class JaxRun:
         self.base = widen_jax(base, self.monkeypatch) if self.wide else base
         self.dtype = jnp.float64 if self.wide else jnp.float32
         self.plan = hora_jax.plan(self.base, self.spec, self.model.targets)
-        self.phi = hora_jax.init(self.plan, dtype=self.dtype)
         self.optimizer = optax.adamw(LEARNING_RATE, **ADAMW)
+        self.restart()
+
+    def restart(self) -> None:
+        """Go back to the initial adapter."""
+        self.phi = hora_jax.init(self.plan, dtype=self.dtype)
 
     def params(self) -> Params:
         """Layer to canonical parameter to array."""

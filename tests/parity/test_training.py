@@ -1,7 +1,7 @@
 """The same update: torch and JAX train the same model to the same parameters, and may hand it over in between.
 
-What is promised is 1e-9 relative in float64 and 1e-4 for float32 losses. The bounds here are what fifty steps of honest
-rounding reach with some room, so that a real difference cannot hide below the promise.
+What is promised is 1e-9 relative in float64 and 1e-4 for float32 losses. The bounds here are ten times what rounding
+reaches in so many steps, for below the promise a real difference could hide.
 """
 
 from itertools import pairwise
@@ -18,8 +18,9 @@ SPECS = {
     "llama": AdapterSpec(rank=3, hidden_dim=6, head_embed_dim=5, a_source="hypernetwork", activation="tanh"),
 }
 UPDATE = {"G2", "G4", "G7", "D1", "D3"}  # what decides a step
-FLOAT64_BOUND = 1e-13
-FLOAT32_LOSS_BOUND = 1e-5
+TRAINING_BOUND = 2e-13
+EXCHANGE_BOUND = 5e-14  # thirty steps, and the first twenty rounded to float32 on the way
+LOSS_BOUND = 1e-5
 
 models = pytest.mark.parametrize("model", MODELS, ids=repr)
 
@@ -46,17 +47,17 @@ def test_g7_fifty_steps_in_float64_give_the_same_parameters(model, monkeypatch, 
     torch, jax = (run_of(framework, model, monkeypatch) for framework in ("torch", "jax"))
     start = torch.params()
     losses = [run.train(range(50)) for run in (torch, jax)]
-    ratio = distance(torch.params(), jax.params()) / FLOAT64_BOUND
+    ratio = distance(torch.params(), jax.params()) / TRAINING_BOUND
     tally.add("training, float64", f"{model}, torch against JAX", UPDATE, ratio)
     assert ratio < 1
-    assert np.abs(np.divide(*losses) - 1).max() < FLOAT64_BOUND
+    assert np.abs(np.divide(*losses) - 1).max() < TRAINING_BOUND
     assert distance(torch.params(), start) > 0.01, "nothing was trained"
 
 
 @models
 def test_g7_fifty_steps_in_float32_give_the_same_losses(model, monkeypatch, tally):
     losses = [run_of(framework, model, monkeypatch, wide=False).train(range(50)) for framework in ("torch", "jax")]
-    ratio = np.abs(np.divide(*losses) - 1).max() / FLOAT32_LOSS_BOUND
+    ratio = np.abs(np.divide(*losses) - 1).max() / LOSS_BOUND
     tally.add("training, float32", f"{model}, torch against JAX", UPDATE, ratio)
     assert ratio < 1
 
@@ -68,21 +69,23 @@ def test_f1_training_handed_over_between_frameworks(model, monkeypatch, tmp_path
     An adapter's files hold no state of an optimiser, so everyone, who hands over to himself as well, starts a new one.
     Parameters pass through float32 files; equal files are what makes the next ten steps comparable in float64.
     """
+    runs = {framework: run_of(framework, model, monkeypatch) for framework in ("torch", "jax")}
     relays = (("torch", "jax", "torch"), ("jax", "torch", "jax"), ("torch",) * 3, ("jax",) * 3)
     ends, files = [], []
     for number, relay in enumerate(relays):
-        runs = {framework: run_of(framework, model, monkeypatch) for framework in set(relay)}
         folders = [tmp_path / f"{number}{leg}" for leg in range(3)]
         for leg, framework in enumerate(relay):
             if leg:
                 runs[framework].load(folders[leg - 1])
+            else:
+                runs[framework].restart()
             runs[framework].train(range(10 * leg, 10 * leg + 10))
             end = runs[framework].params()
             runs[framework].save(folders[leg])
         ends.append(end)
         files.append([(folder / "adapter_model.safetensors").read_bytes() for folder in folders])
     for (relay, other), (end, other_end) in zip(pairwise(relays), pairwise(ends), strict=True):
-        ratio = distance(end, other_end) / FLOAT64_BOUND
+        ratio = distance(end, other_end) / EXCHANGE_BOUND
         name = f"{model}, {'-'.join(relay)} against {'-'.join(other)}"
         tally.add("exchange", name, UPDATE | {"F1", "F2"}, ratio)
         assert ratio < 1
