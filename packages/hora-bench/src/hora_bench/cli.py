@@ -33,6 +33,7 @@ app.command("theory", rich_help_panel=PAPER)(theory.command)
 app.command("sample-efficiency", rich_help_panel=PAPER)(experiments.sample_efficiency)
 app.command("ablate", rich_help_panel=PAPER)(experiments.ablate)
 app.command("similarity", rich_help_panel=PAPER)(experiments.similarity)
+app.command("speed", rich_help_panel=PAPER)(experiments.speed)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""``hora-bench similarity``, ``ablate`` and ``sample-efficiency``: an experiment file in, one result file out."""
+"""``similarity``, ``ablate``, ``sample-efficiency`` and ``speed``: an experiment file in, one result file out."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ QUICK: Final[dict[str, dict[str, Any]]] = {
         "learning_rates": [1e-3, 3e-3],
         "seeds": [0],
     },
+    "speed": {"torch": ["linear-probe", "lora", "hora"], "jax": ["linear-probe", "lora", "hora"], "rounds": 3},
 }
 
 console = Console()
@@ -90,6 +91,26 @@ def sample_efficiency(
     _say(result, out)
 
 
+def speed(
+    file: File = None,
+    *,
+    data: Data = None,
+    cpu_clock: Annotated[
+        bool, typer.Option("--cpu-clock", help="Count processor seconds: for a machine that others use too.")
+    ] = False,
+    out: Annotated[Path, typer.Option()] = Path("results/speed.json"),
+) -> None:
+    """Steps, memory, inference, generation, merging and export, every method on both backends."""
+    from hora_bench.experiments.speed.run import speed as run
+
+    setting = read_setting(file, quick=QUICK["speed"], data=data)
+    with _timed("speed", file, out) as (progress, finish):
+        result = finish(run(setting, **setting.vary, clock="cpu" if cpu_clock else "wall", progress=progress))
+    for part in ("steps", "inference", "operations"):
+        _table(part, [{k: v["ratio"] if isinstance(v, dict) else v for k, v in row.items()} for row in result[part]])
+    _say(result, out)
+
+
 def _command(name: str, file: Path | None) -> str:
     return f"hora-bench {name}" + (f" experiments/{file.name} --data FOLDER" if file else "")
 
@@ -112,10 +133,10 @@ def _timed(name: str, file: Path | None, out: Path) -> Generator[tuple[Callable[
 
 def _table(title: str, records: list[dict[str, Any]]) -> None:
     """Records with equal keys as a table."""
-    columns = [name for name, value in records[0].items() if not isinstance(value, (list, dict))]
+    columns = list(dict.fromkeys(k for record in records for k, v in record.items() if not isinstance(v, (list, dict))))
     table = Table(*columns, title=title)
     for record in records:
-        table.add_row(*("" if record[name] is None else f"{record[name]}" for name in columns))
+        table.add_row(*("" if record.get(name) is None else f"{record[name]}" for name in columns))
     console.print(table)
 
 
