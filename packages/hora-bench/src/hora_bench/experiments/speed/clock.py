@@ -8,7 +8,6 @@ from typing import Any, Final, Literal
 
 import numpy as np
 from jaxtyping import Float
-from numpy.typing import ArrayLike
 
 Clock = Literal["wall", "cpu"]
 CLOCKS: Final[Mapping[Clock, Callable[[], float]]] = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -47,15 +46,15 @@ def take_turns(
     return {name: np.array(values) for name, values in seconds.items()}
 
 
-def summary(seconds: ArrayLike) -> dict[str, float]:
+def summary(seconds: Float[np.ndarray, " rounds"]) -> dict[str, float]:
     """Median and quartiles, four digits."""
     low, middle, high = np.percentile(seconds, QUARTILES)
     return {"median_s": _four(middle), "low_s": _four(low), "high_s": _four(high)}
 
 
-def ratio(seconds: ArrayLike, reference: ArrayLike) -> dict[str, float]:
+def ratio(seconds: Float[np.ndarray, " rounds"], reference: Float[np.ndarray, " rounds"]) -> dict[str, float]:
     """Median and quartiles of the ratio within each round, which cancels what slows the whole round."""
-    low, middle, high = np.percentile(np.asarray(seconds) / np.asarray(reference), QUARTILES)
+    low, middle, high = np.percentile(seconds / reference, QUARTILES)
     return {"ratio": round(float(middle), 3), "low": round(float(low), 3), "high": round(float(high), 3)}
 
 

@@ -136,14 +136,10 @@ def _inference(
     seconds = take_turns(named, rounds, clock=clock, progress=stepped)
     records = []
     for name, form in passes:
-        record: dict[str, Any] = {
-            "backend": backend,
-            "method": name,
-            "form": form,
-            **summary(seconds[f"{name}/{form}"]),
-        }
-        if f"{FROZEN}/adapted" in seconds:
-            record["over_frozen"] = ratio(seconds[f"{name}/{form}"], seconds[f"{FROZEN}/adapted"])
+        own, frozen = seconds[f"{name}/{form}"], seconds.get(f"{FROZEN}/adapted")
+        record: dict[str, Any] = {"backend": backend, "method": name, "form": form, **summary(own)}
+        if frozen is not None:
+            record["over_frozen"] = ratio(own, frozen)
         records.append(record)
     return records
 
