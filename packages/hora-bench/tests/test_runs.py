@@ -68,12 +68,10 @@ def test_peers_train_through_their_own_libraries(method, vit_directory, image_ta
 
 
 def test_lora_trains_as_many_values_on_both_backends(vit_directory, image_task, tmp_path):
-    counts = {
-        runs.run(
-            request(vit_directory, method="lora", backend=b), image_task, tmp_path, command=""
-        ).trained_params_count
-        for b in ("torch", "jax")
-    }
+    counts = set()
+    for backend in ("torch", "jax"):
+        asked = request(vit_directory, method="lora", backend=backend, steps=1)
+        counts.add(runs.run(asked, image_task, tmp_path, command="test").trained_params_count)
     assert len(counts) == 1
 
 
@@ -171,13 +169,9 @@ def test_a_result_that_breaks_the_schema_is_refused_on_reading(vit_directory, im
     path = tmp_path / f"{result.request.name}.json"
     assert results.read(path) == result
     stored = json.loads(path.read_text())
-    for change, message in (
-        ({"loss": "low"}, "loss"),
-        ({"surprise": 1}, "surprise"),
-        ({"schema_version": 2}, "schema"),
-    ):
+    for change in ({"loss": "low"}, {"surprise": 1}, {"schema_version": 2}):
         path.write_text(json.dumps(stored | change))
-        with pytest.raises(HoraError, match=message):
+        with pytest.raises(HoraError, match=f"follow schema version 1.*at {next(iter(change))}"):
             results.read(path)
 
 

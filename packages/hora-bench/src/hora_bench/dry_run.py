@@ -83,7 +83,8 @@ def plan_llama(
     def gradient(params: Any, frozen: Any, batch: Any) -> Any:
         return jax.value_and_grad(lambda p: loss_of(nnx.merge(graph, p, frozen), batch))(params)
 
-    flops = jax.jit(gradient).lower(params, frozen, batch).cost_analysis()["flops"]
+    counted = jax.jit(gradient).lower(params, frozen, batch).cost_analysis() or {}
+    flops = float(counted.get("flops", "nan"))
     fsdp, tp = ((mesh or {}).get(axis, 1) for axis in ("fsdp", "tp"))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     rest = sum(leaf.size for leaf in jax.tree.leaves(frozen))

@@ -31,11 +31,11 @@ def recipe_of(request: Request) -> Recipe:
     return Recipe(**{name: getattr(request, name) for name in names})
 
 
-def build(request: Request, task: Task) -> Any:
+def build(request: Request, task: Any) -> Any:
     """A learner: pretrained model, method and optimiser of the request's backend."""
     method = methods.find(request.method).configured(request.options)
     recipe = recipe_of(request)
-    head = None
+    head, size = None, request.image_size_px or 224
     if task.kind == "images":
         head = head_init(load.num_features(request.model), task.num_classes, request.seed)
     if request.backend == "torch":
@@ -45,7 +45,7 @@ def build(request: Request, task: Task) -> Any:
         from hora_bench.training.torch import TorchLearner
 
         if task.kind == "images":
-            base = load.timm_vit(request.model, request.image_size_px, head)
+            base = load.timm_vit(request.model, size, head)
         else:
             base = load.causal_lm(request.model, dtype=request.dtype)
         return TorchLearner(prepare(base, method, seed=request.seed), recipe, accelerator=Accelerator())
@@ -54,7 +54,7 @@ def build(request: Request, task: Task) -> Any:
 
     form = {"scan_layers": request.scan, "remat": request.remat}
     if task.kind == "images":
-        base = load.nnx_vit(request.model, request.image_size_px, head, **form)
+        base = load.nnx_vit(request.model, size, head, **form)
     else:
         base = load.nnx_llama(request.model, dtype=request.dtype, **form)
     return JaxLearner(*prepare_jax(base, method, seed=request.seed), recipe, mesh=request.mesh)
@@ -62,12 +62,14 @@ def build(request: Request, task: Task) -> Any:
 
 @dataclass(slots=True)
 class _Watch:
-    """Largest resident size of this process while a run lasts, or the accelerator's own figure."""
+    """Largest memory of a run: the accelerator's own figure, on CPU the resident size seen between steps."""
 
+    learner: Any
     peak: int = 0
 
     def look(self) -> None:
-        self.peak = max(self.peak, psutil.Process().memory_info().rss)
+        now = self.learner.device_peak_bytes() or psutil.Process().memory_info().rss
+        self.peak = max(self.peak, now)
 
 
 def run(
@@ -108,7 +110,7 @@ def run(
     checkpoint = out / f"{request.name}.checkpoint.safetensors"
     members = subset(task.labels(request.train_on), request.fraction, request.seed)
     learner = build(request, task)
-    watch = _Watch()
+    watch = _Watch(learner)
 
     def stepped(done: int, total: int, loss: float) -> None:
         watch.look()

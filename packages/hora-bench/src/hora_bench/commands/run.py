@@ -191,21 +191,22 @@ def load_task(
     family, _, member = name.partition("/")
     if family in ("vtab", "fgvc", "image-folder", "records") and data is None:
         raise HoraError(f"{family} reads your own copy of the data, got no path: hora-bench run {family} DATA")
+    path, size = data or Path(), image_size or 224
     match family:
         case "digits":
-            return image_sources.digits(image_size)
+            return image_sources.digits(size)
         case "fashion-mnist":
-            return image_sources.fashion_mnist(image_size)
+            return image_sources.fashion_mnist(size)
         case "image-folder":
-            return image_sources.image_folder(data, image_size)
+            return image_sources.image_folder(path, size)
         case "vtab":
-            return image_sources.vtab(member, data, image_size)
+            return image_sources.vtab(member, path, size)
         case "fgvc":
-            return image_sources.fgvc(member, data, image_size)
+            return image_sources.fgvc(member, path, size)
         case "commonsense":
             return text.commonsense(load.tokenizer(model), limit=limit, folder=data)
         case "records":
-            return text.records_file(data, load.tokenizer(model), limit=limit)
+            return text.records_file(path, load.tokenizer(model), limit=limit)
     raise HoraError(f"a task is one of {TASKS}, got {name!r}")
 
 

@@ -43,7 +43,7 @@ def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     ]
 
 
-def checks(rows: Sequence[Row], exchange: dict[str, float]) -> list[tuple[str, ...]]:
+def checks(rows: Sequence[Row], exchange: dict[str, float]) -> list[tuple[str, str, str, str]]:
     """What was verified, and how far from exact it is."""
     cells = [
         (

@@ -75,12 +75,14 @@ def image_folder(
     """
     folder = _unpacked(folder)
     name = name or folder.name
-    splits = {split: _read_split(folder, _split_file(folder, split)) for split in ("train", "val", "test")}
-    largest = max(int(examples.classes.max()) for examples in splits.values())
+    train, val, test = (_read_split(folder, _split_file(folder, split)) for split in ("train", "val", "test"))
+    largest = max(int(examples.classes.max()) for examples in (train, val, test))
     return ImageTask(
         name,
         num_classes or largest + 1,
-        **splits,
+        train,
+        val,
+        test,
         image_size=image_size,
         origin={"source": f"folder {folder.name} in VTAB-1K layout"},
     )
@@ -97,12 +99,14 @@ def fgvc(task: str, folder: Path, image_size: int) -> ImageTask:
     """One of the 5 FGVC data sets with VPT's splits: ``FOLDER/TASK/{train,val,test}.json``, path to label."""
     if task not in FGVC:
         raise HoraError(f"an FGVC task is one of {', '.join(FGVC)}, got {task!r}")
-    splits = {split: _read_json(folder / task, f"{split}.json") for split in ("train", "val", "test")}
+    train, val, test = (_read_json(folder / task, f"{split}.json") for split in ("train", "val", "test"))
     augmentation: Augmentation = "crop-flip"
     return ImageTask(
         f"fgvc/{task}",
         FGVC[task],
-        **splits,
+        train,
+        val,
+        test,
         image_size=image_size,
         augmentation=augmentation,
         origin={"source": "FGVC images with the splits of VPT"},

@@ -172,9 +172,13 @@ class ImageTask:
 
 
 def _resize(image: Image.Image, side: int, *, square: bool) -> np.ndarray:
-    scale = side / min(image.size)
-    shape = (side, side) if square else tuple(max(side, round(length * scale)) for length in image.size)
-    return np.asarray(image.resize(shape, Image.Resampling.BICUBIC))
+    width, height = image.size
+    if square:
+        width = height = side
+    else:
+        scale = side / min(image.size)
+        width, height = max(side, round(width * scale)), max(side, round(height * scale))
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def _names(examples: Examples) -> list[str]:

@@ -83,7 +83,13 @@ class JaxLearner:
     def memory_bytes(self, batch: Batch) -> int:
         """Temporary memory of the compiled step, as XLA plans it."""
         lowered = type(self)._step.lower(self, self.params, self.moments, self.frozen, batch, 0.0)
-        return int(lowered.compile().memory_analysis().temp_size_in_bytes)
+        analysis = lowered.compile().memory_analysis()
+        return int(analysis.temp_size_in_bytes) if analysis else 0
+
+    def device_peak_bytes(self) -> int:
+        """Largest memory in use so far on an accelerator; 0 on CPU."""
+        statistics = jax.devices()[0].memory_stats() or {}
+        return int(statistics.get("peak_bytes_in_use", 0))
 
     def state(self) -> Arrays:
         """Trained parameters and optimiser moments."""

@@ -5,6 +5,7 @@ from typing import Any, final
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hora_bench.tasks.base import Batch
 from hora_bench.training.loop import Arrays
@@ -67,8 +68,9 @@ class TorchLearner:
 
     @property
     def total_params_count(self) -> int:
-        """Number of all values, trained and frozen."""
-        return sum(p.numel() for p in self.accelerator.unwrap_model(self.logits).parameters())
+        """Number of all values, trained and frozen; PEFT's spare copy of a module trained whole is left out."""
+        named = self.accelerator.unwrap_model(self.logits).named_parameters()
+        return sum(p.numel() for name, p in named if ".original_module." not in name)
 
     def step(self, batch: Batch, learning_rate: float, step: int) -> float:
         """One optimiser step; the loss before it."""
@@ -119,26 +121,28 @@ class TorchLearner:
             loss = self.loss(batch)  # noqa: F841 (holds the graph, so that no address is used twice)
         return sum(kept.values())
 
+    def device_peak_bytes(self) -> int:
+        """Largest memory allocated so far on an accelerator; 0 on CPU."""
+        return torch.cuda.max_memory_allocated() if self.accelerator.device.type == "cuda" else 0
+
     def state(self) -> Arrays:
         """Trained parameters and optimiser moments."""
-        arrays = {f"param.{name}": p.detach().cpu().numpy() for name, p in self.trained.items()}
-        stored = self.optimizer.state_dict()["state"]
-        for index, moments in stored.items():
-            arrays |= {f"moment.{index}.{key}": value.cpu().numpy() for key, value in moments.items()}
-        return {name: np.array(value) for name, value in arrays.items()}
+        arrays = {f"param.{name}": _whole(p) for name, p in self.trained.items()}
+        for index, p in enumerate(self.trained.values()):
+            moments = self.optimizer.optimizer.state.get(p, {})
+            arrays |= {f"moment.{index}.{key}": _whole(value) for key, value in moments.items()}
+        return arrays
 
     def restore(self, state: Arrays) -> None:
         """Go back to an earlier `state`."""
         with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(torch.from_numpy(state[f"param.{name}"]))
-        moments: dict[int, dict[str, torch.Tensor]] = {}
-        for name, value in state.items():
-            if name.startswith("moment."):
-                _, index, key = name.split(".")
-                moments.setdefault(int(index), {})[key] = torch.from_numpy(value)
-        if moments:
-            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+            for index, (name, parameter) in enumerate(self.trained.items()):
+                parameter.copy_(_like(state[f"param.{name}"], parameter))
+                prefix = f"moment.{index}."
+                moments = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+                self.optimizer.optimizer.state[parameter] = {
+                    key: _like(value, parameter if value.ndim else None) for key, value in moments.items()
+                }
 
     def nonfinite(self) -> str:
         """The first trained parameter that is not finite."""
@@ -151,3 +155,17 @@ class TorchLearner:
 
     def _tensors(self, batch: Batch) -> dict[str, torch.Tensor]:
         return {name: torch.from_numpy(value).to(self.accelerator.device) for name, value in batch.items()}
+
+
+def _whole(tensor: torch.Tensor) -> np.ndarray:
+    """All of a tensor, also where processes hold parts of it."""
+    tensor = tensor.detach()
+    return np.array((tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().numpy())
+
+
+def _like(value: np.ndarray, tensor: torch.Tensor | None) -> torch.Tensor:
+    """An array as a tensor that is placed as another one is; None leaves it on the CPU, as Adam keeps its count."""
+    new = torch.from_numpy(np.array(value))
+    if isinstance(tensor, DTensor):
+        return distribute_tensor(new.to(tensor.device), tensor.device_mesh, tensor.placements)
+    return new if tensor is None else new.to(tensor.device)

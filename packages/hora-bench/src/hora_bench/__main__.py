@@ -1,0 +1,5 @@
+"""``python -m hora_bench``, for launchers that start modules."""
+
+from hora_bench.cli import main
+
+main()

@@ -1,0 +1,119 @@
+"""The command line from outside."""
+
+import json
+
+import pytest
+from hora_bench import cli
+from hora_bench.asset_table import ASSETS
+from hora_bench.assets import Asset, UnavailableError, check_sha256
+from hora_bench.commands import show
+from hora_bench.methods import METHODS
+from hora_spec import HoraError
+from typer.testing import CliRunner
+
+runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"})
+
+
+def run(*arguments):
+    result = runner.invoke(cli.app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_help_is_a_tour_of_every_command():
+    text = run("--help")
+    for name in ("demo", "run", "show", "methods", "assets", "schema", "cost", "theory"):
+        assert f" {name} " in text
+
+
+def test_every_method_and_asset_is_listed():
+    assert all(method.name in run("methods") for method in METHODS)
+    assert all(asset.name in run("assets", "list") for asset in ASSETS)
+
+
+def test_the_schema_is_printed_as_json():
+    assert json.loads(run("schema"))["title"] == "RunResult"
+
+
+def test_a_folder_is_trained_on_shown_and_not_trained_on_again(image_folder, vit_directory, tmp_path):
+    command = ["run", "image-folder", image_folder, "--model", vit_directory, "--image-size", 32, "--batch-size", 10]
+    command += ["--epochs", 1, "--out", tmp_path / "out", "--json", "--option", "rank=2"]
+    first = json.loads(run(*command))
+    assert first["request"]["steps"] == 10
+    assert first["request"]["options"]["rank"] == 2
+    assert first["scores"]["total_count"] == 20
+    assert json.loads(run(*command)) == first
+    assert "made" in run("show", tmp_path / "out")
+    (row,) = json.loads(run("show", tmp_path / "out", "--json"))
+    assert row["method"] == "hora"
+    page = (tmp_path / "out/runs.html").read_text()
+    assert "data:image/png" in page
+    assert "http" not in page
+
+
+def test_a_configuration_gives_defaults_that_the_command_line_overrides(tmp_path):
+    tiny = {
+        "model_type": "llama",
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    options = {"model": "tiny", "method": "hora", "option": ["rank=2"], "mesh": "fsdp=2", "batch_size": 4}
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps({"options": options, "architecture": tiny}))
+    text = run("run", "commonsense", "--config", path, "--dry-run", "--mesh", "fsdp=2,tp=2")
+    assert "tiny" in text
+    assert "4 devices" in text
+    assert "memory per device" in text
+
+
+def test_nothing_to_show_says_what_to_run(tmp_path):
+    with pytest.raises(HoraError, match="hora-bench run TASK"):
+        show.command(tmp_path)
+
+
+def test_our_errors_are_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["hora-bench", "run", "vtab/svhn"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "reads your own copy" in capsys.readouterr().err.replace("\n", " ")
+
+
+class Source:
+    """Gives a file, or is unreachable."""
+
+    def __init__(self, content=None):
+        self.content = content
+
+    def __str__(self):
+        return "a source"
+
+    def fetch(self, target):
+        if self.content is None:
+            raise UnavailableError("unreachable")
+        (target / "file").write_text(self.content)
+        return {}
+
+
+def test_the_next_source_is_tried_and_a_fetched_asset_is_kept(cache):
+    asset = Asset("made", "", "MIT", (Source(), Source("content"), Source("never")))
+    lines = []
+    assert (asset.get(lines.append) / "file").read_text() == "content"
+    assert len(lines) == 3
+    assert asset.origin["source"] == "a source"
+    assert Asset("made", "", "MIT", (Source(),)).get() == cache / "assets/made"
+
+
+def test_without_any_source_the_fix_is_named_and_nothing_is_left(cache):
+    with pytest.raises(HoraError, match=r"needs one of its sources.*install"):
+        Asset("made", "", "MIT", (Source(),)).get()
+    assert not (cache / "assets/made").exists()
+
+
+def test_a_wrong_checksum_is_refused(tmp_path):
+    (tmp_path / "file").write_text("content")
+    with pytest.raises(HoraError, match="must have sha256"):
+        check_sha256(tmp_path / "file", "0" * 64)
