@@ -281,6 +281,20 @@ def test_parts_of_a_fused_weight_are_adapted_alone(form, windows, method, pertur
     assert [bool(part.any()) for part in parts] == [True, False, True]
 
 
+def test_a_projection_may_read_a_part_of_the_inputs(method, perturbed, x):
+    class Part(nnx.Module):
+        def __init__(self):
+            self.proj = nnx.Linear(16, 8, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.proj(x)
+
+    planned = plan(Part(), method, Target("proj.kernel", "q", Layout("d (h k)", Window(0, 4, 12)), 2, layer="a"))
+    model = HoraModel(Part(), planned, perturbed(init(planned)))
+    close(model(x), model.merged()(x))
+    assert not jnp.allclose(model(x), model.base(x))
+
+
 def test_a_module_that_is_no_linear_map_is_refused(method, x):
     class Odd(nnx.Module):
         def __init__(self):

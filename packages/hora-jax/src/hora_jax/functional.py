@@ -64,14 +64,11 @@ def factors(spec: AdapterSpec, layer: LayerShape, params: Params) -> dict[str, F
     Paper section 4, spec G1 to G6. Contractions run at the highest precision; they are small.
     """
     _check_shapes(spec, layer, params)
-    hidden: dict[int, Array] = {}  # by group size: projections with equal head counts share it
-    result = {}
-    for p in layer:
-        if spec.generates_b and (group := layer.group_size(p)) not in hidden:
-            hidden[group] = _hidden_b(spec, params, group)
-        b = _factor_b(spec, params, p, hidden.get(layer.group_size(p)))
-        result[p] = Factors(_factor_a(spec, params, p), b)
-    return result
+    hidden = _hidden_b(spec, layer, params)
+    return {
+        p: Factors(_factor_a(spec, params, p), _factor_b(spec, params, p, hidden.get(layer.group_size(p))))
+        for p in layer
+    }
 
 
 def delta(
@@ -178,11 +175,11 @@ def hora_linear(
         )
     if _resolve(route, x) == "merge":
         a, b = routes.follow(factors, weight, 0)
-        y = routes.merged(x, jax.lax.stop_gradient(weight), a, scaling * b)
+        b = scaling * (b if a.ndim == b.ndim else b.reshape(-1, b.shape[-1]))
+        y = routes.merged(x, jax.lax.stop_gradient(weight), a, b)
     else:
         y = x @ jax.lax.stop_gradient(weight).T
-        z = branch(x, routes.follow(factors, y, -1), scaling, route="plain" if route == "plain" else "branch")
-        y = y + z.reshape(y.shape)
+        y = y + branch(x, routes.follow(factors, y, -1), scaling, route="plain" if route == "plain" else "branch")
     return y if bias is None else y + bias
 
 
@@ -192,7 +189,7 @@ def branch(
     scaling: float,
     *,
     route: Literal["branch", "plain"] = "branch",
-) -> Float[Array, "*batch heads head_dim"]:
+) -> Float[Array, "*batch heads*head_dim"]:
     """``scaling * (x A^T) B^T``: what an adapter adds to the output of a frozen projection, in the dtype of x.
 
     Parameters
@@ -202,8 +199,10 @@ def branch(
     route
         ``"plain"`` uses JAX's own derivative rules, ``"branch"`` one that accumulates in float32.
     """
-    function = routes.plain if route == "plain" else routes.branch
-    return function(x, factors.a, scaling * factors.b)
+    a, b = factors.a, scaling * factors.b
+    b = b if a.ndim == b.ndim else b.reshape(-1, b.shape[-1])  # one matrix, unless A is free per head
+    z = (routes.plain if route == "plain" else routes.branch)(x, a, b)
+    return z.reshape(*x.shape[:-1], -1)
 
 
 def _resolve(route: Route, x: Array) -> Route:
@@ -227,14 +226,21 @@ def _check_shapes(spec: AdapterSpec, layer: LayerShape, params: Params) -> None:
             )
 
 
-def _hidden_b(spec: AdapterSpec, params: Params, group: int) -> Float[Array, "*layers heads hidden rank"]:
-    """``s(W_1 LN(E))`` for the mean embeddings of groups of `group` consecutive heads (spec G1, G2)."""
-    raw = params["head_embed"]
-    embed = raw.reshape(*raw.shape[:-3], -1, group, *raw.shape[-2:]).mean(axis=-3) if group > 1 else raw
+def _hidden_b(spec: AdapterSpec, layer: LayerShape, params: Params) -> dict[int, Array]:
+    """``s(W_1 LN(E))``, (..., heads, hidden, rank), for every group size: all in one contraction (spec G1 to G3)."""
+    if not spec.generates_b:
+        return {}
+    raw, sizes = params["head_embed"], sorted({layer.group_size(p) for p in layer})
+    means = [
+        raw.reshape(*raw.shape[:-3], -1, size, *raw.shape[-2:]).mean(axis=-3) if size > 1 else raw for size in sizes
+    ]
+    embed = jnp.concatenate(means, axis=-3) if len(means) > 1 else means[0]
     if spec.normalize:
         embed = embed - embed.mean(axis=-2, keepdims=True)
         embed = embed / jnp.sqrt((embed**2).mean(axis=-2, keepdims=True) + LAYER_NORM_EPS)
-    return _ACTIVATIONS[spec.activation](_einsum("...me,...her->...hmr", params["b_in"], embed))
+    hidden = _ACTIVATIONS[spec.activation](_einsum("...me,...her->...hmr", params["b_in"], embed))
+    counts = [layer.num_heads // size for size in sizes]
+    return dict(zip(sizes, jax.lax.split(hidden, counts, axis=hidden.ndim - 3), strict=True))
 
 
 def _factor_b(spec: AdapterSpec, params: Params, p: str, hidden: Array | None) -> Array:

@@ -107,7 +107,8 @@ class _Branch(nnx.Module):
             # an inner module with a narrower compute dtype casts x as well: XLA makes one cast of the two
             narrow = x.astype(y.dtype) if y.dtype.itemsize < x.dtype.itemsize else x
             factors = routes.follow(Factors(a[...], b[...]), y, -1 if "hk" in site.layout.axes else -2)
-            z = functional.branch(narrow, factors, self.scaling, route=self.route)
+            z = functional.branch(_inputs(narrow, site), factors, self.scaling, route=self.route)
+            z = z if "hk" in site.layout.axes else z.reshape(*z.shape[:-1], *factors.b.shape[:2])
             y = y + _place(z, x, y, site).astype(y.dtype)
         return y
 
@@ -117,13 +118,18 @@ class _Branch(nnx.Module):
         return getattr(self.inner, name)
 
 
+def _inputs(x: jax.Array, site: Site) -> jax.Array:
+    """The part of the inputs that a projection reads."""
+    window = site.layout.window
+    return x[..., window.start : window.stop] if window and site.layout.axes[window.axis] == "d" else x
+
+
 def _place(z: jax.Array, x: jax.Array, y: jax.Array, site: Site) -> jax.Array:
-    """The branch's output (..., heads, head_dim) in the form of the inner module's output, zero outside its window."""
+    """The branch's output in the form of the inner module's output, zero outside its window."""
     axes, window = [name for name in site.layout.axes if name != "l"], site.layout.window
-    z = z.reshape(*z.shape[:-2], -1) if "hk" in axes else z
     z = z[None] if axes[0] == "1" else z  # several maps in one weight, as einsums with a leading output axis make them
-    if window is not None and z.ndim == y.ndim:
-        axis = {"hk": -1, "h": -2, "1": 0}[site.layout.axes[window.axis]]
+    axis = None if window is None else {"hk": -1, "h": -2, "1": 0}.get(site.layout.axes[window.axis])
+    if axis is not None and z.ndim == y.ndim:
         pads = [(0, 0)] * z.ndim
         pads[axis] = (window.start, y.shape[axis] - window.stop)
         z = jnp.pad(z, pads)

@@ -1,12 +1,13 @@
 """Two ways through an adapted projection, with derivative rules that never form a dense gradient.
 
-Shapes: x (..., d), weight ((h k), d), a (r, d) or (h, r, d) when free per head, b (h, k, r) already scaled, and
-``u = x A^T`` (..., r) or (..., h, r). The factors are cast to x's dtype, never x to theirs. u accumulates in float32
-and is rounded to x's dtype; gradients of the factors accumulate in float32.
+Shapes: x (..., d), weight ((h k), d), a (r, d) and b (o, r) with o = (h k), or (h, r, d) and (h, k, r) when A is free
+per head; b is scaled already; ``u = x A^T``. The factors are cast to x's dtype, never x to theirs. u accumulates in
+float32 and is rounded to x's dtype; gradients of the factors accumulate in float32.
 """
 
 from collections.abc import Callable
 from functools import wraps
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ def follow(factors: Factors, heads: Array, axis: int) -> Factors:
 
 
 def plain(x: Array, a: Array, b: Array) -> Array:
-    """``(x A^T) B^T``, (..., heads, head_dim), by JAX's own derivative rules."""
+    """``(x A^T) B^T``, (..., o) or (..., h, k), by JAX's own derivative rules."""
     return _branch_forward(x, a, b)[0]
 
 
@@ -60,8 +61,7 @@ def _branch(x: Array, a: Array, b: Array) -> Array:
 
 def _branch_forward(x: Array, a: Array, b: Array) -> tuple[Array, tuple[Array, ...]]:
     u = _shrink(x, a)
-    z = jnp.einsum("...hr,hkr->...hk" if a.ndim == 3 else "...r,hkr->...hk", u, b.astype(x.dtype))
-    return z, (x, u, a, b)
+    return jnp.einsum(_contractions(a).expand, u, b.astype(x.dtype)), (x, u, a, b)
 
 
 def _branch_backward(saved: tuple[Array, ...], g: Array) -> tuple[Array, ...]:
@@ -75,7 +75,7 @@ branch = reverse_only(_branch)
 @jax.custom_vjp
 def _merged(x: Array, weight: Array, a: Array, b: Array) -> Array:
     wide = jnp.promote_types(weight.dtype, jnp.float32)
-    delta = jnp.einsum("hkr,hrd->hkd" if a.ndim == 3 else "hkr,rd->hkd", b, a).reshape(weight.shape)
+    delta = jnp.einsum("hkr,hrd->hkd" if a.ndim == 3 else "or,rd->od", b, a).reshape(weight.shape)
     if (sharding := _explicit(weight)) is not None:
         delta = jax.sharding.reshard(delta, sharding)
     return x @ (weight.astype(wide) + delta).astype(weight.dtype).T
@@ -87,8 +87,8 @@ def _merged_forward(x: Array, weight: Array, a: Array, b: Array) -> tuple[Array,
 
 def _merged_backward(saved: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
     x, weight, a, b = saved
-    per_head = g.astype(x.dtype).reshape(*g.shape[:-1], *b.shape[:2])
-    grad_x, grad_a, grad_b = _low_rank_gradients(x, _shrink(x, a), a, b, per_head)
+    rows = g.astype(x.dtype).reshape(*g.shape[:-1], *b.shape[:-1])
+    grad_x, grad_a, grad_b = _low_rank_gradients(x, _shrink(x, a), a, b, rows)
     through_base = jnp.einsum("...o,od->...d", g, weight, out_sharding=_explicit(x))
     return through_base.astype(x.dtype) + grad_x, None, grad_a, grad_b
 
@@ -97,19 +97,40 @@ _merged.defvjp(_merged_forward, _merged_backward)
 merged = reverse_only(_merged)
 
 
+class _Contractions(NamedTuple):
+    """The einsums of a branch, forward and backward."""
+
+    shrink: str  # x, a -> u
+    expand: str  # u, b -> z
+    to_b: str  # g, u -> gradient of b
+    to_u: str  # g, b
+    to_a: str  # gradient of u, x
+    to_x: str  # gradient of u, a
+
+
+_SHARED = _Contractions(
+    "...d,rd->...r", "...r,or->...o", "...o,...r->or", "...o,or->...r", "...r,...d->rd", "...r,rd->...d"
+)
+_PER_HEAD = _Contractions(
+    "...d,hrd->...hr", "...hr,hkr->...hk", "...hk,...hr->hkr", "...hk,hkr->...hr", "...hr,...d->hrd", "...hr,hrd->...d"
+)
+
+
+def _contractions(a: Array) -> _Contractions:
+    return _PER_HEAD if a.ndim == 3 else _SHARED
+
+
 def _shrink(x: Array, a: Array) -> Array:
-    return _accumulate("...d,hrd->...hr" if a.ndim == 3 else "...d,rd->...r", x, a.astype(x.dtype)).astype(x.dtype)
+    return _accumulate(_contractions(a).shrink, x, a.astype(x.dtype)).astype(x.dtype)
 
 
 def _low_rank_gradients(x: Array, u: Array, a: Array, b: Array, g: Array) -> tuple[Array, Array, Array]:
-    """Gradients of ``(x A^T) B^T`` with respect to x, A and B, given g (..., h, k)."""
-    free = a.ndim == 3
-    grad_b = _accumulate("...hk,...hr->hkr" if free else "...hk,...r->hkr", g, u, like=b)
-    grad_u = _accumulate("...hk,hkr->...hr" if free else "...hk,hkr->...r", g, b.astype(g.dtype), like=u)
-    grad_u = grad_u.astype(g.dtype)
-    grad_a = _accumulate("...hr,...d->hrd" if free else "...r,...d->rd", grad_u, x, like=a)
-    into_x = "...hr,hrd->...d" if free else "...r,rd->...d"
-    grad_x = jnp.einsum(into_x, grad_u, a.astype(x.dtype), out_sharding=_explicit(x))
+    """Gradients of ``(x A^T) B^T`` with respect to x, A and B, given that of its result."""
+    of = _contractions(a)
+    grad_b = _accumulate(of.to_b, g, u, like=b)
+    grad_u = _accumulate(of.to_u, g, b.astype(g.dtype), like=u).astype(g.dtype)
+    grad_a = _accumulate(of.to_a, grad_u, x, like=a)
+    grad_x = jnp.einsum(of.to_x, grad_u, a.astype(x.dtype), out_sharding=_explicit(x))
     return grad_x, grad_a.astype(a.dtype), grad_b.astype(b.dtype)
 
 
