@@ -21,8 +21,18 @@ PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 PACKAGES = ("hora-spec", "hora-torch", "hora-jax", "hora-bench")
 SOURCES = tuple(f"packages/{name}/src" for name in PACKAGES)
 
-# One thread per process: tests run in one process per core. CPU and no model hub: the same numbers everywhere.
-TEST_ENV = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+TEST_ENV = {
+    # one thread per process: tests run in one process per core
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    # CPU and no model hub: the same results everywhere
+    "JAX_PLATFORMS": "cpu",
+    "HF_HUB_OFFLINE": "1",
+    # what one process compiled, another or a second run need not; most of the JAX tests' time is compiling
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".nox" / "jax-cache"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+}
 
 
 def environment(session: nox.Session, name: str, *, packages=(), groups=(), constrained=True) -> Path:
