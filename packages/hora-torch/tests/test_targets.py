@@ -101,13 +101,16 @@ def test_merging_and_unmerging_restores_every_bit(family):
 
 
 def test_saved_adapters_load_into_a_fresh_base(family, tmp_path):
+    """Parameters come back bit for bit; outputs may differ in the last ones, as BLAS sums by memory alignment."""
     inputs = family.inputs()
     model = adapted(family, init_weights=False).eval()
     expected = output(model, inputs)
     model.save_pretrained(tmp_path)
     for low_cpu_mem_usage in (False, True):
         loaded = peft.PeftModel.from_pretrained(family.model(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
-        assert torch.equal(output(loaded.eval(), inputs), expected)
+        torch.testing.assert_close(output(loaded.eval(), inputs), expected, rtol=1e-5, atol=1e-6)
+        for (name, one), other in zip(model.named_parameters(), loaded.parameters(), strict=True):
+            assert torch.equal(one, other), name
 
 
 def test_only_the_chosen_parts_of_a_fused_weight_are_adapted(families):

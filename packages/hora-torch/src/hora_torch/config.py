@@ -57,8 +57,8 @@ class HoraConfig(PeftConfig):
     gain: float | str = "transfer"
     residual: bool = False
     normalize: bool = True
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -77,7 +77,8 @@ class HoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.HORA
-        self.recorded = self.hora_layers  # layers of a loaded adapter; injection writes hora_layers anew
+        # layers of an adapter on disk, which is always written for inference; injection writes hora_layers anew
+        self.recorded = self.hora_layers if self.inference_mode else None
         if self.hora_spec_version != SPEC_VERSION:
             raise HoraError(
                 f"this version reads adapters of spec version {SPEC_VERSION}, got {self.hora_spec_version}: "
@@ -109,18 +110,10 @@ class HoraConfig(PeftConfig):
 
     def spec(self, rank: int | None = None, alpha: float | None = None) -> AdapterSpec:
         """The method of one layer; `rank` and `alpha` override those of the config."""
-        return AdapterSpec(
-            self.r if rank is None else rank,
-            hidden_dim=self.hidden_dim,
-            head_embed_dim=self.head_embed_dim,
-            alpha=self.hora_alpha if alpha is None else alpha,
-            sharing=self.sharing,
-            a_source=self.a_source,
-            activation=self.activation,
-            gain=self.gain,
-            residual=self.residual,
-            normalize=self.normalize,
-        )
+        names = ("hidden_dim", "head_embed_dim", "sharing", "a_source", "activation", "gain", "residual", "normalize")
+        method: dict[str, Any] = {name: getattr(self, name) for name in names}
+        alpha = self.hora_alpha if alpha is None else alpha
+        return AdapterSpec(self.r if rank is None else rank, alpha=alpha, **method)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values; sets become sorted lists, so equal configs write equal files."""

@@ -82,7 +82,7 @@ def _adapter_name(model: nn.Module, adapter_name: str | None) -> str:
     )
     if adapter_name is None and len(names) == 1:
         return names[0]
-    if adapter_name not in names:
+    if adapter_name is None or adapter_name not in names:
         raise HoraError(f"adapter_name is one of {names}, got {adapter_name!r}: name an adapter of this model")
     return adapter_name
 

@@ -5,7 +5,7 @@ Axes: h heads, k head_dim, d embed, r rank, m hidden, e head_embed.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hora_spec import LAYER_NORM_EPS, LEAKY_RELU_SLOPE, AdapterSpec, Factors, LayerShape
@@ -83,7 +83,7 @@ def stacked(factors: Factors) -> tuple[Tensor, Tensor]:
 
     Heads that own their A stand block-diagonally, at rank ``heads * rank``.
     """
-    a, b = factors
+    a, b = cast("tuple[Tensor, Tensor]", factors)
     if a.ndim == 2:
         return a, b.flatten(0, 1)
     heads, head_dim, rank = b.shape
@@ -110,7 +110,7 @@ def factor_b(spec: AdapterSpec, layer: LayerShape, params: Params, projection: s
     if spec.normalize:
         embed = nn.functional.layer_norm(embed, embed.shape[-1:], eps=LAYER_NORM_EPS)
     hidden = activation(spec.activation, nn.functional.linear(embed, params["b_in"]))
-    b = (params[f"b_out.{projection}"] * spec.gain_b) @ hidden.mT
+    b = nn.functional.linear(hidden, params[f"b_out.{projection}"] * spec.gain_b).mT
     return b + params[f"b.{projection}"] if spec.residual else b
 
 

@@ -63,7 +63,8 @@ def low_rank_linear(
     keep
         Dropout mask on the branches' input, boolean, of the shape of `x`; the caller scales the branches.
     route
-        ``"auto"`` merges float32 weights without dropout when tokens outnumber the embed width.
+        ``"merge"`` holds for 32 bits and more without dropout, else the branch is taken; ``"auto"`` merges float32
+        when tokens outnumber the embed width.
 
     Returns
     -------
@@ -103,9 +104,10 @@ def autocast_enabled(x: Tensor) -> bool:
 
 
 def _merges(route: Route, x: Tensor, keep: Tensor | None) -> bool:
-    if route == "auto":
-        return keep is None and x.dtype == torch.float32 and x.numel() > x.shape[-1] ** 2
-    return route == "merge" and keep is None
+    """Never in 16 bits, where W + delta rounds small deltas away, nor with dropout, which acts on the branch alone."""
+    if keep is not None or route == "branch" or x.dtype not in (torch.float32, torch.float64):
+        return False
+    return route == "merge" or (x.dtype == torch.float32 and x.numel() > x.shape[-1] ** 2)
 
 
 class _Branched(Function):

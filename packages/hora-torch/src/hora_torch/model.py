@@ -1,6 +1,6 @@
 """``HoraModel``: HoRA as PEFT sees it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hora_torch.attention import HoraMultiheadAttention
 from hora_torch.config import HoraConfig
 from hora_torch.layer import BASE, HoraLayer, HoraLinear
-from hora_torch.targets import LayerPlan, base_module, default_targets, no_match, plan
+from hora_torch.targets import LayerPlan, base_module, default_targets, no_match, plan, targets_of
 
 
 class HoraModel(BaseTuner):
@@ -38,7 +38,7 @@ class HoraModel(BaseTuner):
         The keys of a `state_dict`, if given, choose the targets instead of ``target_modules``: they name the leaders,
         and the projections of each leader name the other targets of its layer.
         """
-        self._chosen = None if state_dict is None else _targets_of(model, state_dict)
+        self._chosen = None if state_dict is None else targets_of(model, state_dict)
         if self._chosen is not None:
             state_dict = {f"{name}.{self.prefix}hyper": torch.empty(0) for name in self._chosen}
         self._plans: dict[str, LayerPlan] = {}
@@ -119,7 +119,7 @@ class HoraModel(BaseTuner):
                     module.hora_hyper[adapter_name].to(dtype)
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None, None, None]:
         """Pass ``adapter_names`` of a mixed batch on to every adapted module."""
         names = kwargs.pop("adapter_names", None)
         if names is None:
@@ -192,27 +192,3 @@ def _use_module_forward(attention: nn.Module) -> None:
     if getattr(attention, "qkv_bias_separate", None) is False and getattr(attention, "q_bias", None) is not None:
         attention.qkv_bias_separate = True
         attention._hora_restores_qkv_bias = True
-
-
-def _targets_of(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
-    """Modules that a state dict adapts: its leaders, and their siblings that play a role the leader generates for."""
-    from hora_torch.targets import FUSED, ROLES, _identifier
-
-    projections: dict[str, set[str]] = {}
-    for key in state_dict:
-        leader, found, param = key.removeprefix("base_model.model.").partition(".hora_hyper.")
-        if found:
-            roles = projections.setdefault(leader.removeprefix("_orig_mod."), set())
-            if "." in param:
-                roles.add(param.rpartition(".")[2])
-    chosen: set[str] = set()
-    for leader, roles in projections.items():
-        chosen.add(leader)
-        if isinstance(base_module(model.get_submodule(leader)), nn.MultiheadAttention):
-            continue
-        parent = leader.rpartition(".")[0]
-        own_names = {name for role in roles for name in ROLES.get(role, ())}
-        for child, _ in model.get_submodule(parent).named_children():
-            if child in own_names or _identifier(child) in roles or (child in FUSED and leader.endswith(child)):
-                chosen.add(f"{parent}.{child}" if parent else child)
-    return [name for name, _ in model.named_modules() if name in chosen]

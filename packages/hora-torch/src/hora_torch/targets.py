@@ -1,7 +1,4 @@
-"""From names to shapes: which modules of a model are adapted, in which layer, with how many heads.
-
-Every name that another library gives to attention is translated here and nowhere else.
-"""
+"""From names to shapes: which modules of a model are adapted, in which layer, with how many heads."""
 
 import difflib
 import re
@@ -22,28 +19,11 @@ from hora_spec import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hora_torch.config import HoraConfig
-
-ROLES = {
-    "q": ("q_proj", "query", "q", "q_lin", "to_q", "wq", "query_proj", "q_attn", "linear_q"),
-    "k": ("k_proj", "key", "k", "k_lin", "to_k", "wk", "key_proj", "linear_k"),
-    "v": ("v_proj", "value", "v", "v_lin", "to_v", "wv", "value_proj", "linear_v"),
-}
-"""Names of separate projections in transformers, timm and common code."""
-
-FUSED = ("qkv", "qkv_proj", "c_attn", "Wqkv", "to_qkv")
-"""Names of one Linear or Conv1D whose output is q, then k, then v, each ``[head][head_dim]``."""
-
-_INTERLEAVED = ("CodeGenAttention",)
-"""Attention classes with such a name for another order, beside timm's ``head_first`` and GPT-BigCode's many heads."""
-
-_NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
-_NUM_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv", "kv_heads")
-_HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim", "d_kv", "head_size")
-_ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
+from hora_torch.heads import FUSED, ROLE_OF, ROLES, Heads, is_interleaved, matches
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +152,28 @@ def no_match(model: nn.Module, config: HoraConfig) -> NoTargetError:
     )
 
 
+def targets_of(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
+    """Modules that a state dict adapts: its leaders, and their siblings that play a role the leader generates for."""
+    projections: dict[str, set[str]] = {}
+    for key in state_dict:
+        leader, found, param = key.removeprefix("base_model.model.").partition(".hora_hyper.")
+        if found:
+            roles = projections.setdefault(leader.removeprefix("_orig_mod."), set())
+            if "." in param:
+                roles.add(param.rpartition(".")[2])
+    chosen: set[str] = set()
+    for leader, roles in projections.items():
+        chosen.add(leader)
+        if isinstance(base_module(model.get_submodule(leader)), nn.MultiheadAttention):
+            continue
+        parent = leader.rpartition(".")[0]
+        own_names = {name for role in roles for name in ROLES.get(role, ())}
+        for child, _ in model.get_submodule(parent).named_children():
+            if child in own_names or identifier(child) in roles or (child in FUSED and leader.endswith(child)):
+                chosen.add(f"{parent}.{child}" if parent else child)
+    return [name for name, _ in model.named_modules() if name in chosen]
+
+
 def base_module(module: nn.Module) -> nn.Module:
     """The module beneath any adapters."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -192,9 +194,9 @@ def _sites(model: nn.Module, name: str, module: nn.Module, config: HoraConfig) -
     transposed = isinstance(module, Conv1D)
     shape = (embed, rows) if transposed else (rows, embed)
     pattern, axis = ("d (h k)", 1) if transposed else ("(h k) d", 0)
-    heads = _Heads.find(model, parent, name, config)
+    heads = Heads.find(model, parent, name, config)
     if own in FUSED and heads.query:
-        if _is_interleaved(parent, module, own):
+        if is_interleaved(parent, module, own):
             raise HoraError(
                 f"a fused weight is adapted when its rows are all of q, then k, then v, got another order in {name!r} "
                 f"of {type(parent).__name__}: leave it out of target_modules"
@@ -204,7 +206,7 @@ def _sites(model: nn.Module, name: str, module: nn.Module, config: HoraConfig) -
                 projection = ProjectionShape(count, width // count, embed)
                 yield part, Site(name, "weight", shape, Layout(pattern, Window(axis, start, start + width)), projection)
         return
-    role = _ROLE_OF.get(own)
+    role = ROLE_OF.get(own)
     count = heads.of(role)
     if not count or rows % count:
         raise HoraError(
@@ -212,7 +214,7 @@ def _sites(model: nn.Module, name: str, module: nn.Module, config: HoraConfig) -
             f"e.g. HoraConfig(num_heads={{{own!r}: 1}}), or leave it out of target_modules"
         )
     yield (
-        role or _identifier(own),
+        role or identifier(own),
         Site(name, "weight", shape, Layout(pattern), ProjectionShape(count, rows // count, embed)),
     )
 
@@ -231,53 +233,6 @@ def _multihead_sites(name: str, module: nn.MultiheadAttention, config: HoraConfi
             yield part, Site(name, f"{part}_proj_weight", (dim, embed), Layout(), projection)
 
 
-@dataclass(frozen=True, slots=True)
-class _Heads:
-    """Head counts of one attention module."""
-
-    query: int | None
-    key_value: int | None
-    head_dim: int | None
-    explicit: bool
-
-    @classmethod
-    def find(cls, model: nn.Module, attention: nn.Module, name: str, config: HoraConfig) -> "_Heads":
-        """From the config of the adapter, else the attention module, its config, or the model's."""
-        own_role = _ROLE_OF.get(name.rpartition(".")[2]) or name.rpartition(".")[2] in FUSED
-        sources: list[Any] = [attention, getattr(attention, "config", None)]
-        if own_role:
-            sources.append(getattr(model, "config", None))
-        query = _first(sources, _NUM_HEADS) if own_role else None
-        key_value = _first(sources, _NUM_KV_HEADS) or query
-        explicit = config.num_heads
-        if isinstance(explicit, Mapping):
-            explicit = next((count for key, count in explicit.items() if _matches(key, name)), None)
-        if explicit is not None:
-            query, key_value = explicit, config.num_kv_heads or explicit
-        return cls(query, config.num_kv_heads or key_value, _first(sources[:2], _HEAD_DIM), explicit is not None)
-
-    def of(self, role: str | None) -> int | None:
-        return self.key_value if role in ("k", "v") else self.query
-
-    def split(self, name: str, own: str, rows: int, cross: bool) -> list[tuple[str, int, int, int]]:
-        """Name, start, width and head count of each part of a fused projection of `rows` rows."""
-        parts = {"q": self.query, "k": self.key_value, "v": self.key_value}
-        if own == "c_attn" and cross:  # GPT-2: the query has a projection of its own
-            del parts["q"]
-        total = sum(parts.values())
-        head_dim, rest = divmod(rows, total)
-        if rest or (self.head_dim and self.head_dim != head_dim):
-            raise HoraError(
-                f"{name!r} has {rows} output rows, which are not {parts} heads of width {self.head_dim or head_dim} in "
-                "the order q, k, v: pass num_heads and num_kv_heads, or leave it out of target_modules"
-            )
-        starts, start = [], 0
-        for part, count in parts.items():
-            starts.append((part, start, count * head_dim, count))
-            start += count * head_dim
-        return starts
-
-
 def _layer_spec(name: str, found: list[tuple[str, Site]], config: HoraConfig) -> AdapterSpec:
     modules = dict.fromkeys(site.module for _, site in found)
     ranks = {module: _pattern(config.rank_pattern, module, config.r) for module in modules}
@@ -294,7 +249,7 @@ def _unique(found: list[tuple[str, Site]]) -> dict[str, Site]:
     """Sites by projection name; modules that play the same role keep their own names."""
     roles = [role for role, _ in found]
     return {
-        role if roles.count(role) == 1 else _identifier(site.module.rpartition(".")[2]): site for role, site in found
+        role if roles.count(role) == 1 else identifier(site.module.rpartition(".")[2]): site for role, site in found
     }
 
 
@@ -302,18 +257,12 @@ def _is_default(model: nn.Module, name: str, module: nn.Module, config: HoraConf
     if isinstance(module, nn.MultiheadAttention):
         return True
     parent_name, _, own = name.rpartition(".")
-    if not _is_supported(module) or not (_ROLE_OF.get(own) in ("q", "v") or own in FUSED):
+    if not _is_supported(module) or not (ROLE_OF.get(own) in ("q", "v") or own in FUSED):
         return False
     parent = base_module(model.get_submodule(parent_name))
-    if own in FUSED and _is_interleaved(parent, module, own):
+    if own in FUSED and is_interleaved(parent, module, own):
         return False
-    return _Heads.find(model, parent, name, config).query is not None
-
-
-def _is_interleaved(attention: nn.Module, module: nn.Module, own: str) -> bool:
-    if own == "c_attn" and not isinstance(module, Conv1D):
-        return not getattr(attention, "multi_query", False)
-    return bool(getattr(attention, "head_first", False)) or type(attention).__name__ in _INTERLEAVED
+    return Heads.find(model, parent, name, config).query is not None
 
 
 def _is_supported(module: nn.Module) -> bool:
@@ -334,24 +283,11 @@ def out_in(module: nn.Module) -> tuple[int, int]:
     return module.out_features, module.in_features
 
 
-def _first(sources: Iterable[Any], names: tuple[str, ...]) -> int | None:
-    for source in sources:
-        for name in names:
-            value = getattr(source, name, None)
-            if isinstance(value, int) and value > 0:
-                return value
-    return None
-
-
 def _pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    return next((value for key, value in patterns.items() if _matches(key, module)), default)
+    return next((value for key, value in patterns.items() if matches(key, module)), default)
 
 
-def _matches(key: str, module: str) -> bool:
-    """PEFT's rule for patterns: the end of the path, as a regular expression."""
-    return re.match(rf"(.*\.)?({key})$", module) is not None
-
-
-def _identifier(name: str) -> str:
+def identifier(name: str) -> str:
+    """A module name as the name of a projection."""
     name = re.sub(r"\W", "_", name)
     return f"_{name}" if name[:1].isdigit() else name

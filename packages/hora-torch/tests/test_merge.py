@@ -1,0 +1,132 @@
+"""Merging: one rounding of a float32 sum, refusals that change nothing, and a way back that loses no bit."""
+
+import numpy as np
+import peft
+import pytest
+import torch
+from hora_spec import HoraError, Layout, Window, reference
+from hora_torch import HoraConfig
+from hora_torch.layer import HoraLayer
+from hora_torch.merging import merged_weight
+from torch import nn
+
+FORMS = {
+    "linear": (Layout("(h k) d"), (6, 5)),
+    "conv1d": (Layout("d (h k)"), (5, 6)),
+    "fused rows": (Layout("(h k) d", Window(0, 6, 12)), (18, 5)),
+    "fused columns": (Layout("d (h k)", Window(1, 3, 9)), (5, 18)),
+}
+
+
+def model(dtype=torch.bfloat16, **kwargs):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(64, 64, dtype=dtype))
+    config = HoraConfig(r=4, target_modules=["0"], num_heads=4, init_weights=False, **kwargs)
+    return peft.get_peft_model(base, config)
+
+
+def layer(model):
+    return next(module for module in model.modules() if isinstance(module, HoraLayer))
+
+
+def given(shape, dtype, rank=2):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator).to(dtype)
+    return weight, torch.randn(rank, 5, generator=generator), torch.randn(6, rank, generator=generator)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_sum_is_that_of_the_reference_rounded_once(form, dtype):
+    layout, shape = FORMS[form]
+    weight, a, b = given(shape, dtype)
+    a, b = (a.double(), b.double()) if dtype == torch.float64 else (a, b)
+    merged = merged_weight(weight, [(layout, a, b, 0.5)])
+    expected = reference.merge(weight.double().numpy(), 0.5 * b.double().numpy() @ a.double().numpy(), layout)
+    # one rounding to dtype; float32 sums differ from float64 sums by a few units of float32 before it
+    unit = torch.finfo(dtype).eps
+    np.testing.assert_allclose(merged.double().numpy(), expected, rtol=unit, atol=4e-7 if unit > 1e-10 else 1e-15)
+    outside = torch.ones(shape, dtype=torch.bool)
+    outside[layout.index()] = False
+    assert torch.equal(merged[outside], weight[outside])
+
+
+def test_chunks_of_rows_do_not_show(monkeypatch):
+    from hora_torch import merging
+
+    layout, shape = FORMS["fused rows"]
+    weight, a, b = given(shape, torch.bfloat16)
+    whole = merged_weight(weight, [(layout, a, b, 0.5)])
+    monkeypatch.setattr(merging, "_CHUNK_BYTES", 4 * 5 * 4)  # four rows at a time
+    assert torch.equal(merged_weight(weight, [(layout, a, b, 0.5)]), whole)
+
+
+def test_a_thousand_cycles_in_bfloat16_leave_the_base_identical():
+    adapted = model()
+    weight = layer(adapted).base_layer.weight
+    before = weight.detach().clone()
+    for _ in range(1000):
+        adapted.merge_adapter()
+        adapted.unmerge_adapter()
+    assert layer(adapted).base_layer.weight is weight
+    assert torch.equal(weight, before)
+
+
+def test_merging_the_same_adapter_twice_is_refused_with_a_warning():
+    adapted = model()
+    adapted.merge_adapter()
+    merged = layer(adapted).base_layer.weight.detach().clone()
+    with pytest.warns(UserWarning, match="already merged, nothing to do"):
+        adapted.merge_adapter()
+    assert torch.equal(layer(adapted).base_layer.weight, merged)
+    adapted.unmerge_adapter()
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        adapted.unmerge_adapter()
+
+
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged:UserWarning")
+def test_adapters_merged_one_after_the_other_are_summed_before_rounding():
+    adapted = model()
+    adapted.add_adapter("other", HoraConfig(r=2, target_modules=["0"], num_heads=2, init_weights=False))
+    adapted.merge_adapter(["default", "other"])
+    together = layer(adapted).base_layer.weight.detach().clone()
+    adapted.unmerge_adapter()
+    adapted.merge_adapter(["default"])
+    adapted.merge_adapter(["other"])
+    assert torch.equal(layer(adapted).base_layer.weight, together)
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_a_non_finite_delta_is_refused_and_changes_nothing(safe_merge):
+    adapted = model()
+    before = layer(adapted).base_layer.weight.detach().clone()
+    with torch.no_grad():
+        layer(adapted).hora_hyper["default"].get_parameter("b_in")[0, 0] = torch.inf
+    with pytest.raises(HoraError, match="adapter default seems to be broken"):
+        adapted.merge_adapter(safe_merge=safe_merge)
+    assert torch.equal(layer(adapted).base_layer.weight, before)
+    assert not layer(adapted).merged
+
+
+def test_an_overflow_of_the_base_dtype_is_refused():
+    weight, a, b = given((6, 5), torch.float16)
+    with pytest.raises(HoraError, match=r"range of torch\.float16"):
+        merged_weight(weight, [(Layout(), a * 1e3, b * 1e3, 1.0)])
+    weight, a, b = given((6, 5), torch.float32)
+    with pytest.raises(HoraError, match=r"range of torch\.float32"):
+        merged_weight(weight, [(Layout(), a * 1e20, b * 1e20, 1.0)])
+
+
+def test_a_quantised_base_is_refused():
+    weight, a, b = given((6, 5), torch.int8)
+    with pytest.raises(HoraError, match="export_lora"):
+        merged_weight(weight, [(Layout(), a, b, 1.0)])
+
+
+def test_a_merged_model_can_change_dtype_before_it_is_unmerged():
+    adapted = model(torch.float32)
+    before = layer(adapted).base_layer.weight.detach().clone()
+    adapted.merge_adapter()
+    adapted.to(torch.bfloat16)
+    adapted.unmerge_adapter()
+    assert torch.equal(layer(adapted).base_layer.weight, before.to(torch.bfloat16))
