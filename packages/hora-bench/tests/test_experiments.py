@@ -1,11 +1,14 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hora_bench.experiments import ablate, sample_efficiency
+from hora_bench.experiments.cost.run import cost
 from hora_bench.experiments.intervals import mean_interval
 from hora_bench.experiments.journal import Journal
+from hora_bench.experiments.page import write_page
 from hora_bench.experiments.record import read_record, write_record
 from hora_bench.experiments.sample_efficiency import plot as plot_curve
 from hora_bench.experiments.setting import Setting, read_setting, request, vary
@@ -171,3 +174,29 @@ def test_speed_times_steps_inference_and_operations(setting):
     ]
     hora = [r["operation"] for r in found["operations"] if r["method"] == "hora"]
     assert hora == ["generate", "merge and unmerge", "save", "export as LoRA"]
+
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def test_the_committed_page_is_what_the_committed_results_say(tmp_path):
+    written = write_page(RESULTS, tmp_path / "benchmarks.md")
+    committed = RESULTS.parents[2] / "docs"
+    assert (tmp_path / "benchmarks.md").read_text() == (committed / "benchmarks.md").read_text()
+    assert {path.name for path in written[1:]} == {path.name for path in (committed / "benchmarks").iterdir()}
+
+
+def test_the_committed_theory_passes_its_gates():
+    result = read_record(RESULTS / "theory.json")["result"]
+    assert len(result["gates"]) == 5
+    assert all(gate["passed"] for gate in result["gates"])
+    assert [found["identified"] for found in result["identify"]] == [True, False, False, False]
+
+
+def test_the_committed_cost_is_what_the_formulas_say():
+    stored = read_record(RESULTS / "cost.json")["result"]
+    fresh = cost(torch=False, xla=False)
+    assert stored["params"] == fresh["params"]
+    assert stored["paper"] == fresh["paper"]
+    counted = [{k: v for k, v in record.items() if not k.startswith("torch_")} for record in stored["macs"]]
+    assert counted == fresh["macs"]

@@ -34,6 +34,7 @@ app.command("sample-efficiency", rich_help_panel=PAPER)(experiments.sample_effic
 app.command("ablate", rich_help_panel=PAPER)(experiments.ablate)
 app.command("similarity", rich_help_panel=PAPER)(experiments.similarity)
 app.command("speed", rich_help_panel=PAPER)(experiments.speed)
+app.command("report", rich_help_panel=PAPER)(experiments.report)
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ def similarity(
     with _timed("similarity", file, out) as (progress, finish):
         result = finish(run(setting, **setting.vary, journal=journal, progress=progress))
     journal.remove()
-    plot(result, out.parent)
+    plot(result, out.parent, stem=out.stem)
     _table("start, by parametrisation", result["start"])
     _table("after training", result["trials"])
     _table("means over layers and heads", result["summary"])
@@ -109,6 +109,18 @@ def speed(
     for part in ("steps", "inference", "operations"):
         _table(part, [{k: v["ratio"] if isinstance(v, dict) else v for k, v in row.items()} for row in result[part]])
     _say(result, out)
+
+
+def report(
+    results: Annotated[Path, typer.Argument(help="Folder of result files.", exists=True)] = Path("results"),
+    *,
+    out: Annotated[Path, typer.Option(help="Markdown page; plots go beside it.")] = Path("results/benchmarks.md"),
+) -> None:
+    """A page of tables, plots and verdicts on the paper's claims, from result files alone."""
+    from hora_bench.experiments.page import write_page
+
+    for path in write_page(results, out):
+        console.print(path)
 
 
 def _command(name: str, file: Path | None) -> str:

@@ -12,22 +12,22 @@ from matplotlib.figure import Figure
 SVG: Final[Any] = {"svg.hashsalt": "hora", "svg.fonttype": "none"}
 
 
-def plot(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Write ``heatmaps.svg`` and ``distributions.svg`` into `folder`.
+def plot(result: dict[str, Any], folder: Path, *, stem: str = "similarity") -> list[Path]:
+    """Write ``STEM-heatmaps.svg`` and ``STEM-distributions.svg`` into `folder`.
 
     Parameters
     ----------
     result
         What `similarity` returned.
-    folder
-        Existing directory.
+    folder, stem
+        Existing directory, and how names begin.
 
     Returns
     -------
     list of Path
         The files, equal byte for byte whenever the result is.
     """
-    paths = [folder / "heatmaps.svg", folder / "distributions.svg"]
+    paths = [folder / f"{stem}-{kind}.svg" for kind in ("heatmaps", "distributions")]
     with matplotlib.rc_context(SVG):
         for figure, path in zip((heatmaps(result), distributions(result)), paths, strict=True):
             figure.savefig(path, metadata={"Date": None})
