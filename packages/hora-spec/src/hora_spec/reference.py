@@ -24,11 +24,12 @@ Params = Mapping[str, Array]
 class Factors(NamedTuple):
     """The generated factors of one projection.
 
-    ``a`` has shape (rank, embed), or (heads, rank, embed) when A is free per head; ``b`` (heads, head_dim, rank).
+    ``a`` has shape (rank, embed), or (heads, rank, embed) when A is free per head; ``b`` (heads, head_dim, rank). Both
+    are arrays of the backend that made them.
     """
 
-    a: Array
-    b: Array
+    a: Any
+    b: Any
 
 
 def factors(spec: AdapterSpec, layer: LayerShape, params: Params) -> dict[str, Factors]:
