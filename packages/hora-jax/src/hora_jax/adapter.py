@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from hora_spec import Factors, HoraError, init_params, param_shapes
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from hora_jax import functional
@@ -118,7 +119,7 @@ def merge(plan: Plan, params: Any, phi: Phi, *, donate: bool = False) -> Any:
     old = weights(plan, params)
     if again := [path for path, leaf in old.items() if _merged.get(id(leaf)) is leaf]:
         raise HoraError(f"a tree is merged once, got merged weights at {again[0]}: start from the base (spec M2)")
-    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((old, phi))):
+    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((old, phi))):
         _check_finite(_finite(plan, old, phi))
     new = (_add_donating if donate else _add)(plan, old, phi)
     _merged.update((id(leaf), leaf) for leaf in new.values())

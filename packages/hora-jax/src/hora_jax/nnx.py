@@ -118,6 +118,9 @@ class _Branch(nnx.Module):
         return getattr(self.inner, name)
 
 
+_OUTPUT_AXES = {"hk": -1, "h": -2, "1": 0}  # where an axis of a weight is in the output of its module
+
+
 def _inputs(x: jax.Array, site: Site) -> jax.Array:
     """The part of the inputs that a projection reads."""
     window = site.layout.window
@@ -128,8 +131,8 @@ def _place(z: jax.Array, x: jax.Array, y: jax.Array, site: Site) -> jax.Array:
     """The branch's output in the form of the inner module's output, zero outside its window."""
     axes, window = [name for name in site.layout.axes if name != "l"], site.layout.window
     z = z[None] if axes[0] == "1" else z  # several maps in one weight, as einsums with a leading output axis make them
-    axis = None if window is None else {"hk": -1, "h": -2, "1": 0}.get(site.layout.axes[window.axis])
-    if axis is not None and z.ndim == y.ndim:
+    if window is not None and site.layout.axes[window.axis] in _OUTPUT_AXES and z.ndim == y.ndim:
+        axis = _OUTPUT_AXES[site.layout.axes[window.axis]]
         pads = [(0, 0)] * z.ndim
         pads[axis] = (window.start, y.shape[axis] - window.stop)
         z = jnp.pad(z, pads)
