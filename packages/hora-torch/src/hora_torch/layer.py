@@ -147,8 +147,9 @@ class HoraLayer(BaseTunerLayer):
     def _additions(self, adapter_names: Sequence[str]) -> dict[str, list[tuple[Any, Tensor, Tensor, float]]]:
         additions: dict[str, list[tuple[Any, Tensor, Tensor, float]]] = {}
         for name in adapter_names:
+            branches = self.branches(name)
             for p, site in self.hora_attached[name].sites.items():
-                branch = self.branches(name)[p]
+                branch = branches[p]
                 additions.setdefault(site.parameter, []).append((site.layout, branch.a, branch.b, branch.scaling))
         return additions
 
