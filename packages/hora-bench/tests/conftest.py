@@ -22,14 +22,15 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def vit_directory(tmp_path_factory):
-    """A random timm ViT of 6 layers and 64 channels, saved as timm saves one."""
+    """A random timm ViT of 2 layers and 64 channels, saved as timm saves one."""
     directory = tmp_path_factory.mktemp("vit")
     torch.manual_seed(0)
-    model = timm.create_model("test_vit", num_classes=0)
+    model = timm.create_model("test_vit", num_classes=0, depth=2)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     save_file(model.state_dict(), directory / "model.safetensors")
-    config = {"architecture": "test_vit", "num_classes": 0, "pretrained_cfg": {"num_classes": 0, "classifier": "head"}}
+    pretrained = {"num_classes": 0, "classifier": "head"}
+    config = {"architecture": "test_vit", "num_classes": 0, "model_args": {"depth": 2}, "pretrained_cfg": pretrained}
     (directory / "config.json").write_text(json.dumps(config))
     return directory
 

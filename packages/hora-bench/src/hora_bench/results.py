@@ -47,11 +47,13 @@ class Request(Record):
     mesh: dict[str, int] | None
     remat: bool
     scan: bool
+    examples_sha256: str | None = None
 
     @property
     def name(self) -> str:
         """File name without ending: readable parts and a digest of everything."""
-        digest = sha256(self.model_dump_json().encode()).hexdigest()[:10]
+        unknown = None if self.examples_sha256 else {"examples_sha256"}
+        digest = sha256(self.model_dump_json(exclude=unknown).encode()).hexdigest()[:10]
         parts = (self.task, Path(self.model).name, self.method, self.backend, f"s{self.seed}", self.score_on)
         return "-".join(part.strip("/").replace("/", "_") for part in parts) + f"-{digest}"
 

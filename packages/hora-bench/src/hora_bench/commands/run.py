@@ -134,6 +134,7 @@ def _one(name: str, s: dict[str, Any]) -> None:
         mesh=parse_mesh(s["mesh"]),
         remat=s["remat"],
         scan=s["scan"],
+        examples_sha256=task.fingerprint(),
     )
     command_line = shlex.join(["hora-bench", *sys.argv[1:]])
     columns = (

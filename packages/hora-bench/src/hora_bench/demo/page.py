@@ -120,12 +120,14 @@ def _bars(rows: Sequence[Row]) -> tuple[str, str]:
 
 def _similarity(rows: Sequence[Row]) -> tuple[str, str]:
     with_factors = [row for row in rows if row.b_factors]
-    drawn, panels = plt.subplots(1, len(with_factors) + 1, figsize=(4 * len(with_factors) + 4, 3.4))
+    drawn, panels = plt.subplots(
+        1, len(with_factors) + 1, figsize=(4 * len(with_factors) + 4, 3.4), layout="constrained"
+    )
     for axes, row in zip(panels, with_factors, strict=False):
         last_q = [name for name in row.b_factors if name.endswith(".q")][-1]
         image = axes.imshow(_cosines(row.b_factors[last_q]), vmin=-1, vmax=1, cmap="RdBu_r")
         axes.set(title=f"{row.label}\n{last_q}", xlabel="head", ylabel="head")
-    drawn.colorbar(image, ax=panels[len(with_factors) - 1], shrink=0.8)
+    drawn.colorbar(image, ax=panels[: len(with_factors)], shrink=0.8)
     for row in with_factors:
         means = [_off_diagonal(_cosines(b)) for b in row.b_factors.values()]
         panels[-1].hist(means, bins=np.linspace(-1, 1, 41), alpha=0.6, label=row.label)

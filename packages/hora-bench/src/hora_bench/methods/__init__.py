@@ -5,7 +5,7 @@ from typing import Any, Final, Literal
 
 from hora_spec import AdapterSpec, HoraError
 
-Family = Literal["hora", "peft", "qwix", "none"]
+Family = Literal["hora", "lora", "dora", "vera", "vblora", "probe", "full"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Method:
     name: str
     library: dict[str, str]
     description: str
-    family: str
+    family: Family
     options: dict[str, Any] = field(default_factory=dict)
 
     def configured(self, changes: dict[str, Any]) -> "Method":

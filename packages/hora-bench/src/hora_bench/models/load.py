@@ -65,9 +65,11 @@ def num_features(name: str) -> int:
     import torch
 
     found = resolve(name)
-    architecture = json.loads((found / "config.json").read_text())["architecture"] if isinstance(found, Path) else found
+    stored: dict[str, Any] = (
+        json.loads((found / "config.json").read_text()) if isinstance(found, Path) else {"architecture": found}
+    )
     with torch.device("meta"):
-        return timm.create_model(architecture, num_classes=0).num_features
+        return timm.create_model(stored["architecture"], num_classes=0, **stored.get("model_args", {})).num_features
 
 
 def nnx_vit(name: str, image_size: int, head: Head | None = None, **changes: Any) -> Any:

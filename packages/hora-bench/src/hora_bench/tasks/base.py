@@ -68,6 +68,10 @@ class Task(Protocol):
         """Judge the rows a learner returned for `eval_batches`, in order, padding included."""
         ...
 
+    def fingerprint(self) -> str:
+        """Digest of the examples: runs on other data of the same name are other runs."""
+        ...
+
     def description(self) -> dict[str, Any]:
         """What a result file records about the data."""
         ...

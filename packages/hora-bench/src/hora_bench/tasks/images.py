@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -104,6 +105,15 @@ class ImageTask:
         predicted = outputs[: len(examples.classes)].argmax(axis=1)
         readable = np.array([str(source) not in self.bad_images for source in _names(examples)], bool)
         return Score.of((predicted == examples.classes)[readable])
+
+    def fingerprint(self) -> str:
+        """Digest of the splits: names, or pixels where there are no files, and classes."""
+        digest = sha256()
+        for examples in (self.train, self.val, self.test):
+            for source in examples.sources:
+                digest.update(source.name.encode() if isinstance(source, Path) else source.tobytes())
+            digest.update(examples.classes.astype(np.int64).tobytes())
+        return digest.hexdigest()
 
     def description(self) -> dict[str, Any]:
         """Sizes of the splits, preprocessing and origin."""

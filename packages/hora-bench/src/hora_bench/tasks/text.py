@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -149,6 +150,11 @@ class TextTask:
         records = self.records(split)
         right = [answer_in(text, record) == record.answer for text, record in zip(responses, records, strict=True)]
         return Score.of(np.asarray(right), [record.group for record in records])
+
+    def fingerprint(self) -> str:
+        """Digest of all instructions and answers."""
+        records = [*self.train, *self.val, *self.test]
+        return sha256("\0".join(f"{r.instruction}\0{r.answer}" for r in records).encode()).hexdigest()
 
     def description(self) -> dict[str, Any]:
         """Sizes of the splits, prompt, cutoff and origin."""
