@@ -51,10 +51,10 @@ def setting(model, monkeypatch):
 
 def test_similarity_measures_every_layer_and_resumes(setting, tmp_path):
     journal, seen = tmp_path / "pieces.jsonl", []
-    asked = {"methods": ["lora", "hora", "mh-lora"], "journal": Journal(journal)}
+    asked = {"methods": ["lora", "hora"], "journal": Journal(journal)}
     first = similarity(setting, **asked, progress=lambda *counts: seen.append(counts))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
-    assert len(first["layers"]) == 3 * 6 * 2
+    assert seen == [(1, 2), (2, 2)]
+    assert len(first["layers"]) == 2 * 6 * 2
     assert {record["projection"] for record in first["layers"]} == {"q", "v"}
     hora = [record for record in first["summary"] if record["method"] == "hora"]
     assert all(0 < record["participation_ratio"] <= 8 for record in hora)
