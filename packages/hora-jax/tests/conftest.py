@@ -5,7 +5,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -90,6 +90,32 @@ class Tower(nnx.Module):
         for block in self.blocks:
             x = block(x)
         return x
+
+
+@pytest.fixture
+def make_llama() -> Callable[..., nnx.Module]:
+    """A small LLaMA with grouped queries, and changes of its configuration."""
+    models = pytest.importorskip("hora_bench.models.llama", reason="hora-bench is not installed", exc_type=ImportError)
+    config = models.LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+    )
+    return lambda **changes: models.Llama(config.replace(**changes), rngs=nnx.Rngs(0))
+
+
+@pytest.fixture
+def make_vit() -> Callable[..., nnx.Module]:
+    """A small ViT with fused projections, and changes of its configuration."""
+    models = pytest.importorskip("hora_bench.models.vit", reason="hora-bench is not installed", exc_type=ImportError)
+    config = models.ViTConfig(
+        image_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=4, mlp_dim=24, num_classes=3
+    )
+    return lambda **changes: models.ViT(config.replace(**changes), rngs=nnx.Rngs(0))
 
 
 @pytest.fixture

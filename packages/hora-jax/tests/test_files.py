@@ -9,8 +9,6 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from hora_bench.models.llama import Llama, LlamaConfig
-from hora_bench.models.vit import ViT, ViTConfig
 from hora_jax import (
     export_lora,
     from_adapter,
@@ -26,21 +24,10 @@ from hora_jax.nnx import HoraModel, HoraParam
 from hora_spec import HoraError, Layout, Window
 from safetensors.numpy import load_file
 
-LLAMA = LlamaConfig(
-    vocab_size=32,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=4,
-)
-VIT = ViTConfig(image_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=4, mlp_dim=24, num_classes=3)
-
 
 @pytest.fixture
-def llama():
-    return Llama(LLAMA, rngs=nnx.Rngs(0))
+def llama(make_llama):
+    return make_llama(num_hidden_layers=3)
 
 
 @pytest.fixture
@@ -70,8 +57,8 @@ def test_f2_tensors_carry_the_names_they_have_in_pytorch(tmp_path, planned, phi)
     np.testing.assert_array_equal(tensors[key], phi["model.layers.0.self_attn"]["b_out.v"][2])
 
 
-def test_stacking_does_not_change_the_file(tmp_path, planned, phi, method):
-    scanned = plan(Llama(LLAMA.replace(scan_layers=True), rngs=nnx.Rngs(0)), method, presets.llama())
+def test_stacking_does_not_change_the_file(tmp_path, make_llama, planned, phi, method):
+    scanned = plan(make_llama(num_hidden_layers=3, scan_layers=True), method, presets.llama())
     save_adapter(tmp_path / "a", planned, phi)
     save_adapter(tmp_path / "b", scanned, {"model.layers.*.self_attn": phi["model.layers.0.self_attn"]})
     for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -81,8 +68,8 @@ def test_stacking_does_not_change_the_file(tmp_path, planned, phi, method):
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_parts_of_a_fused_weight_are_rows_of_the_pytorch_weight(method, scan):
-    planned = plan(ViT(VIT.replace(scan_layers=scan), rngs=nnx.Rngs(0)), method, presets.vit())
+def test_parts_of_a_fused_weight_are_rows_of_the_pytorch_weight(make_vit, method, scan):
+    planned = plan(make_vit(scan_layers=scan), method, presets.vit())
     sites = to_adapter(planned, init(planned)).layers["blocks.1.attn"].sites
     assert {site.module for site in sites.values()} == {"blocks.1.attn.qkv"}
     assert sites["v"].layout == Layout("(h k) d", Window(0, 32, 48))
@@ -97,9 +84,9 @@ def test_the_method_of_a_file_plans_the_model(tmp_path, llama, planned, phi, met
         load_adapter(tmp_path, other)
 
 
-def test_an_adapter_of_another_model_is_refused(tmp_path, planned, phi, method):
+def test_an_adapter_of_another_model_is_refused(tmp_path, make_vit, planned, phi, method):
     save_adapter(tmp_path, planned, phi)
-    vit = plan(ViT(VIT, rngs=nnx.Rngs(0)), method, presets.vit())
+    vit = plan(make_vit(), method, presets.vit())
     with pytest.raises(HoraError, match="of another model"):
         load_adapter(tmp_path, vit)
 

@@ -5,8 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hora_jax import functional
-from hora_spec import AdapterSpec, Factors, HoraError, LayerShape, param_shapes, reference
-from hora_spec.testing import LAYERS, Backend, Case, checks, corpus, laws, merging
+from hora_spec import (
+    AdapterSpec,
+    Factors,
+    Golden,
+    HoraError,
+    LayerShape,
+    load_goldens,
+    param_shapes,
+    reference,
+)
+from hora_spec.testing import LAYERS, REFERENCE, Backend, Case, checks, corpus, laws, merging, strategies, tolerance
+from hora_spec.testing.rounding import FORMATS
+from hypothesis import given, settings
 
 CASES = corpus()
 ROUTES = ("branch", "merge", "plain")
@@ -17,9 +28,24 @@ def test_the_corpus_is_not_empty():
     assert len(CASES) > 50
 
 
+@pytest.mark.parametrize("golden", load_goldens().values(), ids=str)
+def test_the_stored_cases_are_reproduced(backend: Backend, golden: Golden):
+    of = (golden.spec, golden.layer, golden.params)
+    bounds = tolerance.delta(*of, FORMATS["float32"])
+    for p, update in backend.delta(*of).items():
+        assert (np.abs(update - golden.delta[p]) <= bounds[p].error).all()
+
+
 @pytest.mark.parametrize("check", [checks.check_factors, checks.check_delta, checks.check_grads])
 def test_generation_conforms(backend: Backend, check):
-    assert max(check(backend, case) for case in CASES[:: 2 if check is checks.check_factors else 5]) <= 1
+    assert max(check(backend, case) for case in CASES[::8]) <= 1
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(case=strategies.cases())
+def test_the_delta_of_drawn_cases_conforms(case: Case):
+    eager = REFERENCE._replace(name="hora_jax eager", delta=functional.delta)
+    assert checks.check_delta(eager, case) <= 1
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -7,22 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hora_bench.models.llama import Llama, LlamaConfig
-from hora_bench.models.vit import ViT, ViTConfig
 from hora_jax import init, merge, plan, presets
 from hora_jax.nnx import HoraModel
 from hora_spec import HoraError, ProjectionShape
 
-LLAMA = LlamaConfig(
-    vocab_size=32,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=4,
-)
-VIT = ViTConfig(image_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=4, mlp_dim=24, num_classes=3)
 TOKENS = np.arange(10).reshape(2, 5)
 IMAGES = np.linspace(-1, 1, 2 * 16 * 16 * 3, dtype="float32").reshape(2, 16, 16, 3)
 
@@ -33,8 +21,8 @@ def close(a, b) -> None:
 
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("remat", [False, True])
-def test_llama(method, perturbed, scan, remat):
-    base = Llama(LLAMA.replace(scan_layers=scan, remat=remat), rngs=nnx.Rngs(0))
+def test_llama(make_llama, method, perturbed, scan, remat):
+    base = make_llama(scan_layers=scan, remat=remat)
     planned = plan(base, method, presets.llama("qkv"))
     names = [name for layer in planned.layers for name in layer.names]
     assert names == [f"model.layers.{i}.self_attn" for i in range(2)]
@@ -44,8 +32,8 @@ def test_llama(method, perturbed, scan, remat):
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_llama_with_a_key_value_cache(method, perturbed, scan):
-    base = Llama(LLAMA.replace(scan_layers=scan), rngs=nnx.Rngs(0))
+def test_llama_with_a_key_value_cache(make_llama, method, perturbed, scan):
+    base = make_llama(scan_layers=scan)
     planned = plan(base, method, presets.llama())
     model, cache, logits = HoraModel(base, planned, perturbed(init(planned))), base.init_cache(2, 5), []
     step = nnx.jit(lambda m, token, cache: m(token, cache=cache))
@@ -55,17 +43,17 @@ def test_llama_with_a_key_value_cache(method, perturbed, scan):
     close(jnp.concatenate(logits, 1), model(TOKENS))
 
 
-def test_head_counts_of_parameters_alone_are_given(method):
-    state = nnx.state(Llama(LLAMA, rngs=nnx.Rngs(0)))
+def test_head_counts_of_parameters_alone_are_given(make_llama, method):
+    state = nnx.state(make_llama())
     with pytest.raises(HoraError, match="plan the model itself"):
         plan(state, method, presets.llama())
     planned = plan(state, method, presets.llama(num_heads=4, num_kv_heads=2))
-    assert planned == plan(Llama(LLAMA, rngs=nnx.Rngs(0)), method, presets.llama())
+    assert planned == plan(make_llama(), method, presets.llama())
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_vit(method, perturbed, scan):
-    base = ViT(VIT.replace(scan_layers=scan), rngs=nnx.Rngs(0))
+def test_vit(make_vit, method, perturbed, scan):
+    base = make_vit(scan_layers=scan)
     planned = plan(base, method, presets.vit())
     assert [name for layer in planned.layers for name in layer.names] == ["blocks.0.attn", "blocks.1.attn"]
     model = HoraModel(base, planned, perturbed(init(planned)))

@@ -8,22 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hora_bench.models.llama import Llama, LlamaConfig
 from hora_jax import Target, functional, init, plan, presets
 from hora_jax.nnx import HoraModel, HoraParam
 from hora_spec import AdapterSpec, LayerShape, init_params
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-LLAMA = LlamaConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=8,
-)
 TOKENS = np.arange(8 * 16).reshape(8, 16) % 64
 SPEC = AdapterSpec(8)
 ROUTES = ("branch", "merge", "plain")
@@ -112,12 +102,12 @@ def shard_llama(model, mesh) -> None:
     nnx.update(model, placed)
 
 
-def test_a_sharded_model_trains_as_one_device_does(method, perturbed):
+def test_a_sharded_model_trains_as_one_device_does(make_llama, method, perturbed):
     def gradients(model, tokens):
         loss = lambda m: jnp.mean(jnp.square(m(tokens)))  # noqa: E731
         return nnx.jit(nnx.value_and_grad(loss, argnums=nnx.DiffState(0, HoraParam)))(model)
 
-    base = Llama(LLAMA, rngs=nnx.Rngs(0))
+    base = make_llama(hidden_size=32, intermediate_size=64, num_attention_heads=8, num_key_value_heads=4)
     planned = plan(base, method, presets.llama())
     phi = perturbed(init(planned))
     value, grads = gradients(HoraModel(base, planned, phi), TOKENS)
