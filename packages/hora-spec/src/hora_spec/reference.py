@@ -6,7 +6,7 @@ pre-activation, z a normalised head embedding, g a gain.
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +19,11 @@ from hora_spec.spec import LAYER_NORM_EPS, AdapterSpec
 
 Array = NDArray[Any]
 Params = Mapping[str, Array]
+ArrayT = TypeVar("ArrayT")
 
 
-class Factors(NamedTuple):
-    """The generated factors of one projection.
+class Factors(NamedTuple, Generic[ArrayT]):
+    """The generated factors of one projection, NumPy arrays here and a backend's own arrays there.
 
     ``a`` has shape (rank, embed), or (heads, rank, embed) when A is free per head; ``b`` (heads, head_dim, rank). Both
     are arrays of the backend that made them.
