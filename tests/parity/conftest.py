@@ -17,7 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("parity")
     group.addoption("--case", help="run tests of drawn cases on this one, a repr as the report prints it")
     group.addoption("--only", help="run the one test with this id; what the report's replay commands use")
-    group.addoption("--plant", help="FRAMEWORK:MUTANT, such as 'jax:No normalisation': is made wrong, and tests fail")
+    group.addoption("--plant", help="FRAMEWORK:MUTANT, such as 'jax:No normalisation', to be planted; tests fail")
     group.addoption("--report", type=Path, default=FOLDER, help="folder of the report")
 
 
@@ -53,10 +53,14 @@ def backends(pytestconfig: pytest.Config) -> dict[str, Backend]:
     }
     if planted := pytestconfig.getoption("--plant", None):
         framework, _, name = planted.partition(":")
-        (mutant,) = (mutant for mutant in MUTANTS if mutant.name == name)
+        mutants = {mutant.name: mutant for mutant in MUTANTS}
+        if framework not in result or name not in mutants:
+            pytest.exit(
+                f"--plant is torch or jax, a colon, and one of {sorted(mutants)}, got {planted!r}", returncode=4
+            )
         for way, backend in result.items():
             if way.startswith(framework):
-                result[way] = mutant.plant(backend)._replace(name=f"{backend.name} with {name}")
+                result[way] = mutants[name].plant(backend)._replace(name=f"{backend.name} with {name}")
     return result
 
 
@@ -68,6 +72,8 @@ class Reporter:
         self.report = Report()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.report.failures.append(report.nodeid)
         if report.when == "call":
             for name, value in report.user_properties:
                 if name == "parity":

@@ -99,13 +99,13 @@ class Tally:
         ratio
             Worst error divided by its bound.
         case
-            What replays it, when the test runs more than one; a `hora_spec.testing.Case` becomes ``--case``.
+            The `hora_spec.testing.Case`, when the test runs more than one: what ``--case`` takes to replay it.
         """
         if family not in FAMILIES:
             raise KeyError(f"{family!r} is not a family of the report")
         if unknown := sorted(set(rules) - set(rules_of_spec())):
             raise KeyError(f"{unknown} are not rules of the specification")
-        where = self.test if case is None else f"{self.test} --case {shlex.quote(repr(case))}"
+        where = self.test if case is None else f'{self.test} --case "{case!r}"'
         self.lines += [
             asdict(Line(rule, family, backend, 1, float(ratio), where)) for rule in (ANY, *sorted(set(rules)))
         ]
@@ -113,9 +113,10 @@ class Tally:
 
 @dataclass(slots=True)
 class Report:
-    """All lines of a session, folded by rule, family and backend."""
+    """All lines of a session, folded by rule, family and backend, and the tests that failed."""
 
     lines: dict[tuple[str, str, str], Line] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
 
     def fold(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Add the lines of one test."""
@@ -134,8 +135,9 @@ class Report:
         return {(line.family, line.backend): line for line in found}
 
     def problems(self) -> list[str]:
-        """Why this is no proof yet: rules or families without cases, bounds that are exceeded or never approached."""
-        found = [f"rule {rule} has no cases" for rule, line in self.by_rule().items() if line is None]
+        """Why this is no proof yet: failed tests, what has no cases, and bounds exceeded or never approached."""
+        found = [f"{test} failed" for test in self.failures]
+        found += [f"rule {rule} has no cases" for rule, line in self.by_rule().items() if line is None]
         for name, family in FAMILIES.items():
             line = self._worst(lambda x, name=name: x.family == name)
             if line is None:
@@ -165,7 +167,7 @@ class Report:
         problems = self.problems()
         verdict = "Not a proof yet:" if problems else "Every rule has cases, every error is within its bound."
         if not complete:
-            verdict = f"A part of the session ran, so this is no verdict. {verdict if problems else ''}"
+            verdict = f"A part of the session ran, so this is no verdict. {verdict if problems else ''}".rstrip()
         by_rule = self.by_rule()
         comparisons = [
             (FAMILIES[family].title, backend, FAMILIES[family].bound, str(line.cases), _ratio(line))

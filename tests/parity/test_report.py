@@ -30,6 +30,12 @@ def test_a_session_that_covers_everything_has_no_problems():
     assert not report(*complete(), *exact()).problems()
 
 
+def test_a_failed_test_is_a_problem():
+    failed = report(*complete(), *exact())
+    failed.failures.append("tests/parity/test_numbers.py::test_g1")
+    assert failed.problems() == ["tests/parity/test_numbers.py::test_g1 failed"]
+
+
 def test_a_rule_without_cases_is_a_problem():
     lines = [each for each in complete() if each.rule != "M2"]
     assert report(*lines, *exact()).problems() == ["rule M2 has no cases"]
