@@ -108,6 +108,5 @@ def session_cases(check: Callable[..., float], dtype: str) -> list[Case]:
     """The cases on which this session runs a check of the conformance kit in `dtype`, on both frameworks."""
     if check in (MERGE.run, REFUSES.run):
         return [MERGED[dtype]]
-    if check in {known.run for known in (INIT, *GENERATION, *ROUTES)} and dtype in ("float64", "float32"):
-        return list(CASES.values())
-    return []
+    dtypes = {INIT.run: {"float32"}} | {each.run: {"float64", "float32"} for each in (*GENERATION, *ROUTES)}
+    return list(CASES.values()) if dtype in dtypes.get(check, ()) else []
