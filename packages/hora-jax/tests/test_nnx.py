@@ -81,6 +81,13 @@ def test_it_trains_in_tree_mode_with_a_donated_step(model, x):
     assert step._cache_size() == 1
 
 
+def test_it_runs_where_tree_mode_is_the_default(model, x):
+    expected = model(x)
+    with nnx.set_graph_mode(False):
+        close(model(x), expected)
+        close(nnx.jit(lambda m, x: m(x))(model, x), expected)
+
+
 def test_both_modes_compute_the_same_gradients(model, x):
     graph, params, rest = nnx.split(model, HoraParam, ..., graph=False)
     tree = jax.grad(lambda p: loss_of(nnx.merge(graph, p, rest), x))(params)
@@ -320,3 +327,5 @@ def test_a_model_that_does_not_fit_is_refused(model, method):
         HoraModel(model.base.blocks[0], model.plan, model.adapter())
     with pytest.raises(HoraError, match="belongs to another plan"):
         HoraModel(model.base, model.plan, {})
+    with pytest.raises(HoraError, match="route must be one of branch, plain"):
+        HoraModel(model.base, model.plan, model.adapter(), route="merge")

@@ -5,7 +5,7 @@ No module of the base is changed and none is referenced twice, so graph mode and
 
 from collections.abc import Mapping
 from functools import reduce
-from typing import Any, Literal, final
+from typing import Any, Literal, final, get_args
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ class HoraModel(nnx.Module):
     Raises
     ------
     HoraError
-        If the base does not fit the plan, or phi belongs to another plan.
+        If the base does not fit the plan, phi belongs to another plan, or the route is unknown.
 
     Notes
     -----
@@ -56,6 +56,8 @@ class HoraModel(nnx.Module):
     def __init__(self, base: nnx.Module, plan: Plan, phi: Phi, *, route: Route = "branch") -> None:
         adapter.weights(plan, base)
         adapter.check(plan, phi)
+        if route not in get_args(Route):
+            raise HoraError(f"route must be one of {', '.join(get_args(Route))}, got {route!r} (spec D3)")
         self.base = base
         self.phi = nnx.data({key: {name: HoraParam(v) for name, v in params.items()} for key, params in phi.items()})
         self.plan = plan
