@@ -110,7 +110,7 @@ SKIP: dict[str, str] = {
 }
 """Part of a test's name to the reason why it says nothing about HoRA."""
 
-GATED = ("mixed_adapter_batch", "disable_adapter_with_bias")
+GATED = ("mixed_adapter_batch",)
 """Tests that PEFT keeps for LoRA by comparing with ``LoraConfig``, of features that HoRA has too."""
 
 
