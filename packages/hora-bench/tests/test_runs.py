@@ -13,6 +13,7 @@ from hora_bench.training.recipe import Recipe, batch_indices, subset
 from hora_spec import HoraError
 
 TOLERANCE = 1e-4
+QWIX = pytest.mark.filterwarnings("ignore:The 'm.iter_modules:DeprecationWarning")  # qwix 0.1.8 on flax 0.12
 
 
 def request(model, **changes):
@@ -59,6 +60,7 @@ def test_both_backends_agree_on_every_loss_and_score(method, vit_directory, imag
     assert jax.total_params_count == torch.total_params_count
 
 
+@QWIX
 @pytest.mark.parametrize("method", [m.name for m in methods.METHODS if m.family in ("lora", "dora", "vera", "vblora")])
 def test_peers_train_through_their_own_libraries(method, vit_directory, image_task, tmp_path):
     for backend in methods.find(method).library:
@@ -73,6 +75,7 @@ def test_peers_train_through_their_own_libraries(method, vit_directory, image_ta
         assert head.trained_params_count < peer.trained_params_count < peer.total_params_count
 
 
+@QWIX
 def test_lora_trains_as_many_values_on_both_backends(vit_directory, image_task, tmp_path):
     counts = set()
     for backend in ("torch", "jax"):

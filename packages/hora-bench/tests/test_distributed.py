@@ -1,0 +1,92 @@
+"""Two processes on torch and eight devices on JAX end where one does."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+SCRIPT = """
+import sys
+import warnings
+from pathlib import Path
+warnings.simplefilter("ignore")
+from hora_bench.torchvision_ops import declare_missing_ops
+declare_missing_ops()
+import numpy as np
+from safetensors.numpy import save_file
+from hora_bench import methods
+from hora_bench.models import load
+from hora_bench.tasks.text import records_file
+from hora_bench.training.loop import fit
+from hora_bench.training.recipe import Recipe
+
+form, model, records, out = sys.argv[1:]
+task = records_file(Path(records), load.tokenizer(model))
+recipe = Recipe(learning_rate=1e-2, weight_decay=1e-4, batch_size=8, steps=3, warmup_steps=1)
+method = methods.find("hora")
+if form == "mesh":
+    from hora_bench.methods.jax import prepare
+    from hora_bench.training.jax import JaxLearner
+    learner = JaxLearner(*prepare(load.nnx_llama(model), method, seed=0), recipe, mesh={"fsdp": 4, "tp": 2})
+elif form == "device":
+    from hora_bench.methods.jax import prepare
+    from hora_bench.training.jax import JaxLearner
+    learner = JaxLearner(*prepare(load.nnx_llama(model), method, seed=0), recipe)
+else:
+    import torch
+    from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+    from hora_bench.methods.torch import prepare
+    from hora_bench.training.torch import TorchLearner
+    plugin = None
+    if form == "fsdp":
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            state_dict_type="SHARDED_STATE_DICT",
+        )
+    accelerator = Accelerator(cpu=True)
+    if plugin is not None:  # accelerate 1.15 offers FSDP on accelerators alone
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+    assert accelerator.num_processes == (1 if form == "process" else 2)
+    learner = TorchLearner(prepare(load.causal_lm(model), method, seed=0), recipe, accelerator=accelerator)
+curve = fit(learner, task, "train", recipe, members=np.arange(16), seed=0)
+arrays = {f"{i:04d}": value for i, (_, value) in enumerate(sorted(learner.state().items()))}
+if getattr(getattr(learner, "accelerator", None), "is_main_process", True):
+    save_file({"loss": np.asarray(curve.loss), **arrays}, out)
+"""
+
+
+def start(form, tmp_path, model, records, *launcher):
+    out, script = tmp_path / f"{form}.safetensors", tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, str(script), form, str(model), str(records), str(out)]
+    done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(out)
+
+
+# what accelerate launch starts on accelerators; on CPU it would ask for MPI
+LAUNCH = "-m torch.distributed.run --standalone --nproc_per_node 2"
+
+
+@pytest.mark.parametrize("form", ["ddp", "fsdp"])
+def test_two_torch_processes_equal_one(form, tmp_path, llama_directory, records_file):
+    one = start("process", tmp_path, llama_directory, records_file)
+    two = start(form, tmp_path, llama_directory, records_file, *LAUNCH.split())
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        np.testing.assert_allclose(two[name], value, atol=1e-5, err_msg=name)
+
+
+def test_eight_jax_devices_equal_one(tmp_path, llama_directory, records_file):
+    one = start("device", tmp_path, llama_directory, records_file)
+    eight = start("mesh", tmp_path, llama_directory, records_file)
+    assert one.keys() == eight.keys()
+    for name, value in one.items():
+        np.testing.assert_allclose(eight[name], value, atol=1e-5, err_msg=name)
