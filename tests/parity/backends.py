@@ -23,7 +23,6 @@ from hora_torch.merging import merged_weight
 jax.config.update("jax_enable_x64", True)
 torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096  # one for each case
 
-ROUTES = ("branch", "merge")
 COMPILER = "aot_eager"  # all that torch.compile does before inductor, which needs a C++ compiler and minutes
 
 
@@ -108,19 +107,12 @@ def _torch_init(spec: AdapterSpec, layer: LayerShape, seed: int, name: str) -> d
 def _torch_merge(weight: Any, delta: Any, layout: Layout) -> Any:
     """Through the merge of an adapted module; forms that no torch module stores are read and written by layout."""
     if len(layout.axes) == 2 and (layout.window is None or layout.axes[layout.window.axis] == "hk"):
-        stored, merged_layout = to_torch(weight), layout
-    else:
-        stored, merged_layout = (
-            to_torch(np.ascontiguousarray(layout.read(weight)).reshape(-1, delta.shape[-1])),
-            Layout(),
-        )
-    rows = to_torch(delta).flatten(0, -2)
-    addition = (merged_layout, torch.eye(rows.shape[1], dtype=rows.dtype), rows, 1.0)
-    merged = from_torch(merged_weight(stored, [addition]))
-    if merged_layout is layout:
-        return merged
+        identity = torch.eye(delta.shape[1], dtype=to_torch(delta).dtype)
+        return from_torch(merged_weight(to_torch(weight), [(layout, identity, to_torch(delta), 1.0)]))
+    canonical = layout.read(weight)
+    merged = _torch_merge(*(part.reshape(-1, delta.shape[-1]) for part in (canonical, delta)), Layout())
     result = weight.copy()
-    result[layout.index()] = layout.write(merged.reshape(delta.shape), weight.shape)
+    result[layout.index()] = layout.write(merged.reshape(canonical.shape), weight.shape)
     return result
 
 

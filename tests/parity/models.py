@@ -56,9 +56,10 @@ def _seeded(build: Callable[[], torch.nn.Module]) -> Callable[[], torch.nn.Modul
         with torch.random.fork_rng():
             torch.manual_seed(5)
             module = build()
-            for param in module.parameters():
-                if param.ndim > 1:
-                    torch.nn.init.normal_(param, std=param.shape[-1] ** -0.5)
+            with torch.no_grad():
+                for param in module.parameters():
+                    noise = torch.randn_like(param)
+                    param.copy_(noise * param.shape[-1] ** -0.5 if param.ndim > 1 else param + noise / 10)
             return module.eval()
 
     return built

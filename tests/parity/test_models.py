@@ -13,6 +13,7 @@ from hora_spec import AdapterSpec, init_params
 
 from .backends import from_torch
 from .models import MODELS, widen_torch
+from .report import LOGITS_BOUND
 from .runs import JaxRun, TorchRun, config
 
 SPECS = {
@@ -21,7 +22,6 @@ SPECS = {
     "a_per_head": AdapterSpec(rank=2, hidden_dim=6, head_embed_dim=5, sharing="b"),
     "free": AdapterSpec(rank=2, sharing="none", alpha=3),
 }
-LOGITS_BOUND = 2e-14
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 models = pytest.mark.parametrize("model", MODELS, ids=repr)
