@@ -20,8 +20,9 @@ SPEC = ROOT / "docs" / "spec.md"
 PARAMS_BOUND = 1e-13
 LOSS_BOUND = 5e-6
 LOGITS_BOUND = 2e-14
-"""Relative bounds where errors pass through a whole model. What is promised is 1e-9 for parameters trained in float64 and
-1e-4 for float32 losses; these are ten to forty times what rounding does, for below the promise a difference could hide."""
+"""Relative bounds where errors pass through a whole model. What is promised is 1e-9 for parameters trained in float64
+and 1e-4 for float32 losses; these are ten to forty times what rounding does: a difference could hide below the promise.
+"""
 
 EXACT = "exact"
 """Unit of a family that allows no error: its ratio is 0 or the test fails."""
