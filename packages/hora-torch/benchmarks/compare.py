@@ -9,7 +9,7 @@ processor seconds, which leave out what other processes take. A ratio below 1 me
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ _TORCHVISION = declare_torchvision_operators()
 
 import peft  # noqa: E402
 import transformers  # noqa: E402
+from hora_spec import Layout  # noqa: E402
 from hora_torch import HoraConfig  # noqa: E402
 from hora_torch.layer import HoraLayer  # noqa: E402
 from hora_torch.merging import merged_weight  # noqa: E402
@@ -82,9 +83,8 @@ def with_hora(model: nn.Module, rank: int, targets: Iterable[str], **kwargs: Any
     return peft.get_peft_model(model, HoraConfig(r=rank, target_modules=list(targets), **kwargs))
 
 
-def projection(repeats: int) -> list[tuple[str, ...]]:
+def projection(repeats: int) -> Iterator[tuple[str, ...]]:
     """Forward and backward of one projection whose input needs a gradient."""
-    rows = []
     for dim in (768, 2048):
         for tokens in (1024, 4096, 8192):
             for rank in (8, 32):
@@ -99,8 +99,7 @@ def projection(repeats: int) -> list[tuple[str, ...]]:
                 for model in models.values():
                     model.train()
                 got = medians({name: lambda m=m: m(x).backward(grad) for name, m in models.items()}, repeats)
-                rows.append((f"d {dim}, {tokens} tokens, r {rank}", *times(got), f"{got['branch'] / got['lora']:.2f}"))
-    return rows
+                yield (f"d {dim}, {tokens} tokens, r {rank}", *times(got), f"{got['branch'] / got['lora']:.2f}")
 
 
 def vit() -> tuple[nn.Module, tuple[str, ...], Callable[[nn.Module], Tensor]]:
@@ -150,9 +149,8 @@ def training_step(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Step
     return step
 
 
-def step(repeats: int) -> list[tuple[str, ...]]:
+def step(repeats: int) -> Iterator[tuple[str, ...]]:
     """A whole training step. The base trains the bias of its first attention, so that it back-propagates as far."""
-    rows = []
     for name, build in MODELS.items():
         sides = {}
         for side in ("base", "lora", "hora"):
@@ -165,8 +163,7 @@ def step(repeats: int) -> list[tuple[str, ...]]:
             else:
                 model = (with_lora if side == "lora" else with_hora)(model, 8, targets)
             sides[side] = training_step(model, loss)
-        rows.append((name, *times(medians(sides, repeats))))
-    return rows
+        yield (name, *times(medians(sides, repeats)))
 
 
 def times(got: Mapping[str, float]) -> tuple[str, ...]:
@@ -189,9 +186,8 @@ class QueryValue(nn.Module):
         return self.q_proj(x), self.v_proj(x)
 
 
-def memory(repeats: int) -> list[tuple[str, ...]]:
+def memory(repeats: int) -> Iterator[tuple[str, ...]]:
     """Bytes saved for backward by q and v, and the peak of live bytes in one step."""
-    rows = []
     for dropout in (0.0, 0.1):
         got = {}
         for side in ("lora", "hora"):
@@ -201,7 +197,7 @@ def memory(repeats: int) -> list[tuple[str, ...]]:
             x = torch.randn(1, 4096, 2048, dtype=torch.bfloat16, requires_grad=True)
             weights = {param.untyped_storage().data_ptr() for param in model.parameters()}
             got[side] = saved_activations(lambda model=model, x=x: model(x), weights)
-        rows.append((f"saved by q and v, bf16, 4096 x 2048, dropout {dropout}", *bytes_of(got)))
+        yield (f"saved by q and v, bf16, 4096 x 2048, dropout {dropout}", *bytes_of(got))
     for name, build in MODELS.items():
         got = {}
         for side in ("lora", "hora"):
@@ -210,8 +206,7 @@ def memory(repeats: int) -> list[tuple[str, ...]]:
             run = training_step((with_lora if side == "lora" else with_hora)(model, 8, targets), loss)
             run()
             got[side] = peak_bytes(run)
-        rows.append((f"peak of a step, {name}", *bytes_of(got)))
-    return rows
+        yield (f"peak of a step, {name}", *bytes_of(got))
 
 
 def saved_activations(run: Step, weights: set[int]) -> int:
@@ -276,8 +271,6 @@ def merge(repeats: int) -> list[tuple[str, ...]]:
     for dtype in (torch.float32, torch.bfloat16):
         weights = [torch.randn(4096, 4096).to(dtype) for _ in range(8)]
         a, b = torch.randn(8, 4096), torch.randn(4096, 8)
-        from hora_spec import Layout
-
         sides = {
             "copy": lambda: [weight.clone() for weight in weights],
             "merge": lambda: [merged_weight(weight, [(Layout(), a, b, 1.0)]) for weight in weights],
