@@ -13,7 +13,7 @@ from hora_bench.training.recipe import Recipe, batch_indices, subset
 from hora_spec import HoraError
 
 TOLERANCE = 1e-4
-QWIX = pytest.mark.filterwarnings("ignore:The 'm.iter_modules:DeprecationWarning")  # qwix 0.1.8 on flax 0.12
+QWIX = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # qwix 0.1.8 calls what flax 0.12 deprecates
 
 
 def request(model, **changes):
