@@ -104,7 +104,7 @@ def speed(
     from hora_bench.experiments.speed.run import speed as run
 
     setting = read_setting(file, quick=QUICK["speed"], data=data)
-    with _timed("speed", file, out) as (progress, finish):
+    with _timed("speed", file, out, " --cpu-clock" * cpu_clock) as (progress, finish):
         result = finish(run(setting, **setting.vary, clock="cpu" if cpu_clock else "wall", progress=progress))
     for part in ("steps", "inference", "operations"):
         _table(part, [{k: v["ratio"] if isinstance(v, dict) else v for k, v in row.items()} for row in result[part]])
@@ -123,19 +123,21 @@ def report(
         console.print(path)
 
 
-def _command(name: str, file: Path | None) -> str:
-    return f"hora-bench {name}" + (f" experiments/{file.name} --data FOLDER" if file else "")
+def _command(name: str, file: Path | None, flags: str = "") -> str:
+    return f"hora-bench {name}" + (f" experiments/{file.name} --data FOLDER" if file else "") + flags
 
 
 @contextmanager
-def _timed(name: str, file: Path | None, out: Path) -> Generator[tuple[Callable[..., None], Callable[[Any], Any]]]:
+def _timed(
+    name: str, file: Path | None, out: Path, flags: str = ""
+) -> Generator[tuple[Callable[..., None], Callable[[Any], Any]]]:
     """A progress callback, and a function that writes the result with the time it took."""
     started = time.perf_counter()
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeRemainingColumn())
 
     def finish(result: dict[str, Any]) -> dict[str, Any]:
         seconds = time.perf_counter() - started
-        write_record(out, name, _command(name, file), seconds=seconds, result=result)
+        write_record(out, name, _command(name, file, flags), seconds=seconds, result=result)
         return result
 
     with Progress(*columns, console=console, transient=True) as progress:
