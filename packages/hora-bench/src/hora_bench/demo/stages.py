@@ -38,7 +38,7 @@ class Size:
         )
 
 
-FULL = Size(image_size=98, steps=63, test_count=300)
+FULL = Size(image_size=98, steps=63, test_count=200)
 QUICK = Size(image_size=42, steps=20, test_count=100, timed_repeats=3)
 
 
