@@ -197,7 +197,7 @@ class JaxRun:
         if self.wide:
             hora_spec.export_lora(hora_jax.to_adapter(self.plan, self._narrow()), directory, dtype=np.float64)
         else:
-            hora_jax.export_lora(directory, self.plan, self.phi)
+            hora_jax.export_lora(self.plan, self.phi, directory)
 
     def _narrow(self) -> Any:
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), self.phi)

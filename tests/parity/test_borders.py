@@ -149,7 +149,7 @@ def test_f6_an_export_destroys_nothing(base, tmp_path, tally):
     run.save(tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     refused(lambda: hora_torch.export_lora(run.adapted, tmp_path))
-    refused(lambda: hora_jax.export_lora(tmp_path, plan, hora_jax.init(plan)))
+    refused(lambda: hora_jax.export_lora(plan, hora_jax.init(plan), tmp_path))
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     tally.add("borders", "torch and JAX", {"F3", "F6", "E2"})
 

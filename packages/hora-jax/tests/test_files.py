@@ -105,7 +105,7 @@ def test_s7_a_diverged_adapter_is_not_written(tmp_path, planned, phi):
 
 
 def test_f6_the_exported_lora_is_the_delta(tmp_path, llama, planned, phi):
-    export_lora(tmp_path, planned, phi)
+    export_lora(planned, phi, tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     key = "base_model.model.model.layers.1.self_attn.v_proj.lora_{}.weight"

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from hora_spec import Adapter, AdapterLayer, AdapterSpec, HoraError, Layout, Window
+from numpy.typing import DTypeLike
 
 from hora_jax.adapter import Phi, check, stack
 from hora_jax.plan import Layer, Plan
@@ -72,9 +73,34 @@ def load_specs(directory: Path) -> dict[str, AdapterSpec]:
     return {name: layer.spec for name, layer in hora_spec.load_adapter(directory).layers.items()}
 
 
-def export_lora(directory: Path, plan: Plan, phi: Phi) -> None:
-    """Write an adapter as a standard PEFT LoRA directory: exact, without a singular value decomposition (spec F6)."""
-    hora_spec.export_lora(to_adapter(plan, phi), directory)
+def export_lora(
+    plan: Plan,
+    phi: Phi,
+    directory: Path,
+    *,
+    config: Mapping[str, Any] | None = None,
+    modules: Phi | None = None,
+    dtype: DTypeLike = np.float32,
+) -> None:
+    """Write an adapter as a standard LoRA adapter that computes the same, exactly and without an SVD (spec F6).
+
+    Parameters
+    ----------
+    plan, phi
+        A plan and its adapter.
+    directory
+        A new or empty directory; PEFT, vLLM, llama.cpp and others read it.
+    config, modules
+        As for `save_adapter`.
+    dtype
+        Floating dtype of the LoRA tensors.
+
+    Raises
+    ------
+    HoraError
+        If phi does not fit the plan, or the directory is not empty. Nothing is written then.
+    """
+    hora_spec.export_lora(to_adapter(plan, phi, config=config, modules=modules), directory, dtype=dtype)
 
 
 def to_adapter(plan: Plan, phi: Phi, *, config: Mapping[str, Any] | None = None, modules: Phi | None = None) -> Adapter:

@@ -101,7 +101,7 @@ def _jax_operations(model: Any, folder: str) -> dict[str, Run]:
         "generate": lambda: jax.block_until_ready(generate(phi)),
         "merge": lambda: jax.block_until_ready(jax.tree.leaves(model.merged())),
         "save": _into(lambda path: hora_jax.save_adapter(path, plan, phi), folder),
-        "export as LoRA": _into(lambda path: hora_jax.export_lora(path, plan, phi), folder),
+        "export as LoRA": _into(lambda path: hora_jax.export_lora(plan, phi, path), folder),
     }
 
 
