@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from hora_bench import assets
 from hora_bench.asset_table import ASSETS
@@ -17,7 +17,14 @@ console = Console()
 @app.command("list")
 def show() -> None:
     """All assets, their licences and sources, and which are in the cache."""
-    table = Table("asset", "what", "licence", "sources, in order", "in the cache", title=f"assets in {cache_dir()}")
+    table = Table(
+        Column("asset", no_wrap=True),
+        "what",
+        "licence",
+        "sources, in order",
+        "in the cache",
+        title=f"assets in {cache_dir()}",
+    )
     for asset in ASSETS:
         origin = asset.origin
         sources = "\n".join(map(str, asset.sources))

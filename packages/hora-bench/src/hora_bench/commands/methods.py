@@ -3,7 +3,7 @@
 import json
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from hora_bench import results
 from hora_bench.methods import METHODS, find
@@ -13,7 +13,8 @@ console = Console()
 
 def command() -> None:
     """Fine-tuning methods, who implements them on each backend, and their options."""
-    table = Table("method", "what it trains", "torch", "jax", "options (--option key=value)")
+    last = Column("options (--option key=value)", overflow="fold")
+    table = Table(Column("method", no_wrap=True), "what it trains", "torch", "jax", last)
     for method in METHODS:
         usual = find("hora").options if method.family == "hora" and method.name != "hora" else {}
         given = {key: value for key, value in method.options.items() if key not in usual or usual[key] != value}
