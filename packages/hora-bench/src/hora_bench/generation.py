@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hora_bench.tasks.text import CUTOFF, Record, TextTask, rounded
+from hora_bench.tasks.text import BUCKET, CUTOFF, Record, TextTask, by_length, rounded
 
 BEAMS = 4
 NEW_TOKENS = 16
@@ -32,7 +32,7 @@ def respond(
         Called with the number of records done.
     """
     write = _jax if hasattr(learner, "graph") else _torch
-    order = sorted(range(len(records)), key=lambda i: len(records[i].prompt))  # equal lengths share a batch
+    order = by_length(records)
     responses: dict[int, str] = {}
     for start in range(0, len(order), BATCH):
         part = order[start : start + BATCH]
@@ -48,7 +48,7 @@ def respond(
 
 def left_padded(prompts: list[list[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
     """Prompts that end in the same column, and which of their positions are real."""
-    width = rounded(max(map(len, prompts)), 64)
+    width = rounded(max(map(len, prompts)), BUCKET)
     tokens = np.array([[pad] * (width - len(ids)) + ids for ids in prompts], np.int32)
     valid = np.array([[False] * (width - len(ids)) + [True] * len(ids) for ids in prompts])
     return tokens, valid

@@ -61,7 +61,7 @@ class Task(Protocol):
         ...
 
     def eval_batches(self, split: Split, batch_size: int) -> Iterator[Batch]:
-        """All examples in order; the last batch is padded to keep its shape."""
+        """All examples, in an order that `score` knows; the last batch is padded to keep its shape."""
         ...
 
     def score(self, split: Split, outputs: np.ndarray) -> Score:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -21,7 +21,7 @@ PROMPT: Final = (
 )
 FAMILIES: Final = (r"true|false", r"solution[12]", r"answer[1-5]", r"ending[1-4]", r"option[12]")
 CUTOFF: Final = 256
-BUCKET: Final = 64  # lengths are rounded up: few shapes, hence few compilations
+BUCKET: Final = 32  # lengths are rounded up: little padding in few shapes, hence few compilations
 RESPONSE_BUCKET: Final = 4
 VAL_COUNT: Final = 120
 
@@ -130,20 +130,22 @@ class TextTask:
         return self._batch([(records[i], records[i].answer, True) for i in indices])
 
     def eval_batches(self, split: Split, batch_size: int) -> Iterator[Batch]:
-        """One row for each option of each record."""
-        rows = [(record, option, False) for record in self.records(split) for option in record.options]
+        """One row for each option of each record, in the order of `by_length`."""
+        records = self.records(split)
+        rows = [(records[i], option, False) for i in by_length(records) for option in records[i].options]
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
             yield self._batch(part + part[-1:] * (batch_size - len(part)))
 
     def score(self, split: Split, outputs: np.ndarray) -> Score:
         """Accuracy of the most likely option, the mean over tasks; `outputs` are summed log-likelihoods."""
-        right, start, records = [], 0, self.records(split)
-        for record in records:
-            scores = outputs[start : start + len(record.options)]
-            right.append(record.options[int(np.argmax(scores))] == record.answer)
-            start += len(record.options)
-        return Score.of(np.asarray(right), [record.group for record in records])
+        records, start = self.records(split), 0
+        right = np.zeros(len(records), bool)
+        for i in by_length(records):
+            options = records[i].options
+            right[i] = options[int(np.argmax(outputs[start : start + len(options)]))] == records[i].answer
+            start += len(options)
+        return Score.of(right, [record.group for record in records])
 
     def score_generated(self, split: Split, responses: list[str]) -> Score:
         """Accuracy of the first answer pattern in each generated response."""
@@ -224,6 +226,11 @@ def records_file(path: Path, tokenizer: Any, *, limit: int | None = None) -> Tex
 
 def _family(answer: str) -> str:
     return next((family for family in FAMILIES if re.fullmatch(family, answer)), "")
+
+
+def by_length(records: Sequence[Record]) -> list[int]:
+    """Numbers of the records, shortest prompt first: rows of a batch are padded to the longest of them."""
+    return sorted(range(len(records)), key=lambda i: len(records[i].prompt))
 
 
 def rounded(length: int, bucket: int) -> int:
