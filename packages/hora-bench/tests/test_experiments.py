@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hora_bench import results
 from hora_bench.experiments import ablate, sample_efficiency
 from hora_bench.experiments.cost.run import cost
-from hora_bench.experiments.intervals import mean_interval
+from hora_bench.experiments.intervals import mean_interval, paired_interval
 from hora_bench.experiments.journal import Journal
 from hora_bench.experiments.page import write_page
 from hora_bench.experiments.record import read_record, write_record
@@ -19,6 +20,7 @@ from hora_bench.experiments.speed.run import speed
 from hora_bench.tasks.image_sources import digits
 from hora_bench.torchvision_ops import declare_missing_ops
 from hora_spec import HoraError
+from scipy import stats
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +73,39 @@ def test_ablation_changes_one_factor_and_repeats_no_run(setting, tmp_path, monke
         ("method", "lora"),
         ("residual", True),
         ("learning_rate", 1e-3),
-        ("labels", "shuffled"),
     ]
-    assert first["rows"][0]["difference_pct"] == 0
+    assert first["rows"][0]["over_default_pct"] == {"mean_pct": 0, "low_pct": None, "high_pct": None}
     assert all(row["low_pct"] <= row["mean_pct"] <= row["high_pct"] for row in first["rows"])
+    assert [(row["backend"], row["method"]) for row in first["controls"]] == [("torch", "hora")]
     monkeypatch.setattr("hora_bench.runs.fit", lambda *_, **__: pytest.fail("trained again"))
     assert ablate.ablate(setting, tmp_path, **asked) == first
+
+
+def test_ablation_gives_every_choice_its_own_rate_and_tests_it_once_per_seed(setting, tmp_path):
+    found = ablate.ablate(
+        setting,
+        tmp_path,
+        factors={"steps": [4]},
+        variants={"wide-residual": {"residual": True, "hidden_dim": 80}, "long-lora": {"method": "lora", "steps": 4}},
+        search=[1e-3, 1e-2],
+        seeds=[0, 1],
+        controls={},
+    )
+    rows = {row["value"]: row for row in found["rows"]}
+    assert list(rows) == [None, "lora", 4, "wide-residual", "long-lora"]
+    for value, row in rows.items():
+        trials = [trial for trial in found["search"] if trial["value"] == value]
+        assert [trial["learning_rate"] for trial in trials] == [1e-3, 1e-2]
+        assert row["learning_rate"] == max(trials, key=lambda trial: trial["accuracy_pct"])["learning_rate"]
+        assert len(row["accuracies_pct"]) == 2
+    assert [rows[value]["steps"] for value in rows] == [2, 2, 4, 2, 4]
+    for value, reference in {None: "lora", "wide-residual": "lora", 4: "long-lora"}.items():
+        own, theirs = (np.array(rows[name]["accuracies_pct"]) for name in (value, reference))
+        assert rows[value]["over_lora_pct"]["mean_pct"] == pytest.approx((own - theirs).mean(), abs=0.01)
+    tested = [results.read(path).request for path in tmp_path.glob("*.json")]
+    assert len(tested) == 2 * len(rows)
+    assert {(asked.train_on, asked.score_on) for asked in tested} == {("train+val", "test")}
+    assert {asked.options["hidden_dim"] for asked in tested if asked.method == "hora"} == {40, 80}
 
 
 def test_sample_efficiency_tunes_on_validation_and_tests_with_every_seed(setting, tmp_path):
@@ -117,6 +146,16 @@ def test_a_task_without_its_folder_says_what_to_pass(setting, tmp_path):
         Setting(setting.base, {}, tmp_path).load("sign_digits")
 
 
+def test_steps_scale_the_warm_up_and_methods_keep_what_makes_them():
+    base = request(options={"rank": 4, "activation": "tanh", "residual": False}, steps=100, warmup_steps=10)
+    assert vary(base, steps=400).warmup_steps == 40
+    assert vary(base, hidden_dim=80).options == {**base.options, "hidden_dim": 80}
+    assert vary(base, method="lora").options == {"rank": 4}
+    assert vary(base, method="hora-residual").options == {"rank": 4, "activation": "tanh"}
+    with pytest.raises(HoraError, match="the options of lora are rank, alpha, got gain"):
+        vary(base, method="lora", gain=1.0)
+
+
 def test_a_varied_request_is_validated():
     assert vary(request(), seed=4).seed == 4
     with pytest.raises(ValueError, match="fraction"):
@@ -128,6 +167,14 @@ def test_intervals_hold_the_mean_and_stay_percentages(accuracies):
     found = mean_interval(accuracies, 200)
     assert 0 <= found["low_pct"] <= found["mean_pct"] <= found["high_pct"] <= 100
     assert mean_interval(accuracies, 20_000)["low_pct"] >= found["low_pct"]
+
+
+def test_paired_intervals_leave_out_what_seeds_share():
+    seeds = np.array([60.0, 80.0, 70.0])
+    assert paired_interval(seeds + 1, seeds) == {"mean_pct": 1.0, "low_pct": 1.0, "high_pct": 1.0}
+    found, expected = paired_interval([61.0, 83.0, 72.0], seeds), stats.ttest_rel([61.0, 83.0, 72.0], seeds)
+    interval = expected.confidence_interval(0.95)
+    assert (found["low_pct"], found["high_pct"]) == pytest.approx((interval.low, interval.high), abs=0.01)
 
 
 def test_a_journal_drops_a_line_cut_by_a_kill(tmp_path):

@@ -9,9 +9,9 @@ from typing import Any, Final
 import matplotlib
 from matplotlib.figure import Figure
 
-from hora_bench import runs
 from hora_bench.experiments.intervals import mean_interval
-from hora_bench.experiments.setting import FINAL, Setting, vary
+from hora_bench.experiments.setting import Setting, vary
+from hora_bench.experiments.tuned import tuned
 
 METHODS: Final = ("lora", "mh-lora", "hora", "hora-residual")
 FRACTIONS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -58,21 +58,15 @@ def sample_efficiency(
     task, search, points = setting.load(setting.base.task), [], []
     for method in methods:
         for fraction in fractions:
-            here = vary(setting.base, method=method, fraction=fraction, seed=seeds[0])
-            best, trials = runs.tune(
-                here,
-                task,
-                out,
-                learning_rates=tuple(learning_rates),
-                weight_decays=(here.weight_decay,),
-                command=command,
-            )
-            found = [runs.run(vary(best, seed=seed, **FINAL), task, out, command=command) for seed in seeds]
+            here = vary(setting.base, method=method, fraction=fraction)
+            found, trials = tuned(here, task, out, learning_rates=learning_rates, seeds=seeds, command=command)
             accuracies = [result.scores.accuracy_pct for result in found]
             which = {"method": method, "fraction": fraction}
             search += [{**which, **trial.model_dump(exclude={"file"})} for trial in trials]
             interval = mean_interval(accuracies, found[0].scores.total_count)
-            points.append({**which, "learning_rate": best.learning_rate, **interval, "accuracies_pct": accuracies})
+            points.append(
+                {**which, "learning_rate": found[0].request.learning_rate, **interval, "accuracies_pct": accuracies}
+            )
             progress(len(points), len(methods) * len(fractions))
     return {
         "setting": {**setting.base.model_dump(), "learning_rates": list(learning_rates), "seeds": list(seeds)},

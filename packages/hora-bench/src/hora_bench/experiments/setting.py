@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 from hora_spec import HoraError
 
+from hora_bench import methods
 from hora_bench.results import Request
 from hora_bench.tasks.image_sources import digits, image_folder
 from hora_bench.tasks.images import ImageTask
@@ -86,8 +87,38 @@ def request(**changes: Any) -> Request:
 
 
 def vary(base: Request, **changes: Any) -> Request:
-    """`base` with some fields changed, validated anew."""
-    return Request(**{**base.model_dump(), **changes})
+    """`base` with fields, or options of its method, changed; validated anew.
+
+    Parameters
+    ----------
+    base
+        A request.
+    changes
+        Fields of a request, else options of the method. A new number of steps scales the warm-up alike. A new method
+        takes over the options that it has, but for those that make it what it is: ``hora-residual`` stays residual.
+
+    Raises
+    ------
+    HoraError
+        The method has no such option.
+    """
+    fields = {name: value for name, value in changes.items() if name in Request.model_fields}
+    options = {name: value for name, value in changes.items() if name not in fields}
+    if "steps" in fields:
+        fields.setdefault("warmup_steps", round(base.warmup_steps * fields["steps"] / base.steps))
+    if "method" in fields and "options" not in fields:
+        fields["options"] = _kept(base, fields["method"])
+    asked = Request(**{**base.model_dump(), **fields})
+    if not options:
+        return asked
+    methods.find(asked.method).configured(options)
+    return vary(asked, options={**asked.options, **options})
+
+
+def _kept(base: Request, method: str) -> dict[str, Any]:
+    """Options of `base` that another method has too, and does not set by its nature."""
+    usual, own = methods.find(base.method).options, methods.find(method).options
+    return {key: value for key, value in base.options.items() if key in own and own[key] == usual.get(key)}
 
 
 def read_setting(path: Path | None, *, quick: dict[str, Any], data: Path | None) -> Setting:

@@ -77,7 +77,7 @@ def speed(
     for backend, methods in (("torch", torch), ("jax", jax)):
         if not methods:
             continue
-        asked = {name: vary(setting.base, backend=backend, method=name, options={}) for name in methods}
+        asked = {name: vary(setting.base, backend=backend, method=name) for name in methods}
         learners = {name: build(request, task) for name, request in asked.items()}
         result["steps"] += _steps(backend, learners, batch, rounds, clock, stepped)
         result["inference"] += _inference(backend, learners, batch, rounds, clock, stepped)
