@@ -6,11 +6,8 @@ import numpy as np
 import pytest
 from hora_bench import results
 from hora_bench.experiments import ablate, sample_efficiency
-from hora_bench.experiments.cost.run import cost
 from hora_bench.experiments.intervals import mean_interval, paired_interval
 from hora_bench.experiments.journal import Journal
-from hora_bench.experiments.page import write_page
-from hora_bench.experiments.record import read_record, write_record
 from hora_bench.experiments.sample_efficiency import plot as plot_curve
 from hora_bench.experiments.setting import Setting, read_setting, request, vary
 from hora_bench.experiments.similarity.plot import plot as plot_similarity
@@ -131,12 +128,18 @@ def test_shuffled_labels_keep_images_and_test_labels(setting):
 def test_an_experiment_file_gives_request_and_what_varies(tmp_path):
     path = tmp_path / "one.toml"
     path.write_text('[request]\nsteps = 7\n[vary]\nmethods = ["hora"]\n')
-    found = read_setting(path, quick={}, data=None)
+    found = read_setting(path, quick=None, data=None)
     assert (found.base.steps, found.vary) == (7, {"methods": ["hora"]})
     path.write_text("[request]\nstep = 7\n")
     with pytest.raises(HoraError, match=r"got \['step'\] in one.toml"):
-        read_setting(path, quick={}, data=None)
+        read_setting(path, quick=None, data=None)
     assert read_setting(None, quick={"seeds": [3]}, data=None).vary == {"seeds": [3]}
+
+
+@pytest.mark.parametrize(("path", "quick", "given"), [(None, None, "neither"), (Path("one.toml"), {}, "both")])
+def test_an_experiment_takes_a_file_or_is_quick(path, quick, given):
+    with pytest.raises(HoraError, match=f"--quick, got {given}"):
+        read_setting(path, quick=quick, data=None)
 
 
 def test_a_task_without_its_folder_says_what_to_pass(setting, tmp_path):
@@ -190,13 +193,6 @@ def test_a_journal_drops_a_line_cut_by_a_kill(tmp_path):
     assert not path.exists()
 
 
-def test_a_record_has_a_line_per_table_row_and_reads_back(tmp_path):
-    result = {"rows": [{"a": 1, "b": [2, 3]}, {"a": 4, "b": []}], "notes": ["x"], "setting": {"deep": {"er": None}}}
-    write_record(tmp_path / "r.json", "cost", "hora-bench cost", seconds=1.23, result=result)
-    assert read_record(tmp_path / "r.json")["result"] == result
-    assert '   {"a": 1, "b": [2, 3]},\n' in (tmp_path / "r.json").read_text()
-
-
 def test_contenders_take_turns_in_an_order_that_rotates():
     calls = []
     names = {name: lambda name=name: calls.append(name) for name in "abc"}
@@ -221,29 +217,3 @@ def test_speed_times_steps_inference_and_operations(setting):
     ]
     hora = [r["operation"] for r in found["operations"] if r["method"] == "hora"]
     assert hora == ["generate", "merge and unmerge", "save", "export as LoRA"]
-
-
-RESULTS = Path(__file__).parents[1] / "results"
-
-
-def test_the_committed_page_is_what_the_committed_results_say(tmp_path):
-    written = write_page(RESULTS, tmp_path / "benchmarks.md")
-    committed = RESULTS.parents[2] / "docs"
-    assert (tmp_path / "benchmarks.md").read_text() == (committed / "benchmarks.md").read_text()
-    assert {path.name for path in written[1:]} == {path.name for path in (committed / "benchmarks").iterdir()}
-
-
-def test_the_committed_theory_passes_its_gates():
-    result = read_record(RESULTS / "theory.json")["result"]
-    assert len(result["gates"]) == 5
-    assert all(gate["passed"] for gate in result["gates"])
-    assert [found["identified"] for found in result["identify"]] == [True, False, False, False]
-
-
-def test_the_committed_cost_is_what_the_formulas_say():
-    stored = read_record(RESULTS / "cost.json")["result"]
-    fresh = cost(torch=False, xla=False)
-    assert stored["params"] == fresh["params"]
-    assert stored["paper"] == fresh["paper"]
-    counted = [{k: v for k, v in record.items() if not k.startswith("torch_")} for record in stored["macs"]]
-    assert counted == fresh["macs"]

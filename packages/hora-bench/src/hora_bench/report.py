@@ -44,9 +44,14 @@ def figure(drawn: Any, caption: str) -> tuple[str, str]:
 def write_page(path: Path, title: str, lead: str, sections: Sequence[Section]) -> None:
     """Write the page, whole or not at all."""
     body = "".join(map(_section, sections))
+    write_document(path, title, f"<h1>{escape(title)}</h1><p>{escape(lead)}</p>{body}")
+
+
+def write_document(path: Path, title: str, body: str) -> None:
+    """Write a page whose body is HTML already."""
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<style>{STYLE}</style></head><body><h1>{escape(title)}</h1><p>{escape(lead)}</p>{body}</body></html>\n"
+        f"<style>{STYLE}</style></head><body>{body}</body></html>\n"
     )
     with new_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -14,13 +14,15 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from hora_bench.experiments.journal import Journal
+from hora_bench.experiments.markdown import cell
 from hora_bench.experiments.record import write_record
 from hora_bench.experiments.setting import read_setting
 
 File = Annotated[
     Path | None,
-    typer.Argument(help="Experiment file; without one, a quick setting on the embedded digits.", exists=True),
+    typer.Argument(help="Experiment file, one of experiments/*.toml or your own.", exists=True),
 ]
+Quick = Annotated[bool, typer.Option("--quick", help="No file: a small setting on the embedded digits.")]
 Data = Annotated[Path | None, typer.Option(help="Folder of tasks in VTAB-1K's layout.", exists=True)]
 
 QUICK: Final[dict[str, dict[str, Any]]] = {
@@ -39,13 +41,17 @@ console = Console()
 
 
 def similarity(
-    file: File = None, *, data: Data = None, out: Annotated[Path, typer.Option()] = Path("results/similarity.json")
+    file: File = None,
+    *,
+    quick: Quick = False,
+    data: Data = None,
+    out: Annotated[Path, typer.Option()] = Path("results/similarity.json"),
 ) -> None:
     """How alike the heads' updates are after training, and how many directions they use."""
     from hora_bench.experiments.similarity.plot import plot
     from hora_bench.experiments.similarity.run import similarity as run
 
-    setting = read_setting(file, quick=QUICK["similarity"], data=data)
+    setting = read_setting(file, quick=QUICK["similarity"] if quick else None, data=data)
     journal = Journal(out.with_suffix(".pieces.jsonl"))
     with _timed("similarity", file, out) as (progress, finish):
         result = finish(run(setting, **setting.vary, journal=journal, progress=progress))
@@ -58,22 +64,29 @@ def similarity(
 
 
 def ablate(
-    file: File = None, *, data: Data = None, out: Annotated[Path, typer.Option()] = Path("results/ablate.json")
+    file: File = None,
+    *,
+    quick: Quick = False,
+    data: Data = None,
+    out: Annotated[Path, typer.Option()] = Path("results/ablate.json"),
 ) -> None:
     """One factor at a time from the default, on validation."""
     from hora_bench.experiments.ablate import ablate as run
 
-    setting = read_setting(file, quick=QUICK["ablate"], data=data)
+    setting = read_setting(file, quick=QUICK["ablate"] if quick else None, data=data)
     with _timed("ablate", file, out) as (progress, finish):
         command = _command("ablate", file)
         result = finish(run(setting, out.parent / "runs", **setting.vary, command=command, progress=progress))
-    _table("validation accuracy", result["rows"])
+    _table("test accuracy" if result["search"] else "validation accuracy", result["rows"])
+    if result["controls"]:
+        _table("control: shuffled labels", result["controls"])
     _say(result, out)
 
 
 def sample_efficiency(
     file: File = None,
     *,
+    quick: Quick = False,
     data: Data = None,
     out: Annotated[Path, typer.Option()] = Path("results/sample-efficiency.json"),
 ) -> None:
@@ -82,7 +95,7 @@ def sample_efficiency(
     from hora_bench.experiments.sample_efficiency import sample_efficiency as run
 
     name = "sample-efficiency"
-    setting = read_setting(file, quick=QUICK[name], data=data)
+    setting = read_setting(file, quick=QUICK[name] if quick else None, data=data)
     with _timed(name, file, out) as (progress, finish):
         runs = out.parent / "runs"
         result = finish(run(setting, runs, **setting.vary, command=_command(name, file), progress=progress))
@@ -94,6 +107,7 @@ def sample_efficiency(
 def speed(
     file: File = None,
     *,
+    quick: Quick = False,
     data: Data = None,
     cpu_clock: Annotated[
         bool, typer.Option("--cpu-clock", help="Count processor seconds: for a machine that others use too.")
@@ -103,18 +117,20 @@ def speed(
     """Steps, memory, inference, generation, merging and export, every method on both backends."""
     from hora_bench.experiments.speed.run import speed as run
 
-    setting = read_setting(file, quick=QUICK["speed"], data=data)
+    setting = read_setting(file, quick=QUICK["speed"] if quick else None, data=data)
     with _timed("speed", file, out, " --cpu-clock" * cpu_clock) as (progress, finish):
         result = finish(run(setting, **setting.vary, clock="cpu" if cpu_clock else "wall", progress=progress))
     for part in ("steps", "inference", "operations"):
-        _table(part, [{k: v["ratio"] if isinstance(v, dict) else v for k, v in row.items()} for row in result[part]])
+        _table(part, result[part])
     _say(result, out)
 
 
 def report(
     results: Annotated[Path, typer.Argument(help="Folder of result files.", exists=True)] = Path("results"),
     *,
-    out: Annotated[Path, typer.Option(help="Markdown page; plots go beside it.")] = Path("results/benchmarks.md"),
+    out: Annotated[
+        Path, typer.Option(help="The page: .md, with plots in a folder beside it, or .html, one file.")
+    ] = Path("results/benchmarks.html"),
 ) -> None:
     """A page of tables, plots and verdicts on the paper's claims, from result files alone."""
     from hora_bench.experiments.page import write_page
@@ -124,7 +140,7 @@ def report(
 
 
 def _command(name: str, file: Path | None, flags: str = "") -> str:
-    return f"hora-bench {name}" + (f" experiments/{file.name} --data FOLDER" if file else "") + flags
+    return f"hora-bench {name}" + (f" experiments/{file.name} --data FOLDER" if file else " --quick") + flags
 
 
 @contextmanager
@@ -146,11 +162,11 @@ def _timed(
 
 
 def _table(title: str, records: list[dict[str, Any]]) -> None:
-    """Records with equal keys as a table."""
-    columns = list(dict.fromkeys(k for record in records for k, v in record.items() if not isinstance(v, (list, dict))))
+    """Records as a table; lists are for the file."""
+    columns = list(dict.fromkeys(k for record in records for k, v in record.items() if not isinstance(v, list)))
     table = Table(*columns, title=title)
     for record in records:
-        table.add_row(*("" if record.get(name) is None else f"{record[name]}" for name in columns))
+        table.add_row(*(cell(record.get(name)) for name in columns))
     console.print(table)
 
 

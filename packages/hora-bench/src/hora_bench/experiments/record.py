@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -44,7 +45,12 @@ def write_record(path: Path, experiment: str, command: str, *, seconds: float, r
         "experiment": experiment,
         "command": command,
         "time_s": round(seconds, 1),
-        "machine": {"system": platform.system(), "architecture": platform.machine()},
+        "machine": {
+            "system": platform.system(),
+            "architecture": platform.machine(),
+            "cores_count": os.cpu_count(),
+            "omp_threads": os.environ.get("OMP_NUM_THREADS"),
+        },
         "versions": versions(),
         "result": result,
     }

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import matplotlib
 from matplotlib.figure import Figure
 
 from hora_bench.experiments.intervals import mean_interval
 from hora_bench.experiments.setting import Setting, vary
+from hora_bench.experiments.svg import save
 from hora_bench.experiments.tuned import tuned
 
 METHODS: Final = ("lora", "mh-lora", "hora", "hora-residual")
@@ -77,7 +77,7 @@ def sample_efficiency(
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Write the curve with intervals; an SVG is the same whenever the result is."""
+    """Write the curve with intervals as SVG."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
     for index, method in enumerate(dict.fromkeys(point["method"] for point in result["curve"])):
@@ -90,5 +90,4 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axis.set_xlabel("training data, %")
     axis.set_ylabel("test accuracy, %")
     axis.legend(frameon=False)
-    with matplotlib.rc_context({"svg.hashsalt": "hora", "svg.fonttype": "none"}):
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    save(figure, path)

@@ -121,26 +121,28 @@ def _kept(base: Request, method: str) -> dict[str, Any]:
     return {key: value for key, value in base.options.items() if key in own and own[key] == usual.get(key)}
 
 
-def read_setting(path: Path | None, *, quick: dict[str, Any], data: Path | None) -> Setting:
-    """The setting of an experiment file.
+def read_setting(path: Path | None, *, quick: dict[str, Any] | None, data: Path | None) -> Setting:
+    """The setting of an experiment file, or the quick one on the embedded digits.
 
     Parameters
     ----------
     path
-        TOML: a table ``[request]`` with fields of a request, a table ``[vary]``. None takes the quick setting on the
-        embedded digits.
+        TOML: a table ``[request]`` with fields of a request, a table ``[vary]``.
     quick
-        What the quick setting varies.
+        What the quick setting varies, where it is asked for in place of a file.
     data
         Folder of tasks.
 
     Raises
     ------
     HoraError
-        The file has other tables, or the request other fields.
+        Neither or both are given, or the file has other tables, or the request other fields.
     """
+    if (path is None) == (quick is None):
+        given = "neither" if path is None else "both"
+        raise HoraError(f"an experiment takes a file (experiments/*.toml) or --quick, got {given}: pass one of them")
     if path is None:
-        return Setting(request(**QUICK), quick, data)
+        return Setting(request(**QUICK), dict(quick or {}), data)
     content = tomllib.loads(path.read_text())
     unknown = sorted({*content} - {"request", "vary"} | {*content.get("request", {})} - {*DEFAULTS})
     if unknown:

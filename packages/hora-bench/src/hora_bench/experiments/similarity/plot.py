@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-SVG: Final[Any] = {"svg.hashsalt": "hora", "svg.fonttype": "none"}
+from hora_bench.experiments.svg import save
 
 
 def plot(result: dict[str, Any], folder: Path, *, stem: str = "similarity") -> list[Path]:
@@ -25,12 +24,11 @@ def plot(result: dict[str, Any], folder: Path, *, stem: str = "similarity") -> l
     Returns
     -------
     list of Path
-        The files, equal byte for byte whenever the result is.
+        The files.
     """
     paths = [folder / f"{stem}-{kind}.svg" for kind in ("heatmaps", "distributions")]
-    with matplotlib.rc_context(SVG):
-        for figure, path in zip((heatmaps(result), distributions(result)), paths, strict=True):
-            figure.savefig(path, metadata={"Date": None})
+    for figure, path in zip((heatmaps(result), distributions(result)), paths, strict=True):
+        save(figure, path)
     return paths
 
 

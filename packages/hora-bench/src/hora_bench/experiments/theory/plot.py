@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-import matplotlib
 from matplotlib.figure import Figure
+
+from hora_bench.experiments.svg import save
 
 PANELS: Final = (
     ("d2", "Voronoi loss D2"),
@@ -30,7 +31,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     result
         What `theory` returned.
     path
-        File to write; an SVG is the same, byte for byte, whenever the result is.
+        SVG to write.
     """
     sizes = result["setting"]["sizes"]
     figure = Figure(figsize=(11, 6.4), layout="constrained")
@@ -51,5 +52,4 @@ def plot(result: dict[str, Any], path: Path) -> None:
             axis.grid(alpha=0.3, linewidth=0.5)
     for axis in axes[-1]:
         axis.set_xlabel("samples")
-    with matplotlib.rc_context({"svg.hashsalt": "hora", "svg.fonttype": "none"}):
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    save(figure, path)

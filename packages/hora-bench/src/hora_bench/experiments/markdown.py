@@ -1,0 +1,43 @@
+"""Records of results as Markdown: cells, tables, links and images."""
+
+from __future__ import annotations
+
+import os
+from base64 import b64encode
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+MEDIA: Final = "data:image/svg+xml;base64,"
+
+
+def cell(value: Any) -> str:
+    """A value as text: nothing for None, and an estimate with its bounds as ``0.9 (0.8 to 1.0)``."""
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        estimate, low, high = value.values()
+        return f"{estimate}" if low is None else f"{estimate} ({low} to {high})"
+    return f"{value}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """Lines of a table, and an empty one before and after."""
+    body = ["| " + " | ".join(map(cell, row)) + " |" for row in rows]
+    return ["", "| " + " | ".join(header) + " |", "|" + "---|" * len(header), *body, ""]
+
+
+def records_table(records: Sequence[dict[str, Any]], *names: str) -> list[str]:
+    """A table of those of the named fields that any record has; results of earlier versions have fewer."""
+    held = [name for name in names if any(name in record for record in records)]
+    return table(held, [[record.get(name) for name in held] for record in records])
+
+
+def link(path: Path, page: Path) -> str:
+    """A link from a page to a file, by its name."""
+    return f"[{path.name}]({Path(os.path.relpath(path, page.parent)).as_posix()})"
+
+
+def embedded(image: Path) -> str:
+    """An SVG file as a link that holds it."""
+    return MEDIA + b64encode(image.read_bytes()).decode()
