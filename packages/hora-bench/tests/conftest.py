@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import timm
@@ -11,6 +13,7 @@ from hora_bench.tasks.images import Examples, ImageTask
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers.models.llama import modeling_llama
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +65,32 @@ def llama_directory(tmp_path_factory):
         torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """Both frameworks in float64 throughout, also the norms, angles and softmax that libraries keep in float32."""
+
+    def norm(self, x):
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    def rotary(self, x, position_ids):
+        dim, theta = self.config.head_dim, self.config.rope_parameters["rope_theta"]
+        angle = position_ids[..., None] * theta ** -(torch.arange(0, dim, 2).double() / dim)
+        angle = torch.cat([angle, angle], dim=-1)
+        return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+
+    def attention(q, k, v, *, mask=None):
+        k, v = (part.repeat(q.shape[2] // part.shape[2], axis=2) for part in (k, v))
+        scores = jnp.einsum("bqhk,bshk->bhqs", q, k) / q.shape[-1] ** 0.5
+        weights = jax.nn.softmax(scores if mask is None else jnp.where(mask, scores, -jnp.inf))
+        return jnp.einsum("bhqs,bshk->bqhk", weights, v)
+
+    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", norm)
+    monkeypatch.setattr(modeling_llama.LlamaRotaryEmbedding, "forward", rotary)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    with jax.enable_x64(True):
+        yield
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from hora_spec import HoraError
 from safetensors.torch import save_file
 
 TOLERANCE = 1e-5  # of the largest logit
+EXACT = 1e-12  # in float64
 
 VITS = {
     "plain": {},
@@ -34,9 +35,10 @@ def tiny_timm(image_size=28, **changes):
     return model.eval()
 
 
-def close(ours, theirs):
+def close(ours, theirs, tolerance=TOLERANCE):
     ours, theirs = np.asarray(ours), theirs.detach().numpy()
-    assert np.abs(ours - theirs).max() <= TOLERANCE * np.abs(theirs).max()
+    assert ours.dtype == theirs.dtype
+    assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -47,6 +49,15 @@ def test_vit_has_the_logits_of_timm(kind, scan):
     ours = load_vit(vit_config(theirs).replace(scan_layers=scan, remat=scan), state)
     images = np.random.default_rng(0).standard_normal((2, 3, 28, 28)).astype(np.float32)
     close(ours(jnp.asarray(images.transpose(0, 2, 3, 1))), theirs(torch.from_numpy(images)))
+
+
+@pytest.mark.parametrize("kind", VITS)
+def test_vit_is_exactly_that_of_timm_in_float64(kind, float64):
+    theirs = tiny_timm(**VITS[kind])
+    state = {name: value.detach().numpy() for name, value in theirs.state_dict().items()}
+    ours = load_vit(vit_config(theirs), state)
+    images = np.random.default_rng(0).standard_normal((2, 3, 28, 28))
+    close(ours(jnp.asarray(images.transpose(0, 2, 3, 1))), theirs.double()(torch.from_numpy(images)), EXACT)
 
 
 @pytest.mark.parametrize("size", [14, 42, 70])
@@ -116,6 +127,25 @@ def test_llama_has_the_logits_of_transformers(kind, scan, tmp_path):
     ours = load_llama(tmp_path, scan_layers=scan, remat=scan)
     tokens = np.random.default_rng(0).integers(0, 61, (2, 40))
     close(ours(jnp.asarray(tokens)), theirs(torch.from_numpy(tokens)).logits)
+
+
+@pytest.mark.parametrize("kind", ["multi_head", "grouped_tied"])
+def test_llama_is_exactly_that_of_transformers_in_float64(kind, tmp_path, float64):
+    theirs = tiny_llama(tmp_path, **LLAMAS[kind]).double()
+    ours = load_llama(tmp_path, dtype="float64")
+    tokens = np.random.default_rng(0).integers(0, 61, (2, 40))
+    close(ours(jnp.asarray(tokens)), theirs(torch.from_numpy(tokens)).logits, EXACT)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_weights_in_bfloat16_make_activations_in_bfloat16(scan, tmp_path):
+    theirs = tiny_llama(tmp_path, **LLAMAS["grouped_tied"]).bfloat16()
+    ours = load_llama(tmp_path, dtype="bfloat16", scan_layers=scan)
+    tokens = np.random.default_rng(0).integers(0, 61, (2, 8))
+    logits, cache = ours(jnp.asarray(tokens), cache=ours.init_cache(2, 8))
+    assert logits.dtype == cache.k.dtype == jnp.bfloat16
+    expected = theirs(torch.from_numpy(tokens)).logits
+    close(logits.astype("float32"), expected.float(), 0.05)
 
 
 @pytest.mark.parametrize("scan", [False, True])

@@ -111,7 +111,7 @@ def rotary(config: LlamaConfig, positions: Int[Array, "batch seq"]) -> Rotary:
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
         frequency = frequency * (keep + (1.0 - keep) / scaling.factor)
-    angle = positions[..., None].astype(jnp.float32) * frequency.astype(np.float32)
+    angle = positions[..., None] * frequency
     angle = jnp.concatenate([angle, angle], axis=-1)
     return Rotary(jnp.cos(angle), jnp.sin(angle))
 
@@ -203,7 +203,7 @@ class Decoder(nnx.Module):
         config = self.config
         if cache is not None:
             cache = cache._replace(filled=jnp.broadcast_to(cache.filled, (config.num_hidden_layers,)))
-        x = self.embed_tokens(tokens)
+        x = self.embed_tokens.embedding[...][tokens]  # calling nnx.Embed 0.12 would keep the dtype it was made with
         x, cache = run_layers(self.layers, x, rotary(config, positions), mask, cache=cache, remat=config.remat)
         return self.norm(x), cache if cache is None else cache._replace(filled=cache.filled[0])
 
@@ -264,12 +264,13 @@ class Llama(nnx.Module):
         hidden, new = self.model(tokens, positions, mask, cache)
         if at is not None:
             hidden = jnp.take_along_axis(hidden, at[..., None], axis=1)
-        logits = self.model.embed_tokens.attend(hidden) if self.config.tie_word_embeddings else self.lm_head(hidden)
+        tied = self.config.tie_word_embeddings
+        logits = hidden @ self.model.embed_tokens.embedding[...].T if tied else self.lm_head(hidden)
         return logits if cache is None else (logits, new)
 
-    def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
-        """An empty cache for `length` positions."""
-        c = self.config
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache for `length` positions, of the weights' dtype."""
+        c, dtype = self.config, self.model.embed_tokens.embedding.dtype
         shape = (c.num_hidden_layers, batch, length, c.num_key_value_heads, c.head_dim)
         return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
 
