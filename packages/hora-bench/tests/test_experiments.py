@@ -12,8 +12,6 @@ from hora_bench.experiments.sample_efficiency import plot as plot_curve
 from hora_bench.experiments.setting import Setting, read_setting, request, vary
 from hora_bench.experiments.similarity.plot import plot as plot_similarity
 from hora_bench.experiments.similarity.run import similarity
-from hora_bench.experiments.speed.clock import ratio, take_turns
-from hora_bench.experiments.speed.run import speed
 from hora_bench.tasks.image_sources import digits
 from hora_bench.torchvision_ops import declare_missing_ops
 from hora_spec import HoraError
@@ -191,29 +189,3 @@ def test_a_journal_drops_a_line_cut_by_a_kill(tmp_path):
     assert Journal(path).once("b", lambda: pytest.fail("forgotten")) == 2
     journal.remove()
     assert not path.exists()
-
-
-def test_contenders_take_turns_in_an_order_that_rotates():
-    calls = []
-    names = {name: lambda name=name: calls.append(name) for name in "abc"}
-    seconds = take_turns(names, 4, clock="cpu")
-    assert "".join(calls) == "abcbcacababc"
-    assert all(len(values) == 4 for values in seconds.values())
-
-
-def test_ratios_are_taken_within_a_round():
-    busy = np.array([1.0, 10.0, 1.0])
-    assert ratio(2 * busy, busy) == {"ratio": 2.0, "low": 2.0, "high": 2.0}
-
-
-def test_speed_times_steps_inference_and_operations(setting):
-    found = speed(setting, torch=["linear-probe", "lora", "hora"], jax=[], rounds=2)
-    by_method = {record["method"]: record for record in found["steps"]}
-    assert by_method["lora"]["over_lora"]["ratio"] == 1
-    assert by_method["linear-probe"]["kept_bytes"] < by_method["hora"]["kept_bytes"]
-    assert [(r["method"], r["form"]) for r in found["inference"]] == [
-        ("linear-probe", "adapted"),
-        *((method, form) for method in ("lora", "hora") for form in ("adapted", "merged")),
-    ]
-    hora = [r["operation"] for r in found["operations"] if r["method"] == "hora"]
-    assert hora == ["generate", "merge and unmerge", "save", "export as LoRA"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import typer
 from rich.console import Console
@@ -16,7 +17,7 @@ from rich.table import Table
 from hora_bench.experiments.journal import Journal
 from hora_bench.experiments.markdown import cell
 from hora_bench.experiments.record import write_record
-from hora_bench.experiments.setting import read_setting
+from hora_bench.experiments.setting import read_setting, vary
 
 File = Annotated[
     Path | None,
@@ -112,14 +113,22 @@ def speed(
     cpu_clock: Annotated[
         bool, typer.Option("--cpu-clock", help="Count processor seconds: for a machine that others use too.")
     ] = False,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to measure; cuda is the first GPU.")] = "cpu",
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None, typer.Option(help="Of the frozen weights of a language model.")
+    ] = None,
     out: Annotated[Path, typer.Option()] = Path("results/speed.json"),
 ) -> None:
     """Steps, memory, inference, generation, merging and export, every method on both backends."""
     from hora_bench.experiments.speed.run import speed as run
 
     setting = read_setting(file, quick=QUICK["speed"] if quick else None, data=data)
-    with _timed("speed", file, out, " --cpu-clock" * cpu_clock) as (progress, finish):
-        result = finish(run(setting, **setting.vary, clock="cpu" if cpu_clock else "wall", progress=progress))
+    if dtype is not None:
+        setting = replace(setting, base=vary(setting.base, dtype=dtype))
+    flags = " --cpu-clock" * cpu_clock + f" --device {device}" * (device != "cpu") + f" --dtype {dtype}" * bool(dtype)
+    with _timed("speed", file, out, flags) as (progress, finish):
+        clock = "cpu" if cpu_clock else "wall"
+        result = finish(run(setting, **setting.vary, clock=clock, device=device, progress=progress))
     for part in ("steps", "inference", "operations"):
         _table(part, result[part])
     _say(result, out)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import deepcopy
+from copy import copy, deepcopy
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,13 +15,13 @@ Run = Callable[[], Any]
 
 
 def inference(learner: Any, batch: Batch) -> dict[str, Run]:
-    """A forward pass ``"adapted"``, and ``"merged"`` where the method merges."""
-    passes: dict[str, Run] = {"adapted": lambda: learner.outputs(batch)}
-    if hasattr(learner, "accelerator"):
-        passes |= _torch_merged(learner, batch)
+    """A forward pass ``"adapted"``, and ``"merged"`` where the method merges: the same pass, another model."""
+    found = {"adapted": learner}
+    if hasattr(learner.model, "merge_and_unload"):
+        found["merged"] = _torch_merged(learner)
     elif hasattr(learner.model, "merged"):
-        passes |= _jax_merged(learner, batch)
-    return passes
+        found["merged"] = _jax_merged(learner)
+    return {form: partial(one.outputs, batch) for form, one in found.items()}
 
 
 def operations(learner: Any, folder: str) -> dict[str, Run]:
@@ -38,19 +39,20 @@ def operations(learner: Any, folder: str) -> dict[str, Run]:
     return _jax_operations(learner.model, folder) if hasattr(learner.model, "merged") else {}
 
 
-def _torch_merged(learner: Any, batch: Batch) -> dict[str, Run]:
-    if not hasattr(learner.model, "merge_and_unload"):
-        return {}
-    import torch
+def _torch_merged(learner: Any) -> Any:
+    from hora_bench.training.torch import Logits
 
-    model = deepcopy(learner.model).merge_and_unload().eval()
-    images = torch.from_numpy(batch["image"]).permute(0, 3, 1, 2).to(learner.accelerator.device)
+    merged = copy(learner)
+    merged.logits = Logits(deepcopy(learner.model).merge_and_unload())
+    return merged
 
-    def run() -> Any:
-        with torch.no_grad():
-            return model(images).cpu()
 
-    return {"merged": run}
+def _jax_merged(learner: Any) -> Any:
+    from flax import nnx
+
+    merged = copy(learner)
+    merged.graph, merged.params, merged.frozen = nnx.split(learner.model.merged(), lambda *_: False, ...)
+    return merged
 
 
 def _torch_operations(model: Any, folder: str) -> dict[str, Run]:
@@ -64,6 +66,11 @@ def _torch_operations(model: Any, folder: str) -> dict[str, Run]:
     def merge() -> None:
         model.merge_adapter()
         model.unmerge_adapter()
+        wait()
+
+    def wait() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
 
     hypernets = [module for module in model.modules() if isinstance(module, HoraHypernet)]
     if not hypernets:
@@ -73,6 +80,7 @@ def _torch_operations(model: Any, folder: str) -> dict[str, Run]:
         with torch.no_grad():
             for hypernet in hypernets:
                 factors(hypernet.spec, hypernet.layer, hypernet.params())
+        wait()
 
     return {
         "generate": generate,
@@ -80,15 +88,6 @@ def _torch_operations(model: Any, folder: str) -> dict[str, Run]:
         "save": _into(model.save_pretrained, folder),
         "export as LoRA": _into(lambda path: export_lora(model, path), folder),
     }
-
-
-def _jax_merged(learner: Any, batch: Batch) -> dict[str, Run]:
-    import jax
-    from flax import nnx
-
-    graph, state = nnx.split(learner.model.merged())
-    run = jax.jit(lambda state, image: nnx.merge(graph, state)(image))
-    return {"merged": lambda: jax.block_until_ready(run(state, batch["image"]))}
 
 
 def _jax_operations(model: Any, folder: str) -> dict[str, Run]:

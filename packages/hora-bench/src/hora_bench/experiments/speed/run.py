@@ -3,34 +3,41 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import count
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import numpy as np
+from hora_spec import HoraError
 
 from hora_bench.experiments.setting import Setting, vary
 from hora_bench.runs import build
 from hora_bench.tasks.base import Batch
 
-from .clock import Clock, ratio, summary, take_turns
+from .clock import CLOCKS, Clock, ratio, summary, take_turns
+from .device import Device, on_device
 from .operations import inference, operations
+from .random_text import NAME, RandomText
 
 TORCH: Final = ("linear-probe", "lora", "dora", "vera", "mh-lora", "hora", "hora-residual", "hora-generated-a")
 JAX: Final = ("linear-probe", "lora", "mh-lora", "hora", "hora-residual", "hora-generated-a")
 FROZEN: Final = "linear-probe"
-NOTES: Final = tuple(
-    """\
+PLAIN: Final = (FROZEN, "full")
+ALL: Final = """\
 Contenders take turns in one process; ratios are taken within a round. Quartiles, not intervals.
-frozen is the linear probe: the backbone's forward pass and the head, no backward pass through the backbone.
-Peers adapt Q and V of a fused qkv that is split in three for them, HoRA its slices: part of a difference is the split.
 Kept bytes: torch, what a forward pass keeps for backward; JAX, the temporary memory XLA plans for a whole step. They \
-compare methods of one backend, not backends.
-The first step holds compilation on JAX and allocation on torch.\
-""".splitlines()
-)
+compare methods of one backend, not backends. The peak of a whole run is in the files of hora-bench run.
+The first step holds compilation on JAX and allocation on torch; compile_s is what it takes beyond a later step on JAX.\
+"""
+IMAGES: Final = """\
+frozen is the linear probe: the backbone's forward pass and the head, no backward pass through the backbone.
+Peers adapt Q and V of a fused qkv that is split in three for them, HoRA its slices: part of a difference is the split.\
+"""
+TEXT: Final = """\
+frozen, in inference, is the model of full fine-tuning. Tokens are random, the loss is on the last 4 of each sequence.\
+"""
 
 
 def speed(
@@ -38,8 +45,10 @@ def speed(
     *,
     torch: Sequence[str] = TORCH,
     jax: Sequence[str] = JAX,
+    seq: int = 128,
     rounds: int = 9,
     clock: Clock = "wall",
+    device: Device = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Time everything a user waits for.
@@ -47,48 +56,66 @@ def speed(
     Parameters
     ----------
     setting
-        Model, image size and batch.
+        Model, batch, and image size or, for language models, the task ``random-text``.
     torch, jax
-        Methods of each backend; ``linear-probe`` and ``lora`` are the references of their backend.
+        Methods of each backend. References are ``lora`` and the frozen model: ``linear-probe``, or for the inference of
+        a language model ``full``.
+    seq
+        Tokens of a sequence of ``random-text``.
     rounds, clock
         Of every measurement.
+    device
+        ``"cpu"``, or ``"cuda"`` for the first GPU.
     progress
         Called with rounds done and in total.
 
     Returns
     -------
     dict
-        ``setting``; ``steps``, per contender time, ratios, throughput, memory and first step; ``inference``, adapted
+        ``setting``; ``steps``, per contender time, ratios, throughput, memory and compilation; ``inference``, adapted
         and merged; ``operations``, generation, merge and export; ``notes``.
+
+    Raises
+    ------
+    HoraError
+        A backend does not reach the device, or the clock or the dtype does not fit.
     """
-    task = setting.load(setting.base.task)
-    rows = np.arange(setting.base.batch_size)
-    batch = task.train_batch("train", rows, np.random.default_rng(0))
-    result: dict[str, Any] = {"setting": {**setting.base.model_dump(), "rounds": rounds, "clock": clock}}
-    result |= {"steps": [], "inference": [], "operations": [], "notes": list(NOTES)}
-    total = 2 * rounds * ((len(torch) > 0) + (len(jax) > 0))
-    done = 0
+    task = RandomText(seq) if setting.base.task == NAME else setting.load(setting.base.task)
+    _check(setting.base.dtype, task.kind, clock, device)
+    batch = task.train_batch("train", np.arange(setting.base.batch_size), np.random.default_rng(0))
+    contenders = {backend: methods for backend, methods in (("torch", torch), ("jax", jax)) if methods}
+    stepped = _count(2 * rounds * len(contenders), progress)
+    result: dict[str, Any] = {"steps": [], "inference": [], "operations": []}
+    with on_device(device, contenders) as device_name:
+        for backend, methods in contenders.items():
+            asked = {name: vary(setting.base, backend=backend, method=name) for name in methods}
+            learners = {name: build(request, task) for name, request in asked.items()}
+            result["steps"] += _steps(backend, learners, batch, rounds, clock, stepped)
+            result["inference"] += _inference(backend, learners, batch, rounds, clock, stepped)
+            result["operations"] += [
+                {"backend": backend, "method": name, **record}
+                for name, learner in learners.items()
+                for record in _operations(learner, rounds, clock)
+            ]
+            del learners
+            gc.collect()
+    measured = {"rounds": rounds, "clock": clock, "device": device_name}
+    measured |= {"seq": seq} if task.kind == "text" else {}
+    notes = [*ALL.splitlines(), *(TEXT if task.kind == "text" else IMAGES).splitlines()]
+    return {"setting": {**setting.base.model_dump(), **measured}, **result, "notes": notes}
 
-    def stepped(*_: int) -> None:
-        nonlocal done
-        done += 1
-        progress(done, total)
 
-    for backend, methods in (("torch", torch), ("jax", jax)):
-        if not methods:
-            continue
-        asked = {name: vary(setting.base, backend=backend, method=name) for name in methods}
-        learners = {name: build(request, task) for name, request in asked.items()}
-        result["steps"] += _steps(backend, learners, batch, rounds, clock, stepped)
-        result["inference"] += _inference(backend, learners, batch, rounds, clock, stepped)
-        result["operations"] += [
-            {"backend": backend, "method": name, **record}
-            for name, learner in learners.items()
-            for record in _operations(learner, rounds, clock)
-        ]
-        del learners
-        gc.collect()
-    return result
+def _check(dtype: str, kind: str, clock: Clock, device: Device) -> None:
+    if dtype != "float32" and kind == "images":
+        raise HoraError(f"image models are timed in float32, got {dtype}: leave it out, or time a language model")
+    if clock == "cpu" and device != "cpu":
+        raise HoraError(f"processor seconds say nothing about a GPU, got --cpu-clock with --device {device}: drop one")
+
+
+def _count(total: int, progress: Callable[[int, int], None]) -> Callable[..., None]:
+    """A callback that counts its calls."""
+    done = count(1)
+    return lambda *_: progress(next(done), total)
 
 
 def _steps(
@@ -97,9 +124,9 @@ def _steps(
     """One record per method: time of a training step and what belongs to it."""
     first = {}
     for name, learner in learners.items():
-        start = time.perf_counter()
+        start = CLOCKS[clock]()
         learner.step(batch, 1e-5, 0)
-        first[name] = time.perf_counter() - start
+        first[name] = CLOCKS[clock]() - start
         learner.step(batch, 1e-5, 1)
     seconds = take_turns(
         {name: partial(learner.step, batch, 1e-5, 2) for name, learner in learners.items()},
@@ -113,10 +140,14 @@ def _steps(
         times = summary(seconds[name])
         record: dict[str, Any] = {"backend": backend, "method": name, "params_count": learner.params_count, **times}
         record["examples_per_s"] = round(len(batch["label"]) / times["median_s"], 1)
+        if "tokens" in batch:
+            record["tokens_per_s"] = round(batch["tokens"].size / times["median_s"], 1)
         for label, reference in (("lora", "lora"), ("frozen", FROZEN)):
             if reference in seconds:
                 record[f"over_{label}"] = ratio(seconds[name], seconds[reference])
         record |= {"first_step_s": round(first[name], 3), "kept_bytes": kept[name]}
+        if backend == "jax":
+            record["compile_s"] = round(first[name] - times["median_s"], 3)
         if "lora" in kept:
             record["kept_over_lora"] = round(kept[name] / kept["lora"], 3)
         records.append(record)
@@ -136,10 +167,10 @@ def _inference(
     seconds = take_turns(named, rounds, clock=clock, progress=stepped)
     records = []
     for name, form in passes:
-        own, frozen = seconds[f"{name}/{form}"], seconds.get(f"{FROZEN}/adapted")
+        own, frozen = seconds[f"{name}/{form}"], [plain for plain in PLAIN if (plain, "adapted") in passes]
         record: dict[str, Any] = {"backend": backend, "method": name, "form": form, **summary(own)}
-        if frozen is not None:
-            record["over_frozen"] = ratio(own, frozen)
+        if frozen:
+            record["over_frozen"] = ratio(own, seconds[f"{frozen[0]}/adapted"])
         records.append(record)
     return records
 
