@@ -3,11 +3,14 @@
 import json
 
 import pytest
-from hora_bench import cli
+from hora_bench import cli, methods
 from hora_bench.asset_table import ASSETS
 from hora_bench.assets import Asset, UnavailableError, check_sha256
 from hora_bench.commands import show
+from hora_bench.dry_run import by_torch, by_xla
+from hora_bench.dry_run.plan import Workload
 from hora_bench.methods import METHODS
+from hora_bench.models.llama import LlamaConfig
 from hora_spec import HoraError
 from typer.testing import CliRunner
 
@@ -52,20 +55,49 @@ def test_a_folder_is_trained_on_shown_and_not_trained_on_again(image_folder, vit
 
 
 def test_a_configuration_gives_defaults_that_the_command_line_overrides(tmp_path):
-    tiny = {
-        "model_type": "llama",
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
     options = {"model": "tiny", "method": "hora", "option": ["rank=2"], "mesh": "fsdp=2", "batch_size": 4}
     path = tmp_path / "tiny.json"
-    path.write_text(json.dumps({"options": options, "architecture": tiny}))
+    path.write_text(json.dumps({"options": options, "architecture": TINY}))
     text = run("run", "commonsense", "--config", path, "--dry-run", "--mesh", "fsdp=2,tp=2")
     assert "tiny" in text
     assert "4 devices" in text
+    assert "memory per device" in text
+
+
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+def planned(method, backend):
+    work = Workload(batch_size=4, seq=256, depth=2, embed=32, mlp=48, heads=4, outputs=8 * 64)
+    if backend == "jax":
+        return by_xla.count_llama(LlamaConfig.from_hf(TINY), method, work, dtype="float32")
+    return by_torch.count_llama(TINY, method, work)
+
+
+@pytest.mark.parametrize("name", ["hora", "full"])
+def test_xla_and_torch_count_the_same_plan(name):
+    ours, theirs = (planned(methods.find(name), backend) for backend in ("jax", "torch"))
+    assert (ours.params_count, ours.trained_count) == (theirs.params_count, theirs.trained_count)
+    assert ours.step_flops == pytest.approx(theirs.step_flops, rel=0.2)  # XLA counts norms and activations too
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "vera"])
+def test_peers_are_planned_on_abstract_weights(name):
+    peer, full = (planned(m, "torch") for m in (methods.find(name).configured({"rank": 2}), methods.find("full")))
+    assert 0 < peer.trained_count < peer.params_count - full.params_count + 1000
+    assert peer.step_flops < full.step_flops
+
+
+def test_an_image_task_is_planned_without_its_data(vit_directory):
+    text = run("run", "vtab/svhn", "--dry-run", "--model", vit_directory, "--image-size", 32, "--method", "lora")
+    assert "counted by torch" in text
     assert "memory per device" in text
 
 

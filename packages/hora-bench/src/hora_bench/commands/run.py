@@ -96,18 +96,10 @@ def _one(name: str, s: dict[str, Any]) -> None:
     if "rank" in method.options and method.family != "vera":
         options = {"rank": protocol.rank, **options}
     method = method.configured(options)
-    if s["dry_run"]:
-        from hora_bench.dry_run import print_plan
-
-        given = {
-            "model": model,
-            "architecture": configs.read(s["config"]).get("architecture") if s["config"] else None,
-            "batch_size": s["batch_size"] or protocol.batch_size,
-            "dtype": s["dtype"],
-        }
-        print_plan(console, given, method, parse_mesh(s["mesh"]))
-        return
     size = s["image_size"] or protocol.image_size_px
+    if s["dry_run"]:
+        _plan(name, s, model, method, protocol, size)
+        return
     task = load_task(name, s["data"], model, image_size=size, limit=s["limit"])
     if s["batch_size"]:
         protocol = _replaced(protocol, batch_size=s["batch_size"])
@@ -180,6 +172,27 @@ def _one(name: str, s: dict[str, Any]) -> None:
     if result.unreadable_images:
         console.print(f"  unreadable: {json.dumps(result.unreadable_images)}", style="yellow")
     console.print(f"[dim]{s['out'] / request.name}.json[/dim]")
+
+
+def _plan(name: str, s: dict[str, Any], model: str, method: Any, protocol: Any, image_size: int | None) -> None:
+    from hora_bench.dry_run.command import Setting, plan
+    from hora_bench.tasks.image_sources import FGVC, VTAB
+
+    classes = {**VTAB, **FGVC}.get(name.partition("/")[2])
+    if image_size and not classes:
+        classes = load_task(name, s["data"], model, image_size=image_size).num_classes
+    setting = Setting(
+        model=model,
+        architecture=configs.read(s["config"]).get("architecture") if s["config"] else None,
+        backend=s["backend"],
+        method=method,
+        batch_size=s["batch_size"] or protocol.batch_size,
+        dtype=s["dtype"],
+        mesh=parse_mesh(s["mesh"]) or {},
+        image_size=image_size,
+        num_classes=classes,
+    )
+    plan(setting, console)
 
 
 def load_task(

@@ -1,5 +1,6 @@
 """Prepares a torch model for a method: HoRA from hora-torch, peers from PEFT; what is to be trained requires grad."""
 
+import warnings
 from math import gcd
 from typing import Any
 
@@ -16,7 +17,7 @@ def prepare(model: Any, method: Method, *, seed: int) -> Any:
     Parameters
     ----------
     model
-        A timm ViT with a new ``head``, which every method trains, or a causal language model.
+        A timm ViT with a new ``head``, which every method trains, or a causal language model; also on the meta device.
     method
         Adapts Q and V of all layers, in the peers too: a fused qkv is split for them.
     seed
@@ -30,7 +31,6 @@ def prepare(model: Any, method: Method, *, seed: int) -> Any:
     if "torch" not in method.library:
         raise HoraError(f"{method.name} exists on {', '.join(method.library)}, got --backend torch")
     declare_missing_ops()
-    import peft
     import torch
 
     torch.manual_seed(seed)
@@ -50,10 +50,19 @@ def prepare(model: Any, method: Method, *, seed: int) -> Any:
         options = {**method.options}
         rank, alpha = options.pop("rank"), options.pop("alpha")
         config = hora_torch.HoraConfig(r=rank, hora_alpha=alpha, seed=seed, modules_to_save=saved, **options)
-        return peft.get_peft_model(model, config)
+        return _adapted(model, config)
     targets = split_torch(model) or ["q_proj", "v_proj"]
     given = {"target_modules": targets, "modules_to_save": saved}
-    return peft.get_peft_model(model, _peer(method, given, model, targets))
+    return _adapted(model, _peer(method, given, model, targets))
+
+
+def _adapted(model: Any, config: Any) -> Any:
+    import peft
+
+    abstract = next(model.parameters()).is_meta
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 reads a name that transformers 5 deprecates
+        return peft.get_peft_model(model, config, low_cpu_mem_usage=abstract)
 
 
 def _peer(method: Method, given: dict[str, Any], model: Any, targets: list[str]) -> Any:

@@ -58,8 +58,8 @@ def timm_vit(name: str, image_size: int, head: Head | None = None) -> Any:
     return model.eval()
 
 
-def num_features(name: str) -> int:
-    """Width of the features that a new head reads, without weights."""
+def abstract_vit(name: str, image_size: int | None = None, num_classes: int = 0) -> Any:
+    """A timm model on the meta device: shapes without weights."""
     declare_missing_ops()
     import timm
     import torch
@@ -68,8 +68,16 @@ def num_features(name: str) -> int:
     stored: dict[str, Any] = (
         json.loads((found / "config.json").read_text()) if isinstance(found, Path) else {"architecture": found}
     )
+    size = {} if image_size is None else {"img_size": image_size}
     with torch.device("meta"):
-        return timm.create_model(stored["architecture"], num_classes=0, **stored.get("model_args", {})).num_features
+        return timm.create_model(
+            stored["architecture"], num_classes=num_classes, **{**stored.get("model_args", {}), **size}
+        )
+
+
+def num_features(name: str) -> int:
+    """Width of the features that a new head reads, without weights."""
+    return abstract_vit(name).num_features
 
 
 def nnx_vit(name: str, image_size: int, head: Head | None = None, **changes: Any) -> Any:
@@ -90,6 +98,16 @@ def causal_lm(name: str, *, dtype: str = "float32") -> Any:
 
     logging.disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(resolve(name), dtype=getattr(torch, dtype)).eval()
+
+
+def abstract_causal_lm(architecture: dict[str, Any]) -> Any:
+    """A causal language model of transformers on the meta device; attention as plain products, which counters see."""
+    declare_missing_ops()
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture), attn_implementation="eager")
 
 
 def nnx_llama(name: str, *, dtype: str = "float32", **changes: Any) -> Any:

@@ -1,0 +1,49 @@
+"""Counts of any method on torch: the model on the meta device, under torch's FLOP counter."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hora_bench.dry_run.plan import Counts, Workload
+from hora_bench.methods import Method
+from hora_bench.methods.torch import prepare
+from hora_bench.models import load
+from hora_bench.training.torch import Logits
+
+
+def count_llama(architecture: dict[str, Any], method: Method, work: Workload) -> Counts:
+    """Counts of one step of a language model with the architecture of a Hugging Face ``config.json``."""
+    model = load.abstract_causal_lm(architecture)
+    picked = torch.zeros(work.batch_size, work.outputs // architecture["vocab_size"], dtype=torch.long, device="meta")
+    tokens = torch.zeros(work.batch_size, work.seq, dtype=torch.long, device="meta")
+    # without a mask transformers 5.23 looks for packed sequences in values, and abstract tensors have none
+    masked = {"attention_mask": torch.ones_like(tokens)}
+    model.base_model.register_forward_pre_hook(lambda _, args, given: (args, {**given, **masked}), with_kwargs=True)
+    return _count(model, method, {"tokens": tokens, "at": picked})
+
+
+def count_vit(model: Any, method: Method, batch_size: int, image_size: int) -> Counts:
+    """Counts of one step of an abstract timm ViT with a new head."""
+    image = torch.zeros(batch_size, image_size, image_size, 3, device="meta")
+    return _count(model, method, {"image": image})
+
+
+def _addmm_flop(_: Any, left: Any, right: Any, **__: Any) -> int:
+    """FLOPs of ``y += left @ right``: torch's counter (2.13) knows addmm but not the in-place addmm_ of hora-torch."""
+    return 2 * int(np.prod(left)) * right[1]
+
+
+def _count(model: Any, method: Method, batch: dict[str, torch.Tensor]) -> Counts:
+    with torch.device("meta"):
+        adapted = Logits(prepare(model, method, seed=0)).train()
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flop}) as counter:
+        adapted(batch).sum().backward()
+    named = [(name, p) for name, p in adapted.named_parameters() if ".original_module." not in name]
+    return Counts(
+        params_count=sum(p.numel() for _, p in named),
+        trained_count=sum(p.numel() for _, p in named if p.requires_grad),
+        step_flops=float(counter.get_total_flops()),
+        counted_by="torch",
+    )
