@@ -1,10 +1,11 @@
+import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hora_bench import results
+from hora_bench import methods, results
 from hora_bench.experiments import ablate, sample_efficiency
 from hora_bench.experiments.intervals import mean_interval, paired_interval
 from hora_bench.experiments.journal import Journal
@@ -12,10 +13,13 @@ from hora_bench.experiments.sample_efficiency import plot as plot_curve
 from hora_bench.experiments.setting import Setting, read_setting, request, vary
 from hora_bench.experiments.similarity.plot import plot as plot_similarity
 from hora_bench.experiments.similarity.run import similarity
+from hora_bench.experiments.speed.run import speed
 from hora_bench.tasks.image_sources import digits
 from hora_bench.torchvision_ops import declare_missing_ops
 from hora_spec import HoraError
 from scipy import stats
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +64,12 @@ def test_similarity_measures_every_layer_and_resumes(setting, tmp_path):
         assert path.read_text().startswith("<?xml")
 
 
+def test_options_of_the_request_reach_the_methods_that_have_them(setting):
+    tanh = Setting(vary(setting.base, activation="tanh"), {})
+    changed, usual = (similarity(one, methods=["lora", "hora"])["trials"] for one in (tanh, setting))
+    assert [one["loss"] == other["loss"] for one, other in zip(changed, usual, strict=True)] == [True, False]
+
+
 def test_ablation_changes_one_factor_and_repeats_no_run(setting, tmp_path, monkeypatch):
     asked = {"factors": {"residual": [True]}, "learning_rates": [1e-3], "references": ["lora"]}
     first = ablate.ablate(setting, tmp_path, **asked)
@@ -97,6 +107,8 @@ def test_ablation_gives_every_choice_its_own_rate_and_tests_it_once_per_seed(set
     for value, reference in {None: "lora", "wide-residual": "lora", 4: "long-lora"}.items():
         own, theirs = (np.array(rows[name]["accuracies_pct"]) for name in (value, reference))
         assert rows[value]["over_lora_pct"]["mean_pct"] == pytest.approx((own - theirs).mean(), abs=0.01)
+    ablate.plot(found, tmp_path / "choices.svg")
+    assert "difference from LoRA" in (tmp_path / "choices.svg").read_text()
     tested = [results.read(path).request for path in tmp_path.glob("*.json")]
     assert len(tested) == 2 * len(rows)
     assert {(asked.train_on, asked.score_on) for asked in tested} == {("train+val", "test")}
@@ -132,6 +144,28 @@ def test_an_experiment_file_gives_request_and_what_varies(tmp_path):
     with pytest.raises(HoraError, match=r"got \['step'\] in one.toml"):
         read_setting(path, quick=None, data=None)
     assert read_setting(None, quick={"seeds": [3]}, data=None).vary == {"seeds": [3]}
+
+
+COMMANDS = {
+    "ablate": ablate.ablate,
+    "defaults": ablate.ablate,
+    "control": ablate.ablate,
+    "sample-efficiency": sample_efficiency.sample_efficiency,
+    "similarity": similarity,
+    "speed": speed,
+}
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_experiment_file_fits_its_command(path):
+    found = read_setting(path, quick=None, data=None)
+    (command,) = (command for name, command in COMMANDS.items() if path.stem.startswith(name))
+    assert set(found.vary) <= set(inspect.signature(command).parameters)
+    for method in (*found.vary.get("methods", ()), *found.vary.get("references", ())):
+        asked = vary(found.base, method=method)
+        assert methods.find(method).configured(asked.options)
+    for changes in found.vary.get("variants", {}).values():
+        assert vary(found.base, **changes) != found.base
 
 
 @pytest.mark.parametrize(("path", "quick", "given"), [(None, None, "neither"), (Path("one.toml"), {}, "both")])

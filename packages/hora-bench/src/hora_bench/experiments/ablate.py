@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from hora_bench import methods, runs
 from hora_bench.experiments.control import control
 from hora_bench.experiments.intervals import mean_interval, paired_interval
 from hora_bench.experiments.setting import Setting, vary
+from hora_bench.experiments.svg import save
 from hora_bench.experiments.tuned import tuned
 from hora_bench.results import Request, RunResult
 
@@ -173,3 +175,31 @@ def _compare(chosen: Sequence[Choice], rows: list[dict[str, Any]]) -> None:
         for name, reference in (("default", rows[0]), ("lora", lora.get(choice.circumstances))):
             if reference is not None:
                 row[f"over_{name}_pct"] = paired_interval(row["accuracies_pct"], reference["accuracies_pct"])
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Write accuracy and, where there are any, paired differences from LoRA, a choice per line, as SVG."""
+    rows = result["rows"]
+    paired = [row for row in rows if row.get("over_lora_pct", {}).get("low_pct") is not None]
+    figure = Figure(figsize=(4.5 * (1 + bool(paired)), 1 + 0.28 * len(rows)), layout="constrained")
+    axes = figure.subplots(1, 1 + bool(paired), squeeze=False, sharey=True)[0]
+    names = [row["factor"] if row["value"] is None else f"{row['factor']} {row['value']}" for row in rows]
+    axes[0].set_yticks(range(len(rows)), names, fontsize=8)
+    axes[0].invert_yaxis()
+    axes[0].set_xlabel("accuracy, %")
+    _bars(axes[0], list(enumerate(rows)))
+    if paired:
+        axes[1].axvline(0, color="0.6", linewidth=0.8)
+        axes[1].set_xlabel("difference from LoRA, points")
+        _bars(axes[1], [(rows.index(row), row["over_lora_pct"]) for row in paired])
+    save(figure, path)
+
+
+def _bars(axis: Any, found: list[tuple[int, dict[str, float]]]) -> None:
+    """Means and intervals at their lines."""
+    lines, means = [line for line, _ in found], [one["mean_pct"] for _, one in found]
+    errors = [
+        [one["mean_pct"] - one["low_pct"] for _, one in found],
+        [one["high_pct"] - one["mean_pct"] for _, one in found],
+    ]
+    axis.errorbar(means, lines, xerr=errors, fmt="o", markersize=4, capsize=2)

@@ -71,13 +71,15 @@ def ablate(
     data: Data = None,
     out: Annotated[Path, typer.Option()] = Path("results/ablate.json"),
 ) -> None:
-    """One factor at a time from the default, on validation."""
+    """One factor at a time from the default: at one rate on validation, or each at its own rate on the test split."""
     from hora_bench.experiments.ablate import ablate as run
+    from hora_bench.experiments.ablate import plot
 
     setting = read_setting(file, quick=QUICK["ablate"] if quick else None, data=data)
     with _timed("ablate", file, out) as (progress, finish):
         command = _command("ablate", file)
         result = finish(run(setting, out.parent / "runs", **setting.vary, command=command, progress=progress))
+    plot(result, out.with_suffix(".svg"))
     _table("test accuracy" if result["search"] else "validation accuracy", result["rows"])
     if result["controls"]:
         _table("control: shuffled labels", result["controls"])

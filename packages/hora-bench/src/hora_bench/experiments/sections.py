@@ -31,6 +31,10 @@ def plots(experiment: str, result: Result, folder: Path, stem: str) -> list[Path
         from hora_bench.experiments.sample_efficiency import plot as plot_curve
 
         plot_curve(result, path)
+    elif experiment == "ablate":
+        from hora_bench.experiments.ablate import plot as plot_choices
+
+        plot_choices(result, path)
     else:
         return []
     return [path]
