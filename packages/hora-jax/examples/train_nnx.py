@@ -5,14 +5,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from hora_jax import presets
 from hora_jax.nnx import HoraModel, HoraParam
 from hora_spec import AdapterSpec
 
-base = nnx.Sequential(
-    nnx.MultiHeadAttention(4, 32, decode=False, rngs=nnx.Rngs(0)), nnx.Linear(32, 1, rngs=nnx.Rngs(1))
-)
-plan = hora_jax.plan(base, AdapterSpec(rank=4), presets.attention())
+base = nnx.Sequential(nnx.MultiHeadAttention(4, 32, decode=False, rngs=nnx.Rngs(0)), lambda x: x.mean(axis=(1, 2)))
+plan = hora_jax.plan(base, AdapterSpec(rank=4), hora_jax.presets.attention())
 print(plan.report())
 model = HoraModel(base, plan, hora_jax.init(plan, seed=0))
 optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=HoraParam)
@@ -22,13 +19,12 @@ y = jnp.sin(4 * x.mean(axis=(1, 2)))
 
 @nnx.jit
 def step(model, optimizer):
-    loss = lambda model: jnp.mean((model(x).mean(axis=(1, 2)) - y) ** 2)  # noqa: E731
-    value, gradients = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, HoraParam))(model)
+    gradient = nnx.value_and_grad(lambda m: jnp.mean((m(x) - y) ** 2), argnums=nnx.DiffState(0, HoraParam))
+    loss, gradients = gradient(model)
     optimizer.update(model, gradients)
-    return value
+    return loss
 
 
 losses = [float(step(model, optimizer)) for _ in range(50)]
-print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}")
 hora_jax.save_adapter("adapter", plan, model.adapter())
 served = model.merged()

@@ -12,9 +12,17 @@ from hora_spec import AdapterSpec, HoraError, Layout, Window
 
 
 @pytest.fixture
-def model(tower, method, perturbed) -> HoraModel:
+def route() -> str:
+    return "branch"
+
+
+@pytest.fixture
+def model(tower, method, perturbed, route) -> HoraModel:
     planned = plan(tower, method, presets.attention())
-    return HoraModel(tower, planned, perturbed(init(planned)))
+    return HoraModel(tower, planned, perturbed(init(planned)), route=route)
+
+
+BOTH = pytest.mark.parametrize("route", ["branch", "merge"])
 
 
 def close(a, b, tolerance: float = 1e-5) -> None:
@@ -34,11 +42,13 @@ def test_i4_a_fresh_adapter_changes_no_bit(tower, method, x):
     np.testing.assert_array_equal(HoraModel(tower, planned, init(planned))(x), tower(x))
 
 
+@BOTH
 def test_adapted_is_merged(model, x):
     assert not jnp.allclose(model(x), model.base(x))
     close(model(x), model.merged()(x))
 
 
+@BOTH
 @pytest.mark.parametrize("method", [AdapterSpec(2, sharing="none"), AdapterSpec(2, sharing="b", alpha=4.0)], ids=str)
 def test_an_a_per_head_works_too(model, x):
     close(model(x), model.merged()(x))
@@ -64,6 +74,7 @@ def test_it_trains_in_graph_mode_with_an_nnx_optimizer(model, x):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model.base, nnx.Param), frozen)
 
 
+@BOTH
 def test_it_trains_in_tree_mode_with_a_donated_step(model, x):
     graph, params, rest = nnx.split(model, HoraParam, ..., graph=False)
     optimizer = optax.adam(1e-2)
@@ -81,11 +92,32 @@ def test_it_trains_in_tree_mode_with_a_donated_step(model, x):
     assert step._cache_size() == 1
 
 
+@BOTH
 def test_it_runs_where_tree_mode_is_the_default(model, x):
     expected = model(x)
     with nnx.set_graph_mode(False):
         close(model(x), expected)
         close(nnx.jit(lambda m, x: m(x))(model, x), expected)
+
+
+def test_routes_are_chosen_by_tokens_and_dtype(model, x):
+    """``auto`` merges float32 when tokens outnumber the embed width; 16 bits take the branch whatever was asked."""
+
+    def merges(route, x):
+        adapted = HoraModel(model.base, model.plan, model.adapter(), route=route)
+        program = jax.make_jaxpr(lambda x: adapted(x))(x)
+        made = {var.aval.shape for eqn in program.eqns for var in eqn.outvars if eqn.primitive.name == "dot_general"}
+        return any(sorted(shape) == sorted(kernel) for shape in made)
+
+    kernel = model.base.blocks[0].attn.query.kernel.shape
+    many, few = jnp.tile(x, (16, 1, 1)), x[:1, :3]
+    assert (merges("auto", many), merges("auto", few)) == (True, False)
+    assert (merges("merge", few), merges("branch", many), merges("plain", many)) == (True, False, False)
+    nnx.update(
+        model.base,
+        jax.tree.map(lambda v: v.astype("bfloat16") if v.dtype == "float32" else v, nnx.state(model.base)),
+    )
+    assert not merges("merge", many.astype("bfloat16"))
 
 
 def test_both_modes_compute_the_same_gradients(model, x):
@@ -110,6 +142,22 @@ def test_frozen_weights_have_no_gradient_and_no_optimizer_state(model, x):
     assert kernel not in made  # no product has the shape of a weight: neither a delta nor a dense gradient is formed
 
 
+def test_no_route_forms_a_dense_gradient(model, x):
+    tokens = x.size // x.shape[-1]
+    kernel = model.base.blocks[0].attn.query.kernel.shape
+    for route in ("branch", "merge"):
+        adapted = HoraModel(model.base, model.plan, model.adapter(), route=route)
+        graph, params, rest = nnx.split(adapted, HoraParam, ...)
+        program = jax.make_jaxpr(jax.grad(lambda p: loss_of(nnx.merge(graph, p, rest), x)))(params)  # noqa: B023
+        contracted = [
+            np.prod([eqn.invars[0].aval.shape[i] for i in eqn.params["dimension_numbers"][0][0]])
+            for eqn in program.eqns
+            if eqn.primitive.name == "dot_general" and sorted(eqn.outvars[0].aval.shape) == sorted(kernel)
+        ]
+        assert tokens not in contracted  # what has a weight's shape is a sum over ranks, never over tokens
+
+
+@BOTH
 def test_gradients_equal_those_through_a_merge(model, x):
     _, grads = only_adapter(loss_of)(model, x)
     through = jax.grad(lambda phi: loss_of(merge(model.plan, model.base, phi), x))(model.adapter())
@@ -133,6 +181,7 @@ def test_gradients_accumulate_over_microbatches(model, x):
     close(moved, {key: {n: v[...] for n, v in p.items()} for key, p in whole["phi"].items()}, 1e-4)
 
 
+@BOTH
 def test_statistics_of_the_base_are_updated(model, x):
     model.train()
     mean = model.base.blocks[0].norm.mean[...]
@@ -207,16 +256,18 @@ def stacked_tower(depth: int, axis: int):
     return Scanned(nnx.Rngs(0))
 
 
+@BOTH
 @pytest.mark.parametrize("axis", [0, 1, -1])
-def test_a_scan_over_stacked_layers_slices_the_factors(axis, method, perturbed, x):
+def test_a_scan_over_stacked_layers_slices_the_factors(axis, route, method, perturbed, x):
     base = stacked_tower(3, axis)
     (target_q, target_v) = presets.attention(stack_axis=axis)
     planned = plan(base, method, (target_q, target_v))
     assert planned.layers[0].names == ("layers.0", "layers.1", "layers.2")
-    model = HoraModel(base, planned, perturbed(init(planned)))
+    model = HoraModel(base, planned, perturbed(init(planned)), route=route)
     close(nnx.jit(lambda m, x: m(x))(model, x), model.merged()(x))
 
 
+@BOTH
 def test_remat_gives_the_same_gradients(model, x):
     class Remat(nnx.Module):
         def __init__(self, tower):
@@ -227,12 +278,13 @@ def test_remat_gives_the_same_gradients(model, x):
                 x = nnx.remat(lambda block, x: block(x))(block, x)
             return x
 
-    again = HoraModel(Remat(model.base), model.plan, model.adapter())
+    again = HoraModel(Remat(model.base), model.plan, model.adapter(), route=model.route)
     (value, grads), (expected_value, expected) = only_adapter(loss_of)(again, x), only_adapter(loss_of)(model, x)
     close(value, expected_value)
     close(nnx.to_pure_dict(grads), nnx.to_pure_dict(expected))
 
 
+@BOTH
 def test_forward_mode_works_on_the_plain_route_and_else_says_so(model, x):
     plain = HoraModel(model.base, model.plan, model.adapter(), route="plain")
     jax.jvp(lambda x: plain(x), (x,), (x,))
@@ -266,6 +318,7 @@ class Fused(nnx.Module):
         return self.qkv(x)
 
 
+@BOTH
 @pytest.mark.parametrize(
     ("form", "windows"),
     [
@@ -274,21 +327,32 @@ class Fused(nnx.Module):
         ("maps", [Layout("1 h d k", Window(0, 0, 1)), Layout("1 h d k", Window(0, 2, 3))]),
     ],
 )
-def test_parts_of_a_fused_weight_are_adapted_alone(form, windows, method, perturbed, x):
+def test_parts_of_a_fused_weight_are_adapted_alone(form, windows, route, method, perturbed, x):
     base = Fused(form)
     targets = [
         Target("qkv.kernel", p, w, 2 if form == "columns" else None, layer="a")
         for p, w in zip("qv", windows, strict=True)
     ]
     planned = plan(base, method, targets)
-    model = HoraModel(base, planned, perturbed(init(planned)))
+    model = HoraModel(base, planned, perturbed(init(planned)), route=route)
     changed = model(x) - base(x)
     close(model(x), model.merged()(x))
     parts = jnp.split(changed, 3, {"columns": -1, "heads": -2, "maps": 0}[form])
     assert [bool(part.any()) for part in parts] == [True, False, True]
 
 
-def test_a_projection_may_read_a_part_of_the_inputs(method, perturbed, x):
+def test_projections_of_one_weight_agree_about_its_axes(method):
+    base = nnx.LinearGeneral(8, (4, 8), use_bias=False, rngs=nnx.Rngs(0))
+    holder = nnx.Sequential(base)
+    layouts = (Layout("d h k", Window(1, 0, 2)), Layout("k h d", Window(1, 2, 4)))
+    targets = [Target("layers.0.kernel", p, w, layer="a") for p, w in zip("qv", layouts, strict=True)]
+    planned = plan(holder, method, targets)
+    with pytest.raises(HoraError, match="one order of axes"):
+        HoraModel(holder, planned, init(planned))(jnp.ones((2, 8)))
+
+
+@BOTH
+def test_a_projection_may_read_a_part_of_the_inputs(route, method, perturbed, x):
     class Part(nnx.Module):
         def __init__(self):
             self.proj = nnx.Linear(16, 8, rngs=nnx.Rngs(0))
@@ -297,7 +361,7 @@ def test_a_projection_may_read_a_part_of_the_inputs(method, perturbed, x):
             return self.proj(x)
 
     planned = plan(Part(), method, Target("proj.kernel", "q", Layout("d (h k)", Window(0, 4, 12)), 2, layer="a"))
-    model = HoraModel(Part(), planned, perturbed(init(planned)))
+    model = HoraModel(Part(), planned, perturbed(init(planned)), route=route)
     close(model(x), model.merged()(x))
     assert not jnp.allclose(model(x), model.base(x))
 
@@ -327,5 +391,5 @@ def test_a_model_that_does_not_fit_is_refused(model, method):
         HoraModel(model.base.blocks[0], model.plan, model.adapter())
     with pytest.raises(HoraError, match="belongs to another plan"):
         HoraModel(model.base, model.plan, {})
-    with pytest.raises(HoraError, match="route must be one of branch, plain"):
-        HoraModel(model.base, model.plan, model.adapter(), route="merge")
+    with pytest.raises(HoraError, match="route must be one of auto, branch, merge, plain"):
+        HoraModel(model.base, model.plan, model.adapter(), route="dense")

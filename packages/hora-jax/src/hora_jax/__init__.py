@@ -1,5 +1,6 @@
 """HoRA for any JAX pytree and Flax NNX: hypernetwork-shared low-rank adaptation of attention heads."""
 
+from hora_jax import functional, nnx, presets
 from hora_jax.adapter import delta, factors, init, merge, replace_weights, weights
 from hora_jax.files import export_lora, from_adapter, load_adapter, load_specs, save_adapter, to_adapter
 from hora_jax.plan import Layer, Plan, plan
@@ -16,11 +17,14 @@ __all__ = [
     "export_lora",
     "factors",
     "from_adapter",
+    "functional",
     "init",
     "load_adapter",
     "load_specs",
     "merge",
+    "nnx",
     "plan",
+    "presets",
     "replace_weights",
     "save_adapter",
     "to_adapter",

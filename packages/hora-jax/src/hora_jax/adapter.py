@@ -79,7 +79,7 @@ def factors(plan: Plan, phi: Phi) -> dict[str, dict[str, Factors]]:
     result = {}
     for key, members in plan.groups().items():
         stacked = functional.factors(members[0].spec, members[0].shape, phi[key])
-        result |= dict(zip((x.name for x in members), _unstack(members, stacked), strict=True))
+        result |= dict(zip((x.name for x in members), unstack(members, stacked), strict=True))
     return {layer.name: result[layer.name] for layer in plan.layers}
 
 
@@ -179,8 +179,11 @@ def stack(layers: list[dict[str, np.ndarray]], dtype: DTypeLike) -> dict[str, ja
     return {name: jnp.asarray(np.stack([layer[name] for layer in layers]), dtype) for name in layers[0]}
 
 
-def _unstack(members: tuple[Layer, ...], stacked: Any) -> list[Any]:
-    """One tree per layer of the group; `jax.lax.split`, as its transpose is one concatenation."""
+def unstack(members: tuple[Layer, ...], stacked: Any) -> list[Any]:
+    """One tree per layer of the group; `jax.lax.split`, as its transpose is one concatenation.
+
+    Layers of a stacked weight stay together on their leading axis; others lose it.
+    """
     if len(members) == 1 and members[0].stacked:
         return [stacked]
     values, tree = jax.tree.flatten(stacked)

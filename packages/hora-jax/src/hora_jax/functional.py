@@ -4,9 +4,7 @@ Functions take the canonical parameters of one layer, or of several equal layers
 serves both. Letters: h heads, g heads of a group, k head_dim, d embed, r rank, m hidden, e head_embed.
 """
 
-import math
 from collections.abc import Callable, Mapping
-from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +21,9 @@ from hora_spec import (
 from jaxtyping import Array, Float
 
 from hora_jax import routes
+from hora_jax.routes import Route
 
 Params = Mapping[str, Array]
-Route = Literal["auto", "branch", "merge", "plain"]
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     # jax.nn.leaky_relu has slope 1 at zero, the spec the slope for negative input (spec G3)
@@ -173,44 +171,29 @@ def hora_linear(
             "x (..., embed), weight (heads * head_dim, embed), a (rank, embed) and b (heads, head_dim, rank) must fit, "
             f"got {x.shape}, {weight.shape}, {a.shape} and {b.shape}: transpose Flax kernels first (spec D3)"
         )
-    if _resolve(route, x) == "merge":
-        a, b = routes.follow(factors, weight, 0)
-        b = scaling * (b if a.ndim == b.ndim else b.reshape(-1, b.shape[-1]))
-        y = routes.merged(x, jax.lax.stop_gradient(weight), a, b)
+    routes.check(route)
+    form, b = _form(factors, scaling)
+    weight = jax.lax.stop_gradient(weight)
+    if routes.merges(route, x, weight):
+        a, b = routes.follow(form, a, b, weight, "od")
+        rows = weight if form.a == "rd" else weight.reshape(*b.shape[:2], -1)
+        total = routes.merged(form, rows, a, b)
+        y = jnp.einsum(form.contract("x", "weight", to="y"), jax.lax.stop_gradient(x), total)
+        y = routes.through(form, y, x, rows, a, b).reshape(*x.shape[:-1], -1)
     else:
-        y = x @ jax.lax.stop_gradient(weight).T
-        y = y + branch(x, routes.follow(factors, y, -1), scaling, route="plain" if route == "plain" else "branch")
+        y = x @ weight.T
+        a, b = routes.follow(form, a, b, y, "...o")
+        z = (routes.plain if route == "plain" else routes.branch)(form, x, a, b)
+        y = y + z.reshape(y.shape)
     return y if bias is None else y + bias
 
 
-def branch(
-    x: Float[Array, "*batch embed"],
-    factors: Factors,
-    scaling: float,
-    *,
-    route: Literal["branch", "plain"] = "branch",
-) -> Float[Array, "*batch heads*head_dim"]:
-    """``scaling * (x A^T) B^T``: what an adapter adds to the output of a frozen projection, in the dtype of x.
-
-    Parameters
-    ----------
-    x, factors, scaling
-        As for `hora_linear`.
-    route
-        ``"plain"`` uses JAX's own derivative rules, ``"branch"`` one that accumulates in float32.
-    """
+def _form(factors: Factors, scaling: float) -> tuple[routes.Form, Array]:
+    """How the factors contract, and ``scaling * B``: one matrix, unless A is free per head."""
     a, b = factors.a, scaling * factors.b
-    b = b if a.ndim == b.ndim else b.reshape(-1, b.shape[-1])  # one matrix, unless A is free per head
-    z = (routes.plain if route == "plain" else routes.branch)(x, a, b)
-    return z.reshape(*x.shape[:-1], -1)
-
-
-def _resolve(route: Route, x: Array) -> Route:
-    if route not in get_args(Route):
-        raise HoraError(f"route must be one of {', '.join(get_args(Route))}, got {route!r} (spec D3)")
-    if route != "auto":
-        return route
-    return "merge" if x.dtype == jnp.float32 and math.prod(x.shape[:-1]) > x.shape[-1] else "branch"
+    if a.ndim == b.ndim:
+        return routes.Form("hkd", "hrd"), b
+    return routes.Form("od"), b.reshape(-1, b.shape[-1])
 
 
 def _check_shapes(spec: AdapterSpec, layer: LayerShape, params: Params) -> None:
@@ -227,20 +210,23 @@ def _check_shapes(spec: AdapterSpec, layer: LayerShape, params: Params) -> None:
 
 
 def _hidden_b(spec: AdapterSpec, layer: LayerShape, params: Params) -> dict[int, Array]:
-    """``s(W_1 LN(E))``, (..., heads, hidden, rank), for every group size: all in one contraction (spec G1 to G3)."""
+    """``s(W_1 LN(E))``, (..., heads, hidden, rank), for every group size (spec G1 to G3).
+
+    Sizes are contracted apart: XLA compiles one contraction that is split afterwards three times as long.
+    """
     if not spec.generates_b:
         return {}
-    raw, sizes = params["head_embed"], sorted({layer.group_size(p) for p in layer})
-    means = [
-        raw.reshape(*raw.shape[:-3], -1, size, *raw.shape[-2:]).mean(axis=-3) if size > 1 else raw for size in sizes
-    ]
-    embed = jnp.concatenate(means, axis=-3) if len(means) > 1 else means[0]
+    return {size: _hidden(spec, params, size) for size in {layer.group_size(p) for p in layer}}
+
+
+def _hidden(spec: AdapterSpec, params: Params, group: int) -> Array:
+    embed = params["head_embed"]
+    if group > 1:
+        embed = embed.reshape(*embed.shape[:-3], -1, group, *embed.shape[-2:]).mean(axis=-3)
     if spec.normalize:
         embed = embed - embed.mean(axis=-2, keepdims=True)
-        embed = embed / jnp.sqrt((embed**2).mean(axis=-2, keepdims=True) + LAYER_NORM_EPS)
-    hidden = _ACTIVATIONS[spec.activation](_einsum("...me,...her->...hmr", params["b_in"], embed))
-    counts = [layer.num_heads // size for size in sizes]
-    return dict(zip(sizes, jax.lax.split(hidden, counts, axis=hidden.ndim - 3), strict=True))
+        embed = embed * jax.lax.rsqrt((embed**2).mean(axis=-2, keepdims=True) + LAYER_NORM_EPS)
+    return _ACTIVATIONS[spec.activation](_einsum("...me,...her->...hmr", params["b_in"], embed))
 
 
 def _factor_b(spec: AdapterSpec, params: Params, p: str, hidden: Array | None) -> Array:

@@ -3,21 +3,20 @@
 No module of the base is changed and none is referenced twice, so graph mode and tree mode (``graph=False``) both work.
 """
 
-from collections.abc import Mapping
 from functools import reduce
-from typing import Any, Literal, final, get_args
+from typing import Any, final
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from hora_spec import Factors, HoraError
+from hora_spec import HoraError
+from jax.tree_util import GetAttrKey
 
 from hora_jax import adapter, functional, routes
 from hora_jax.adapter import Phi
-from hora_jax.plan import Layer, Plan
-from hora_jax.targets import Site, child, leaves
-
-Route = Literal["branch", "plain"]
+from hora_jax.fused import fused
+from hora_jax.plan import Plan
+from hora_jax.routes import Form, Route
+from hora_jax.targets import child, leaves
 
 
 class HoraParam(nnx.LoRAParam):
@@ -39,7 +38,9 @@ class HoraModel(nnx.Module):
     phi
         The adapter, from `hora_jax.init` or `hora_jax.load_adapter`.
     route
-        ``"branch"``, or ``"plain"`` for forward-mode differentiation.
+        ``"branch"``: ``y + (x A^T) B^T``. ``"merge"``: the module is called with ``W + delta``, and the gradients of x
+        and the factors are low-rank; 16-bit weights take the branch all the same. ``"plain"``: the branch by JAX's own
+        rules, for forward-mode differentiation. ``"auto"``: merge for float32 with more tokens than embed, else branch.
 
     Raises
     ------
@@ -53,11 +54,10 @@ class HoraModel(nnx.Module):
     the dtype of phi; a branch casts its factors to the dtype of the projection it adds to (spec D3).
     """
 
-    def __init__(self, base: nnx.Module, plan: Plan, phi: Phi, *, route: Route = "branch") -> None:
+    def __init__(self, base: nnx.Module, plan: Plan, phi: Phi, *, route: Route = "auto") -> None:
         adapter.weights(plan, base)
         adapter.check(plan, phi)
-        if route not in get_args(Route):
-            raise HoraError(f"route must be one of {', '.join(get_args(Route))}, got {route!r} (spec D3)")
+        routes.check(route)
         self.base = base
         self.phi = nnx.data({key: {name: HoraParam(v) for name, v in params.items()} for key, params in phi.items()})
         self.plan = plan
@@ -72,13 +72,13 @@ class HoraModel(nnx.Module):
 
         It holds the factors of this moment, so make it anew after an optimiser step and under each transformation.
         """
-        bound = nnx.merge(*nnx.split(self.base))
-        owners = {path: leaf.keys[:-2] for path, leaf in leaves(bound).items()}
-        factors = adapter.factors(self.plan, self.adapter())
-        for layer in self.plan.layers:
-            for path in dict.fromkeys(site.path for site in layer.sites):
-                sites = tuple(site for site in layer.sites if site.path == path)
-                _replace(bound, owners[path], _Branch, layer, sites, factors[layer.name], self.route)
+        bound, phi = nnx.merge(*nnx.split(self.base)), self.adapter()
+        adapter.check(self.plan, phi)
+        keys = {path: leaf.keys for path, leaf in leaves(bound).items()}
+        for key, members in self.plan.groups().items():
+            stacked = functional.factors(members[0].spec, members[0].shape, phi[key])
+            for path, *adapted in fused(members, stacked):
+                _replace(bound, keys[path], path, *adapted, self.route)
         return bound
 
     def adapter(self) -> dict[str, dict[str, jax.Array]]:
@@ -91,28 +91,39 @@ class HoraModel(nnx.Module):
 
 
 @final
-class _Branch(nnx.Module):
+class _Adapted(nnx.Module):
     """Stands in for a linear module during one call; its factors are variables, so a scan over layers slices them."""
 
-    def __init__(
-        self, inner: nnx.Module, layer: Layer, sites: tuple[Site, ...], factors: Mapping[str, Factors], route: Route
-    ) -> None:
+    def __init__(self, inner: nnx.Module, name: str, path: str, form: Form, a: Any, b: Any, route: Route) -> None:
         self.inner = inner
-        self.sites = sites
-        self.scaling = layer.spec.scaling
+        self.name = name
+        self.path = path
+        self.form = form
         self.route = route
-        self.factors = nnx.data([[HoraParam(_like(s, f)) for f in factors[s.projection]] for s in sites])
+        self.a, self.b = HoraParam(a), HoraParam(b)
 
     def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        form, a, b, weight = self.form, self.a[...], self.b[...], getattr(self.inner, self.name)[...]
+        if getattr(self.inner, "dtype", None) in (None, weight.dtype) and routes.merges(self.route, x, weight):
+            a, b = routes.follow(form, a, b, weight, form.weight)
+            total = nnx.merge(*nnx.split(self.inner))  # the same variables, but for the weight
+            setattr(total, self.name, nnx.Param(routes.merged(form, weight, a, b)))
+            y = total(jax.lax.stop_gradient(x), *args, **kwargs)
+            self._check(x, b, y)
+            return routes.through(form, y, x, jax.lax.stop_gradient(weight), a, b)
         y = self.inner(x, *args, **kwargs)
-        for site, (a, b) in zip(self.sites, self.factors, strict=True):
-            # an inner module with a narrower compute dtype casts x as well: XLA makes one cast of the two
-            narrow = x.astype(y.dtype) if y.dtype.itemsize < x.dtype.itemsize else x
-            factors = routes.follow(Factors(a[...], b[...]), y, -1 if "hk" in site.layout.axes else -2)
-            z = functional.branch(_inputs(narrow, site), factors, self.scaling, route=self.route)
-            z = z if "hk" in site.layout.axes else z.reshape(*z.shape[:-1], *factors.b.shape[:2])
-            y = y + _place(z, x, y, site).astype(y.dtype)
-        return y
+        self._check(x, b, y)
+        # an inner module with a narrower compute dtype casts x as well: XLA makes one cast of the two
+        narrow = x.astype(y.dtype) if y.dtype.itemsize < x.dtype.itemsize else x
+        a, b = routes.follow(form, a, b, y, form.y)
+        return y + (routes.plain if self.route == "plain" else routes.branch)(form, narrow, a, b).astype(y.dtype)
+
+    def _check(self, x: jax.Array, b: jax.Array, y: jax.Array) -> None:
+        if y.shape != (expected := self.form.output_shape(x, b)):
+            raise HoraError(
+                f"the module of {self.path} must map x (..., embed) to heads as its layout says, got {x.shape} to "
+                f"{y.shape} instead of {expected}: for such a model call hora_jax.merge inside the loss"
+            )
 
     def __getattr__(self, name: str) -> Any:
         if "inner" not in vars(self):
@@ -120,44 +131,12 @@ class _Branch(nnx.Module):
         return getattr(self.inner, name)
 
 
-_OUTPUT_AXES = {"hk": -1, "h": -2, "1": 0}  # where an axis of a weight is in the output of its module
-
-
-def _inputs(x: jax.Array, site: Site) -> jax.Array:
-    """The part of the inputs that a projection reads."""
-    window = site.layout.window
-    return x[..., window.start : window.stop] if window and site.layout.axes[window.axis] == "d" else x
-
-
-def _place(z: jax.Array, x: jax.Array, y: jax.Array, site: Site) -> jax.Array:
-    """The branch's output in the form of the inner module's output, zero outside its window."""
-    axes, window = [name for name in site.layout.axes if name != "l"], site.layout.window
-    z = z[None] if axes[0] == "1" else z  # several maps in one weight, as einsums with a leading output axis make them
-    if window is not None and site.layout.axes[window.axis] in _OUTPUT_AXES and z.ndim == y.ndim:
-        axis = _OUTPUT_AXES[site.layout.axes[window.axis]]
-        pads = [(0, 0)] * z.ndim
-        pads[axis] = (window.start, y.shape[axis] - window.stop)
-        z = jnp.pad(z, pads)
-    if z.shape != y.shape:
-        raise HoraError(
-            f"the module of {site.path} must map x (..., embed) to heads laid out as {site.layout.pattern!r}, got "
-            f"{x.shape} to {y.shape} instead of {z.shape}: for such a model call hora_jax.merge inside the loss"
-        )
-    return z
-
-
-def _like(site: Site, factor: jax.Array) -> jax.Array:
-    """A stacked factor with its layers axis where the weight has it, so that one `in_axes` serves both."""
-    if not site.layout.stacked:
-        return factor
-    axis = site.layout.axes.index("l")
-    return jnp.moveaxis(factor, 0, -1 if axis == len(site.shape) - 1 else axis)
-
-
-def _replace(root: nnx.Module, keys: tuple[Any, ...], wrap: Any, *args: Any) -> None:
-    parent = reduce(child, keys[:-1], root)
-    name, wrapped = keys[-1].key, wrap(child(parent, keys[-1]), *args)
-    if isinstance(name, str) and hasattr(parent, name):
-        setattr(parent, name, wrapped)
+def _replace(root: nnx.Module, keys: tuple[Any, ...], *args: Any) -> None:
+    """Put a stand-in where the module is that owns the variable at `keys`."""
+    *above, module, variable = (key for key in keys if key != GetAttrKey("value"))
+    parent = reduce(child, above, root)
+    wrapped = _Adapted(child(parent, module), variable.key, *args)
+    if isinstance(module.key, str) and hasattr(parent, module.key):
+        setattr(parent, module.key, wrapped)
     else:
-        parent[name] = wrapped
+        parent[module.key] = wrapped
