@@ -135,6 +135,12 @@ def test_shuffled_labels_keep_images_and_test_labels(setting):
     assert (plain.labels("train") != shuffled.labels("train")).mean() > 0.8
 
 
+def test_a_limit_cuts_every_split_and_is_no_more_than_there_is(setting):
+    for limit, size in ((30, 30), (50, 40)):
+        task = Setting(vary(setting.base, limit=limit), {}).load("digits")
+        assert {task.size(split) for split in ("train", "val", "test")} == {size}
+
+
 def test_an_experiment_file_gives_request_and_what_varies(tmp_path):
     path = tmp_path / "one.toml"
     path.write_text('[request]\nsteps = 7\n[vary]\nmethods = ["hora"]\n')

@@ -28,7 +28,7 @@ Data = Annotated[Path | None, typer.Option(help="Folder of tasks in VTAB-1K's la
 
 QUICK: Final[dict[str, dict[str, Any]]] = {
     "similarity": {"methods": ["lora", "mh-lora", "hora"]},
-    "ablate": {"factors": {"residual": [True], "activation": ["tanh"]}, "learning_rates": [1e-3]},
+    "ablate": {"factors": {"residual": [True], "activation": ["tanh"]}, "learning_rates": []},
     "sample-efficiency": {
         "methods": ["lora", "hora"],
         "fractions": [0.1, 1.0],

@@ -9,6 +9,7 @@ from typing import Any, Final
 from hora_bench.experiments.markdown import records_table, table
 
 Result = dict[str, Any]
+WAYS: Final = ("forward", "backward")
 
 
 def tables(experiment: str, result: Result) -> list[str]:
@@ -61,7 +62,26 @@ def _cost(result: Result) -> list[str]:
                 rows.append((params["method"], f"{params['params_count']:,}", f"{params['params_pct']:.3g} %", *shares))
         lines.append(f"{model['model']}, rank {model['rank']}; MACs a training step adds by branch, at so many tokens:")
         lines += table(("method", "parameters", "of the model", *map(str, tokens)), rows)
-    return lines
+    return [*lines, *_agreement(result)]
+
+
+def _agreement(result: Result) -> list[str]:
+    """What the frameworks count over what is counted by hand, by branch: the range over models and tokens."""
+    ratios: dict[str, dict[str, list[float]]] = {}
+    for of, prefix, by_hand in (("macs", "torch_added_", "added_"), ("xla", "xla_", "")):
+        for record in result[of]:
+            if record["route"] == "branch" and f"{prefix}forward_macs" in record:
+                counted, expected = (sum(record[f"{p}{way}_macs"] for way in WAYS) for p in (prefix, by_hand))
+                ratios.setdefault(record["method"], {}).setdefault(of, []).append(counted / expected)
+    if not ratios:
+        return []
+    rows = [(method, *(_range(found.get(of, [])) for of in ("macs", "xla"))) for method, found in ratios.items()]
+    lead = "What the frameworks count over what is counted by hand, by branch, in all models and at all tokens"
+    return [f"{lead}:", *table(("method", "torch: whole models", "XLA: the projections of a layer"), rows)]
+
+
+def _range(values: list[float]) -> str | None:
+    return f"{min(values):.3f} to {max(values):.3f}" if values else None
 
 
 def _theory(result: Result) -> list[str]:

@@ -38,9 +38,10 @@ DEFAULTS: Final[dict[str, Any]] = {
     "remat": False,
     "scan": False,
 }
-QUICK: Final[dict[str, Any]] = {"image_size_px": 28, "steps": 20, "warmup_steps": 2}
+QUICK: Final[dict[str, Any]] = {"image_size_px": 28, "steps": 10, "warmup_steps": 1, "limit": 100}
 FINAL: Final[dict[str, Any]] = {"train_on": "train+val", "score_on": "test"}
 SHUFFLED: Final = "-shuffled"
+SPLITS: Final = ("train", "val", "test")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +63,15 @@ class Setting:
     data: Path | None = None
 
     def load(self, task: str) -> ImageTask:
-        """A task by name; the name's ending ``-shuffled`` permutes the labels to learn from, as a control."""
+        """A task by name, its splits cut to the request's limit.
+
+        The name's ending ``-shuffled`` permutes the labels of training and validation, as a control.
+        """
         name, size = task.removesuffix(SHUFFLED), self.base.image_size_px or 56
         found = digits(size) if name == "digits" else image_folder(self._folder(name), size, name=name)
+        if self.base.limit is not None:
+            first = {part: np.arange(min(self.base.limit, found.size(part))) for part in SPLITS}
+            found = replace(found, **{part: getattr(found, part).take(rows) for part, rows in first.items()})
         if name == task:
             return found
         order = np.random.default_rng(0)
