@@ -107,7 +107,7 @@ def test_nothing_to_show_says_what_to_run(tmp_path):
 
 
 def test_our_errors_are_one_line(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["hora-bench", "run", "vtab/svhn"])
+    monkeypatch.setattr("sys.argv", ["hora-bench", "run", "image-folder"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2

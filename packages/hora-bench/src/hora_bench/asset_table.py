@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Final
 
-from hora_bench.assets import Asset, Debian, Hub, Wheel
+from hora_bench.assets import Asset, Debian, Hub, HubArchive, Wheel
 
 
 def _vit(source: Path, target: Path) -> dict[str, float]:
@@ -68,6 +68,12 @@ ASSETS: Final = (
                 _commonsense,
             ),
         ),
+    ),
+    Asset(
+        "vtab-1k",
+        "VTAB-1K's 19 tasks in NOAH's folder layout, 1000 training images each, about 5 GB",
+        "each data set has its own",
+        (HubArchive("XiN0919/VTAB-1k", "vtab-1k.zip"),),
     ),
     Asset(
         "fashion-mnist",

