@@ -2,14 +2,18 @@
 
 import json
 import tarfile
+from pathlib import Path
+from zipfile import ZipFile
 
+import huggingface_hub
 import numpy as np
 import pytest
+from hora_bench.commands.run import load_task
 from hora_bench.models import load
 from hora_bench.tasks.commonsense_data import TASKS, record
 from hora_bench.tasks.image_sources import digits, fgvc, vtab
 from hora_bench.tasks.image_sources import image_folder as read_folder
-from hora_bench.tasks.text import CUTOFF, answer_in, commonsense, read_records
+from hora_bench.tasks.text import CUTOFF, answer_in, by_length, commonsense, read_records
 from hora_bench.tasks.text import records_file as read_file
 from hora_spec import HoraError
 
@@ -62,6 +66,18 @@ def test_a_split_that_names_a_missing_file_is_refused(image_folder):
     (image_folder / "images/7.png").unlink()
     with pytest.raises(HoraError, match=r"1 missing, such as .*7\.png"):
         read_folder(image_folder, 16)
+
+
+def test_vtab_comes_from_its_archive_and_without_one_says_which_file_to_place(image_folder, cache, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HoraError, match=r"HF_HUB_OFFLINE is set: place vtab-1k\.zip in .*downloads"):
+        load_task("vtab/svhn", None, "")
+    (cache / "downloads").mkdir()
+    with ZipFile(cache / "downloads/vtab-1k.zip", "w") as archive:
+        for file in image_folder.rglob("*"):
+            archive.write(file, Path("vtab-1k/svhn", file.relative_to(image_folder)))
+    task = load_task("vtab/svhn", None, "", image_size=16)
+    assert (task.num_classes, task.size("train"), task.origin["source"]) == (10, 80, "folder svhn in VTAB-1K layout")
 
 
 def test_labels_out_of_range_are_refused(image_folder, tmp_path):
@@ -130,6 +146,25 @@ def test_records_without_the_answer_pattern_are_named(records_file, change, mess
     with pytest.raises(HoraError, match=message or "must have instruction") as error:
         read_records(records_file, "made")
     assert "record 3" in str(error.value)
+
+
+def test_a_line_that_is_no_json_object_is_named(records_file):
+    lines = records_file.read_text().splitlines()
+    for broken in ("{broken", "17"):
+        records_file.write_text("\n".join([*lines[:4], broken, *lines[4:]]))
+        with pytest.raises(HoraError, match=r"record 5 of made\.jsonl must be one JSON object"):
+            read_records(records_file, "made")
+    with pytest.raises(HoraError, match="does not exist"):
+        read_records(records_file.parent / "none.jsonl", "made")
+
+
+def test_scores_are_judged_in_the_order_of_the_batches(records_file, llama_directory):
+    task = read_file(records_file, load.tokenizer(str(llama_directory)))
+    task.test = read_records(records_file, "made")[2:4]
+    records = task.records("test")
+    assert by_length(records) == [1, 0]
+    right = [float(option == records[i].answer) for i in (1, 0) for option in records[i].options]
+    assert task.score("test", np.array(right)).accuracy_pct == 100
 
 
 DOCUMENTS = {

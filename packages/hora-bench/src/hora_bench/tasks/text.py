@@ -52,16 +52,22 @@ def read_records(path: Path, group: str, limit: int | None = None) -> list[Recor
     Raises
     ------
     HoraError
-        A record has no answer of a known pattern, or its answer is not among the options of its instruction.
+        There is no such file, or a record is no JSON object, has no answer of a known pattern, or answers with none of
+        the options of its instruction.
     """
+    if not path.is_file():
+        raise HoraError(f"records are read from a file of JSON lines, got {path}, which does not exist: check the path")
     records = []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if limit is not None and len(records) == limit:
                 break
-            stored = json.loads(line)
-            missing = [key for key in ("instruction", "answer") if key not in stored]
             where = f"record {number} of {path.name}"
+            try:
+                stored = dict(json.loads(line))
+            except (TypeError, ValueError) as error:
+                raise HoraError(f"{where} must be one JSON object on one line, got {error}: fix the line") from error
+            missing = [key for key in ("instruction", "answer") if key not in stored]
             if missing:
                 raise HoraError(
                     f"{where} must have {' and '.join(missing)}, got {sorted(stored)}: see the guide on data"
