@@ -33,7 +33,9 @@ def show() -> None:
 
 
 @app.command("get")
-def get(names: Annotated[list[str] | None, typer.Argument(help="Which; all when left out (vtab-1k has 5 GB).")] = None) -> None:
+def get(
+    names: Annotated[list[str] | None, typer.Argument(help="Which; all when left out (vtab-1k has 5 GB).")] = None,
+) -> None:
     """Fetch, check and convert assets; what is already there is left alone."""
     for name in names or [asset.name for asset in ASSETS]:
         asset = assets.find(name)
