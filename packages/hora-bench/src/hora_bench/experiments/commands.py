@@ -35,7 +35,7 @@ QUICK: Final[dict[str, dict[str, Any]]] = {
         "learning_rates": [1e-3, 3e-3],
         "seeds": [0],
     },
-    "speed": {"torch": ["linear-probe", "lora", "hora"], "jax": ["linear-probe", "lora", "hora"], "rounds": 3},
+    "speed": {"torch": ["linear-probe", "lora", "hora"], "jax": ["lora", "hora"], "rounds": 2},
 }
 
 console = Console()
