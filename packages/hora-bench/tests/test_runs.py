@@ -1,10 +1,16 @@
 """Runs: the same on both backends, resumed to the same file, searched with equal budget, recorded by a schema."""
 
 import json
+import multiprocessing
+import resource
+import signal
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hora_bench import methods, results, runs
+from hora_bench.cache import write_json
 from hora_bench.commands.run import load_task, parse_mesh
 from hora_bench.results import Request
 from hora_bench.tasks.text import records_file as read_file
@@ -119,29 +125,74 @@ def test_greedy_generation_with_a_cache_is_that_of_transformers(llama_directory)
     np.testing.assert_array_equal(ours[:, : written.shape[1]], written)
 
 
+@pytest.fixture
+def processes(tmp_path, monkeypatch):
+    """Processes that start in a moment, forked from one that has imported everything."""
+    here = str(Path(__file__).parent)
+    monkeypatch.syspath_prepend(here)
+    monkeypatch.setenv("PYTHONPATH", here)  # before Python 3.12.4 the process to fork from gets no sys.path
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["process_to_kill"])
+    return context
+
+
 @pytest.mark.parametrize("backend", ["torch", "jax"])
-def test_a_killed_run_ends_in_the_same_file(backend, vit_directory, image_task, tmp_path):
-    class Kill(BaseException):
-        pass
+def test_ten_kills_end_in_the_same_file(backend, processes, vit_directory, image_task, tmp_path):
+    from process_to_kill import train
 
-    def killer(moment):
-        def progress(stage, done, total, loss):
-            if (stage, done) == moment:
-                raise Kill
+    asked = request(vit_directory, backend=backend, steps=24)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
 
-        return progress
+    def start(out, moment=0, waits=False):
+        here, there = processes.Pipe()
+        process = processes.Process(target=train, args=(asked, image_task, out, moment, waits, there))
+        process.start()
+        there.close()  # so that reading fails if the process ends
+        return process, here
 
-    asked = request(vit_directory, backend=backend)
-    whole = runs.run(asked, image_task, tmp_path / "whole", command="test")
-    for moment in [("train", 1), ("train", 3), ("train", 6), ("score", 12)]:
-        out = tmp_path / "killed"
-        with pytest.raises(Kill):
-            runs.run(asked, image_task, out, command="test", progress=killer(moment), every_s=0.0)
-        assert not list(out.glob("*.json"))
-    resumed = runs.run(asked, image_task, out, command="test", every_s=0.0)
-    assert comparable(resumed) == comparable(whole)
-    assert [path.name for path in out.iterdir()] == [f"{asked.name}.json"]
-    assert runs.run(asked, image_task, out, command="another") == resumed
+    start(whole)[0].join()
+    rng, events, torn = np.random.default_rng(0), [], 0
+    for kill in range(10):
+        waits = kill % 2 == 0  # the others are killed wherever they are by then, in native code too
+        process, told = start(killed, int(rng.integers(1, 16)), waits)
+        events.append(told.recv())
+        time.sleep(0 if waits else rng.uniform(0, 0.02))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert not list(killed.glob("*.json"))
+        torn += any(file.name.startswith(".") for file in killed.iterdir())
+    assert "step" in events
+    assert torn  # some came while a checkpoint was written
+    start(killed)[0].join()
+    assert [file.name for file in killed.iterdir()] == [f"{asked.name}.json"]
+    one, other = (results.read(out / f"{asked.name}.json") for out in (whole, killed))
+    assert comparable(one) == comparable(other)
+
+
+def test_a_finished_run_is_read_and_not_repeated(vit_directory, image_task, tmp_path):
+    asked = request(vit_directory, steps=1)
+    first = runs.run(asked, image_task, tmp_path, command="test")
+    assert runs.run(asked, image_task, tmp_path, command="another") == first
+
+
+def test_a_full_disk_leaves_files_whole_or_absent(tmp_path):
+    path, soft, hard = tmp_path / "result.json", *resource.getrlimit(resource.RLIMIT_FSIZE)
+    write_json(path, "whole")
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            write_json(path, "x" * 10_000)
+        with pytest.raises(OSError, match="too large"):
+            write_json(tmp_path / "new.json", "x" * 10_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [file.name for file in tmp_path.iterdir() if file.suffix == ".json"] == ["result.json"]
+    assert json.loads(path.read_text()) == "whole"
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
@@ -209,7 +260,7 @@ def test_a_smaller_fraction_is_part_of_a_larger_one():
         (lambda: methods.find("lara"), "a method is one of hora"),
         (lambda: methods.find("lora").configured({"hidden_dim": 3}), "options of lora are rank, alpha"),
         (lambda: parse_mesh("dp=2"), "axes fsdp and tp"),
-        (lambda: load_task("vtab/svhn", None, "m"), "reads your own copy"),
+        (lambda: load_task("fgvc/CUB", None, "m"), r"fgvc reads your own copy.*CUB/train\.json"),
         (lambda: load_task("mnist", None, "m"), "a task is one of"),
     ],
 )

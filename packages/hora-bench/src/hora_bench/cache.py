@@ -49,6 +49,15 @@ def new_directory(path: Path) -> Generator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed writers of `path` left beside it; call it when nobody writes there any more."""
+    import shutil
+
+    for left in path.parent.iterdir():
+        if left.name.startswith(f".{path.name}."):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically, keys in the order given."""
     with new_file(path) as temporary:

@@ -11,6 +11,7 @@ import psutil
 from hora_spec import HoraError
 
 from hora_bench import methods, results
+from hora_bench.cache import remove_leftovers
 from hora_bench.models import load
 from hora_bench.results import Request, RunResult, Scores, Trial
 from hora_bench.tasks.base import Score, Task
@@ -134,6 +135,8 @@ def run(
     if is_main(learner):
         result.write(out)
         checkpoint.unlink(missing_ok=True)
+        for file in (path, checkpoint):
+            remove_leftovers(file)
     return result
 
 

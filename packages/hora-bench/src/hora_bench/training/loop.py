@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 from hora_spec import HoraError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from hora_bench.cache import new_file
 from hora_bench.tasks.base import Batch, Score, Split, Task
@@ -135,10 +135,11 @@ def _rows(
 
 
 def _save(learner: Learner, curve: Curve, path: Path) -> None:
-    arrays = {f"state.{name}": np.ascontiguousarray(value) for name, value in learner.state().items()}
+    # not ascontiguousarray, which gives scalars an axis: a resumed step would be another program and round differently
+    arrays = {f"state.{name}": np.asarray(value, order="C") for name, value in learner.state().items()}
     arrays |= {"curve.loss": np.asarray(curve.loss), "curve.seconds": np.asarray(curve.seconds)}
     with new_file(path) as temporary:
-        save_file(arrays, temporary)
+        temporary.write_bytes(save(arrays))  # save_file would write through one more temporary file, kept by a kill
 
 
 def _resume(learner: Learner, path: Path | None) -> Curve:
