@@ -20,7 +20,13 @@ FORBIDDEN = {
     "hora_bench": {"hypothesis"},
 }
 MAY_IMPORT_HYPOTHESIS = "hora_spec.testing"
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "orbax": "orbax-checkpoint", "yaml": "pyyaml"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "markdown_it": "markdown-it-py",
+    "orbax": "orbax-checkpoint",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}
 
 
 def imports(source: str, *, at_run_time: bool = False) -> set[str]:

@@ -82,10 +82,13 @@ class HubArchive:
 
     def _download(self, archive: Path) -> None:
         from huggingface_hub import HfApi, hf_hub_download
+        from huggingface_hub.hf_api import RepoFile
 
         _reach_hub()
         try:
             (info,) = HfApi().get_paths_info(self.repository, self.filename, repo_type="dataset")
+            if not isinstance(info, RepoFile) or info.lfs is None:
+                raise UnavailableError(f"{self.repository} gives no sha256 of {self.filename}")
             hf_hub_download(self.repository, self.filename, repo_type="dataset", local_dir=archive.parent)
         except (OSError, ValueError) as error:
             raise UnavailableError(str(error).splitlines()[0]) from error

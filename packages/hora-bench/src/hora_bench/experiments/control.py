@@ -24,7 +24,7 @@ def chance_bound(labels: np.ndarray, *, level: float = LEVEL) -> float:
     Examples
     --------
     >>> round(chance_bound(np.arange(10).repeat(20)), 2)
-    17.5
+    17.0
     """
     share = np.bincount(labels).max() / len(labels)
     return 100 * float(stats.binom.ppf(level, len(labels), share)) / len(labels)
