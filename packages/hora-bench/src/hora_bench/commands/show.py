@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from hora_spec import HoraError
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from hora_bench import results
 from hora_bench.results import RunResult
@@ -32,7 +32,9 @@ def command(
     if as_json:
         print(json.dumps([dict(zip(HEADER, row, strict=True)) for row in rows]))
         return
-    table = Table(*HEADER, title=f"{len(found)} runs in {directory}")
+    table = Table(
+        *(Column(name, overflow="fold") for name in HEADER), padding=0, title=f"{len(found)} runs in {directory}"
+    )
     for row in rows:
         table.add_row(*row)
     console.print(table)
