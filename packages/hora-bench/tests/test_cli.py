@@ -1,6 +1,7 @@
 """The command line from outside."""
 
 import json
+from io import StringIO
 
 import pytest
 from hora_bench import cli, methods
@@ -11,7 +12,9 @@ from hora_bench.dry_run import by_torch, by_xla
 from hora_bench.dry_run.plan import Workload
 from hora_bench.methods import METHODS
 from hora_bench.models.llama import LlamaConfig
+from hora_bench.terminal import show_table
 from hora_spec import HoraError
+from rich.console import Console
 from typer.testing import CliRunner
 
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"})
@@ -99,6 +102,19 @@ def test_an_image_task_is_planned_without_its_data(vit_directory):
     text = run("run", "vtab/svhn", "--dry-run", "--model", vit_directory, "--image-size", 32, "--method", "lora")
     assert "counted by torch" in text
     assert "memory per device" in text
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_a_table_shows_every_cell_whole_whatever_the_width(width):
+    header = ["method", "route", *(f"column {number}" for number in range(8))]
+    rows = [[name, "branch", *(f"{name}-{number}" for number in range(8))] for name in ("lora", "hora")]
+    console = Console(width=width, file=StringIO())
+    show_table(console, "Title", header, rows, keys=2)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    shown = [word for line in lines if line.startswith(" lora") for word in line.split()]
+    assert [word for word in shown if word not in ("lora", "branch")] == rows[0][2:]
+    assert shown.count("branch") == sum(line.startswith("Title") for line in lines)
 
 
 def test_nothing_to_show_says_what_to_run(tmp_path):

@@ -90,6 +90,18 @@ def test_merged_inference_is_confirmed_where_no_method_is_slower(ratio, word):
     assert said("speed", {"inference": [record]}) == [word]
 
 
+@pytest.mark.parametrize(
+    ("cosines", "references", "word"), [([0.8] * 6, [0.1] * 6, "confirmed"), ([0.1, -0.1] * 6, [], "not seen")]
+)
+def test_alike_heads_are_compared_with_lora_or_with_nothing_in_common(cosines, references, word):
+    layers = [
+        {"method": method, "layer": layer, "projection": "q", "mean_cosine_delta": cosine}
+        for method, found in (("hora", cosines), ("lora", references))
+        for layer, cosine in enumerate(found)
+    ]
+    assert said("similarity", {"setting": {"options": {}}, "layers": layers}) == [word]
+
+
 def test_every_claim_has_a_verdict_without_any_result():
     assert {verdict.word for verdict in verdicts([])} == {"cannot be tested here"}
     assert len(verdicts([])) == 10

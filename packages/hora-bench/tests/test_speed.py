@@ -40,11 +40,31 @@ def test_ratios_are_taken_within_a_round():
     assert ratio(2 * busy, busy) == {"ratio": 2.0, "low": 2.0, "high": 2.0}
 
 
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_the_peak_of_a_step_holds_weights_moments_gradients_and_what_backward_needs(backend, images):
+    task = images.load("digits")
+    batch = task.train_batch("train", np.arange(8), np.random.default_rng(0))
+    half = {name: value[:4] for name, value in batch.items()}
+    learners = {name: runs.build(vary(images.base, backend=backend, method=name), task) for name in ("full", "hora")}
+    for learner in learners.values():
+        learner.step(batch, 1e-3, 0)
+    before = learners["full"].state()
+    peaks = {name: learner.peak_bytes(batch) for name, learner in learners.items()}
+    assert peaks == {name: learner.peak_bytes(batch) for name, learner in learners.items()}
+    weights = 4 * learners["full"].params_count
+    assert peaks["full"] > 3 * weights  # the first gradients are freed before the last are made
+    assert weights < peaks["hora"] < peaks["full"]
+    assert learners["hora"].peak_bytes(half) < peaks["hora"]
+    after = learners["full"].state()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
 def test_speed_times_steps_inference_and_operations(images):
     found = speed(images, torch=["linear-probe", "lora", "hora"], jax=[], rounds=2)
     by_method = {record["method"]: record for record in found["steps"]}
     assert by_method["lora"]["over_lora"]["ratio"] == 1
-    assert by_method["linear-probe"]["kept_bytes"] < by_method["hora"]["kept_bytes"]
+    assert by_method["lora"]["peak_over_lora"] == 1
+    assert by_method["linear-probe"]["peak_mib"] < by_method["hora"]["peak_mib"]
     assert [(r["method"], r["form"]) for r in found["inference"]] == [
         ("linear-probe", "adapted"),
         *((method, form) for method in ("lora", "hora") for form in ("adapted", "merged")),

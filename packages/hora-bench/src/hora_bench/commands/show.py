@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 from hora_spec import HoraError
 from rich.console import Console
-from rich.table import Column, Table
 
 from hora_bench import results
 from hora_bench.results import RunResult
+from hora_bench.terminal import show_table
 
 console = Console()
 HEADER = ("task", "model", "method", "backend", "data", "lr", "accuracy", "seeds", "trained", "step", "final loss")
@@ -32,12 +32,7 @@ def command(
     if as_json:
         print(json.dumps([dict(zip(HEADER, row, strict=True)) for row in rows]))
         return
-    table = Table(
-        *(Column(name, overflow="fold") for name in HEADER), padding=0, title=f"{len(found)} runs in {directory}"
-    )
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    show_table(console, f"{len(found)} runs in {directory}", HEADER, rows, keys=4)
     path = page or directory / "runs.html"
     _write_page(path, rows, found)
     console.print(f"[dim]{path}[/dim]")

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+
+from hora_bench.terminal import show_table
 
 console = Console()
 
@@ -55,25 +56,16 @@ def command(
     if as_json:
         print(json.dumps({"seconds": seconds, "rows": [_numbers(row) for row in rows], "exchange": exchange}))
         return
-    console.print(_table("Fine-tuning", page.HEADER, page.table(rows)))
+    show_table(console, "Fine-tuning", page.HEADER, page.table(rows))
     console.print(page.MEMORY_NOTE, style="dim")
     console.print(page.CAUTION, style="bold")
-    console.print(_table("Merging and exchange", ("", "accuracy", "numbers", "speed"), page.checks(rows, exchange)))
+    show_table(console, "Merging and exchange", page.CHECKS, page.checks(rows, exchange))
     console.print(f"{seconds:.0f} s; {out / 'report.html'}, adapters in {out / 'adapter'} and {out / 'lora'}")
 
 
 def _bar(progress: Progress, label: str, size: Any) -> Any:
     bar = progress.add_task(label, total=size.steps, loss="")
     return lambda done, total, loss: progress.update(bar, completed=done, total=total, loss=f"loss {loss:.3f}")
-
-
-def _table(title: str, header: Any, rows: Any) -> Table:
-    table = Table(*header, title=title)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def _numbers(row: Any) -> dict[str, Any]:

@@ -21,9 +21,10 @@ CAUTION = (
     "images. For a comparison use hora-bench run --tune with several seeds."
 )
 HEADER = ("", "accuracy before", "after", "adapter parameters", "with head", "step", "memory")
+CHECKS = ("", "accuracy", "numbers", "speed")
 MEMORY_NOTE = (
-    "Memory: on torch what one step keeps for its backward pass, on JAX the temporary memory that XLA plans for a "
-    "whole step; compare within a framework only. Step: median, the first left out."
+    "Memory: the most that one training step holds, weights included; on torch as it allocates, on JAX as XLA plans. "
+    "Step: median, the first left out."
 )
 
 
@@ -37,7 +38,7 @@ def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
             f"{row.adapter_params_count:,}",
             f"{row.adapter_params_count + row.head_params_count:,}",
             f"{1000 * row.step_time_s:.0f} ms",
-            f"{row.memory_bytes / 2**20:.0f} MiB",
+            f"{row.peak_bytes / 2**20:.0f} MiB",
         )
         for row in rows
     ]
@@ -77,7 +78,7 @@ def write(path: Path, rows: Sequence[Row], exchange: dict[str, float], size: Siz
         lead,
         (
             Section("Fine-tuning", HEADER, table(rows), (_losses(rows), _bars(rows)), (MEMORY_NOTE, CAUTION)),
-            Section("Merging and exchange", ("", "accuracy", "numbers", "speed"), checks(rows, exchange)),
+            Section("Merging and exchange", CHECKS, checks(rows, exchange)),
             Section(
                 "How alike the heads are",
                 figures=(_similarity(rows),),

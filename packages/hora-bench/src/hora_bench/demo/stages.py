@@ -52,7 +52,7 @@ class Row:
     adapter_params_count: int
     head_params_count: int
     step_time_s: float
-    memory_bytes: int
+    peak_bytes: int
     curve: Curve
     outputs: Float[np.ndarray, "images classes"]
     b_factors: dict[str, Float[np.ndarray, "heads head_dim rank"]] = field(default_factory=dict)
@@ -124,7 +124,7 @@ def _train(label: str, learner: Any, task: ImageTask, size: Size, progress: Any)
         learner.params_count - head,
         head,
         curve.step_time_s,
-        learner.memory_bytes(batch),
+        learner.peak_bytes(batch),
         curve,
         outputs,
     )

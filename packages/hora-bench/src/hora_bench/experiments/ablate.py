@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 from matplotlib.figure import Figure
 
-from hora_bench import methods, runs
+from hora_bench import runs
 from hora_bench.experiments.control import control
 from hora_bench.experiments.intervals import mean_interval, paired_interval
 from hora_bench.experiments.setting import Setting, vary
@@ -141,15 +141,11 @@ def ablate(
 def _choices(
     base: Request, factors: Mapping[str, Sequence[Any]], variants: Mapping[str, Mapping[str, Any]]
 ) -> list[Choice]:
-    """The default and everything that is compared with it, all options written out: defaults may change later."""
+    """The default and everything that is compared with it."""
     asked = [("default", None, {})]
     asked += [(factor, value, {factor: value}) for factor, values in factors.items() for value in values]
     asked += [("variant", name, dict(changes)) for name, changes in variants.items()]
-    return [Choice(factor, value, _spelled_out(vary(base, **changes))) for factor, value, changes in asked]
-
-
-def _spelled_out(request: Request) -> Request:
-    return vary(request, options=methods.find(request.method).configured(request.options).options)
+    return [Choice(factor, value, vary(base, **changes)) for factor, value, changes in asked]
 
 
 def _outcome(found: Sequence[RunResult]) -> dict[str, Any]:

@@ -12,11 +12,10 @@ from typing import Annotated, Any, Final, Literal
 import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-from rich.table import Table
 
 from hora_bench.experiments.journal import Journal
-from hora_bench.experiments.markdown import cell
 from hora_bench.experiments.record import write_record
+from hora_bench.experiments.sections import plots, show
 from hora_bench.experiments.setting import read_setting, vary
 
 File = Annotated[
@@ -35,7 +34,7 @@ QUICK: Final[dict[str, dict[str, Any]]] = {
         "learning_rates": [1e-3, 3e-3],
         "seeds": [0],
     },
-    "speed": {"torch": ["linear-probe", "lora", "hora"], "jax": ["lora", "hora"], "rounds": 2},
+    "speed": {"torch": ["linear-probe", "lora", "hora"], "jax": ["linear-probe", "hora"], "rounds": 2},
 }
 
 console = Console()
@@ -49,7 +48,6 @@ def similarity(
     out: Annotated[Path, typer.Option()] = Path("results/similarity.json"),
 ) -> None:
     """How alike the heads' updates are after training, and how many directions they use."""
-    from hora_bench.experiments.similarity.plot import plot
     from hora_bench.experiments.similarity.run import similarity as run
 
     setting = read_setting(file, quick=QUICK["similarity"] if quick else None, data=data)
@@ -57,11 +55,8 @@ def similarity(
     with _timed("similarity", file, out) as (progress, finish):
         result = finish(run(setting, **setting.vary, journal=journal, progress=progress))
     journal.remove()
-    plot(result, out.parent, stem=out.stem)
-    _table("start, by parametrisation", result["start"])
-    _table("after training", result["trials"])
-    _table("means over layers and heads", result["summary"])
-    _say(result, out)
+    plots("similarity", result, out.parent, out.stem)
+    show(console, "similarity", result, out)
 
 
 def ablate(
@@ -73,17 +68,13 @@ def ablate(
 ) -> None:
     """One factor at a time from the default: at one rate on validation, or each at its own rate on the test split."""
     from hora_bench.experiments.ablate import ablate as run
-    from hora_bench.experiments.ablate import plot
 
     setting = read_setting(file, quick=QUICK["ablate"] if quick else None, data=data)
     with _timed("ablate", file, out) as (progress, finish):
         command = _command("ablate", file)
         result = finish(run(setting, out.parent / "runs", **setting.vary, command=command, progress=progress))
-    plot(result, out.with_suffix(".svg"))
-    _table("test accuracy" if result["search"] else "validation accuracy", result["rows"])
-    if result["controls"]:
-        _table("control: shuffled labels", result["controls"])
-    _say(result, out)
+    plots("ablate", result, out.parent, out.stem)
+    show(console, "ablate", result, out)
 
 
 def sample_efficiency(
@@ -94,7 +85,6 @@ def sample_efficiency(
     out: Annotated[Path, typer.Option()] = Path("results/sample-efficiency.json"),
 ) -> None:
     """Accuracy against the share of training data, every method tuned alike."""
-    from hora_bench.experiments.sample_efficiency import plot
     from hora_bench.experiments.sample_efficiency import sample_efficiency as run
 
     name = "sample-efficiency"
@@ -102,9 +92,8 @@ def sample_efficiency(
     with _timed(name, file, out) as (progress, finish):
         runs = out.parent / "runs"
         result = finish(run(setting, runs, **setting.vary, command=_command(name, file), progress=progress))
-    plot(result, out.with_suffix(".svg"))
-    _table("test accuracy", result["curve"])
-    _say(result, out)
+    plots(name, result, out.parent, out.stem)
+    show(console, name, result, out)
 
 
 def speed(
@@ -131,9 +120,7 @@ def speed(
     with _timed("speed", file, out, flags) as (progress, finish):
         clock = "cpu" if cpu_clock else "wall"
         result = finish(run(setting, **setting.vary, clock=clock, device=device, progress=progress))
-    for part in ("steps", "inference", "operations"):
-        _table(part, result[part])
-    _say(result, out)
+    show(console, "speed", result, out)
 
 
 def report(
@@ -170,18 +157,3 @@ def _timed(
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(name, total=None)
         yield (lambda done, total: progress.update(task, completed=done, total=total)), finish
-
-
-def _table(title: str, records: list[dict[str, Any]]) -> None:
-    """Records as a table; lists are for the file."""
-    columns = list(dict.fromkeys(k for record in records for k, v in record.items() if not isinstance(v, list)))
-    table = Table(*columns, title=title)
-    for record in records:
-        table.add_row(*(cell(record.get(name)) for name in columns))
-    console.print(table)
-
-
-def _say(result: dict[str, Any], out: Path) -> None:
-    for note in result["notes"]:
-        console.print(f"- {note}", highlight=False)
-    console.print(f"[dim]{out}[/dim]")

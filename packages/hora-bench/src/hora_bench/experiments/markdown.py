@@ -27,12 +27,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     return ["", "| " + " | ".join(header) + " |", "|" + "---|" * len(header), *body, ""]
 
 
-def records_table(records: Sequence[dict[str, Any]], *names: str) -> list[str]:
-    """A table of those of the named fields that any record has; results of earlier versions have fewer."""
-    held = [name for name in names if any(name in record for record in records)]
-    return table(held, [[record.get(name) for name in held] for record in records])
-
-
 def link(path: Path, page: Path) -> str:
     """A link from a page to a file, by its name."""
     return f"[{path.name}]({Path(os.path.relpath(path, page.parent)).as_posix()})"

@@ -11,7 +11,7 @@ from hora_spec import HoraError
 from hora_bench.cache import new_file
 from hora_bench.experiments.markdown import embedded, link, table
 from hora_bench.experiments.record import read_record
-from hora_bench.experiments.sections import plots, tables
+from hora_bench.experiments.sections import notes, plots, tables
 from hora_bench.experiments.verdicts import verdicts
 from hora_bench.report import write_document
 
@@ -90,9 +90,11 @@ def _markdown(records: Records, out: Path, drawn: dict[Path, list[Path]], images
         for path, content in records:
             if content["experiment"] == name:
                 result = content["result"]
-                lines += [f"## {title}", "", f"{link(path, out)}: `{content['command']}`", *tables(name, result)]
+                lines += [f"## {title}", "", f"{link(path, out)}: `{content['command']}`"]
+                for one in tables(name, result):
+                    lines += ["", f"{one.title}:", *table(one.header, one.rows)]
                 lines += [line for plot in drawn[path] for line in (f"![{plot.stem}]({images[plot]})", "")]
-                lines += [*(f"- {note}" for note in result.get("notes", result.get("limits", []))), ""]
+                lines += [*(f"- {note}" for note in notes(result)), ""]
     squeezed = [line for line, before in zip(lines, ["", *lines], strict=False) if line or before]
     return "\n".join(squeezed).rstrip("\n") + "\n"
 

@@ -89,12 +89,12 @@ class Setting:
 
 
 def request(**changes: Any) -> Request:
-    """The default request with some fields changed."""
-    return Request(**{**DEFAULTS, **changes})
+    """The default request with some fields changed, all options of its method written out: defaults may change."""
+    return vary(Request(**{**DEFAULTS, **changes}))
 
 
 def vary(base: Request, **changes: Any) -> Request:
-    """`base` with fields, or options of its method, changed; validated anew.
+    """`base` with fields, or options of its method, changed; validated anew, all options written out.
 
     Parameters
     ----------
@@ -116,10 +116,8 @@ def vary(base: Request, **changes: Any) -> Request:
     if "method" in fields and "options" not in fields:
         fields["options"] = _kept(base, fields["method"])
     asked = Request(**{**base.model_dump(), **fields})
-    if not options:
-        return asked
-    methods.find(asked.method).configured(options)
-    return vary(asked, options={**asked.options, **options})
+    method = methods.find(asked.method).configured({**asked.options, **options})
+    return asked.model_copy(update={"options": method.options})
 
 
 def _kept(base: Request, method: str) -> dict[str, Any]:

@@ -119,18 +119,23 @@ def _merged_inference(result: Result) -> Said:
 
 
 def _alike_heads(result: Result) -> Said:
-    """By a sign test over layers and projections, which are not independent of each other."""
+    """By a sign test over layers and projections, which are not independent of each other.
+
+    HoRA is compared with LoRA, or, where that was not trained, with heads that have nothing in common.
+    """
     of: dict[str, dict[tuple[int, str], float]] = {"hora": {}, "lora": {}}
     for record in result["layers"]:
         of.setdefault(record["method"], {})[record["layer"], record["projection"]] = record["mean_cosine_delta"]
-    pairs = [(own, of["lora"][where]) for where, own in of["hora"].items() if where in of["lora"]]
+    pairs = [(own, of["lora"].get(where, 0.0)) for where, own in of["hora"].items()]
     if pairs:
-        above = sum(own > lora for own, lora in pairs)
+        above = sum(own > other for own, other in pairs)
         ours, theirs = (round(sum(values) / len(pairs), 2) + 0.0 for values in zip(*pairs, strict=True))
+        activation = result["setting"]["options"].get("activation", "leaky_relu")
+        reference = f"{theirs} with LoRA" if of["lora"] else "0 if heads had nothing in common"
         yield (
             stats.binomtest(above, len(pairs), alternative="greater").pvalue < SIGNIFICANT,
             (
-                f"mean cosine of two heads' updates {ours} with HoRA, {theirs} with LoRA; higher in {above} of "
+                f"mean cosine of two heads' updates {ours} with HoRA ({activation}), {reference}; higher in {above} of "
                 f"{len(pairs)} layers and projections; one task, one seed"
             ),
         )

@@ -80,11 +80,14 @@ class JaxLearner:
         """Logits ``(rows, classes)`` of images, or summed log-likelihoods ``(rows,)`` of responses."""
         return np.asarray(self._outputs(self.params, self.frozen, self._placed(batch)))
 
-    def memory_bytes(self, batch: Batch) -> int:
-        """Temporary memory of the compiled step, as XLA plans it."""
-        lowered = type(self)._step.lower(self, self.params, self.moments, self.frozen, batch, 0.0)
-        analysis = lowered.compile().memory_analysis()
-        return int(analysis.temp_size_in_bytes) if analysis else 0
+    def peak_bytes(self, batch: Batch) -> int:
+        """Most bytes that a training step holds at once on a device, weights and moments included, as XLA plans it."""
+        placed = self._placed(batch)
+        lowered = type(self)._step.lower(self, self.params, self.moments, self.frozen, placed, 0.0)
+        planned: Any = lowered.compile().memory_analysis()
+        reused = planned.alias_size_in_bytes  # arguments that hold results
+        held = planned.argument_size_in_bytes + planned.output_size_in_bytes - reused
+        return int(held + planned.temp_size_in_bytes)
 
     def device_peak_bytes(self) -> int:
         """Largest memory in use so far on an accelerator; 0 on CPU."""

@@ -1,15 +1,22 @@
 """The learner on torch."""
 
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import accumulate
 from typing import Any, final
 
 import numpy as np
 import torch
+from accelerate.utils import patch_environment
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.profiler import ProfilerActivity, profile
 
 from hora_bench.tasks.base import Batch
 from hora_bench.training.loop import Arrays
 from hora_bench.training.recipe import Recipe
+
+QUIET = "9"  # above every level of the profiler's own log
 
 
 @final
@@ -78,8 +85,8 @@ class TorchLearner:
             group["lr"] = learning_rate
         torch.manual_seed(step)
         self.logits.train()
-        loss = self.loss(batch)
         self.optimizer.zero_grad()
+        loss = self.loss(batch)
         self.accelerator.backward(loss)
         self.optimizer.step()
         return float(self.accelerator.reduce(loss.detach(), reduction="mean"))
@@ -105,21 +112,22 @@ class TorchLearner:
         chosen = logits.log_softmax(-1).gather(-1, local["label"].long()[..., None])[..., 0]
         return (chosen * local["weight"]).sum(-1).cpu().numpy()
 
-    def memory_bytes(self, batch: Batch) -> int:
-        """Bytes that one forward pass keeps for the backward pass, parameters left out; shared storage counts once."""
-        kept: dict[int, int] = {}
-        fixed = {p.untyped_storage().data_ptr() for p in self.logits.parameters()}
+    def peak_bytes(self, batch: Batch) -> int:
+        """Most bytes that a training step holds at once, weights and moments included; the learner stays as it is."""
+        state = self.state()
+        self.optimizer.zero_grad()  # allocated anew in the step that is measured
+        held = _storage_bytes(self._held())
+        growth = _device_growth if self.accelerator.device.type == "cuda" else _host_growth
+        peak = held + growth(partial(self.step, batch, 0.0, 0))
+        self.restore(state)
+        return peak
 
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in fixed:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        self.logits.train()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = self.loss(batch)  # noqa: F841 (holds the graph, so that no address is used twice)
-        return sum(kept.values())
+    def _held(self) -> Iterator[torch.Tensor]:
+        """Tensors that live between steps."""
+        yield from self.logits.parameters()
+        yield from self.logits.buffers()
+        for moments in self.optimizer.optimizer.state.values():
+            yield from (value for value in moments.values() if isinstance(value, torch.Tensor))
 
     def device_peak_bytes(self) -> int:
         """Largest memory allocated so far on an accelerator; 0 on CPU."""
@@ -155,6 +163,32 @@ class TorchLearner:
 
     def _tensors(self, batch: Batch) -> dict[str, torch.Tensor]:
         return {name: torch.from_numpy(value).to(self.accelerator.device) for name, value in batch.items()}
+
+
+def _storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the distinct storages of tensors."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _device_growth(run: Callable[[], Any]) -> int:
+    """How many more bytes of the GPU are allocated at the worst moment of `run` than before it."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _host_growth(run: Callable[[], Any]) -> int:
+    """The same on CPU, which keeps no such count: the running sum of the profiler's allocations and frees."""
+    with (
+        patch_environment(kineto_log_level=QUIET),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled,
+    ):
+        run()
+    events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    return max(accumulate(changes), default=0)
 
 
 def _whole(tensor: torch.Tensor) -> np.ndarray:

@@ -27,8 +27,8 @@ FROZEN: Final = "linear-probe"
 PLAIN: Final = (FROZEN, "full")
 ALL: Final = """\
 Contenders take turns in one process; ratios are taken within a round. Quartiles, not intervals.
-Kept bytes: torch, what a forward pass keeps for backward; JAX, the temporary memory XLA plans for a whole step. They \
-compare methods of one backend, not backends. The peak of a whole run is in the files of hora-bench run.
+Peak: the most that one training step holds, weights, gradients and moments included: torch on CPU, the running sum of \
+its allocations; torch on a GPU, the allocator's own count; JAX, what XLA plans.
 The first step holds compilation on JAX and allocation on torch; compile_s is what it takes beyond a later step on JAX.\
 """
 IMAGES: Final = """\
@@ -134,7 +134,7 @@ def _steps(
         clock=clock,
         progress=stepped,
     )
-    kept = {name: learner.memory_bytes(batch) for name, learner in learners.items()}
+    peak = {name: learner.peak_bytes(batch) for name, learner in learners.items()}
     records = []
     for name, learner in learners.items():
         times = summary(seconds[name])
@@ -145,11 +145,12 @@ def _steps(
         for label, reference in (("lora", "lora"), ("frozen", FROZEN)):
             if reference in seconds:
                 record[f"over_{label}"] = ratio(seconds[name], seconds[reference])
-        record |= {"first_step_s": round(first[name], 3), "kept_bytes": kept[name]}
+        record["peak_mib"] = round(peak[name] / 2**20, 1)
+        if "lora" in peak:
+            record["peak_over_lora"] = round(peak[name] / peak["lora"], 4)
+        record["first_step_s"] = round(first[name], 3)
         if backend == "jax":
             record["compile_s"] = round(first[name] - times["median_s"], 3)
-        if "lora" in kept:
-            record["kept_over_lora"] = round(kept[name] / kept["lora"], 3)
         records.append(record)
     return records
 

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from hora_bench.experiments.journal import Journal
 from hora_bench.experiments.record import write_record
+from hora_bench.experiments.sections import identification, plots, show, show_tables
 
 console = Console()
 
@@ -31,11 +31,10 @@ def command(
     """The paper's theorems as a regression: what sharing identifies, and how fast it is recovered."""
     from .identify import identify
     from .model import SHARINGS
-    from .plot import plot
     from .run import theory
 
     if part == "identify":
-        _show_identification([_record(identify(sharing, seed=seed)) for sharing in SHARINGS])
+        show_tables(console, [identification([_record(identify(sharing, seed=seed)) for sharing in SHARINGS])])
         return
     size = "full" if full else "quick" if quick else "default"
     started = time.perf_counter()
@@ -56,52 +55,12 @@ def command(
         seconds=time.perf_counter() - started,
         result=result,
     )
-    plot(result, out.with_suffix(".svg"))
+    plots("theory", result, out.parent, out.stem)
     journal.remove()
-    show(result)
-    console.print(f"[dim]{out} and {out.with_suffix('.svg')}[/dim]")
+    show(console, "theory", result, out)
     if not all(gate["passed"] for gate in result["gates"]):
         raise typer.Exit(1)
 
 
-def show(result: dict[str, Any]) -> None:
-    """Print identification, slopes, gates and limits of a result."""
-    _show_identification(result["identify"])
-    table = Table("fitted heads", "sharing", "loss", "slope of the mean", "slope of the median", title="log-log slopes")
-    for record in result["curves"]:
-        cells = (f"{record[s]['slope']:+.2f} {_interval(record[s]['slope_interval'])}" for s in ("mean", "median"))
-        table.add_row(str(record["fitted_heads"]), record["sharing"], record["loss"], *cells)
-    console.print(table)
-    if result["gates"]:
-        table = Table("gate", "value", "bounds", "", title="gates")
-        for gate in result["gates"]:
-            verdict = "passed" if gate["passed"] else "[red]failed[/red]"
-            table.add_row(gate["gate"], f"{gate['value']:+.3f}", _interval((gate["low"], gate["high"])), verdict)
-        console.print(table)
-    console.print("limits", style="bold")
-    for limit in result["limits"]:
-        console.print(f"- {limit}", highlight=False)
-
-
-def _show_identification(records: list[dict[str, Any]]) -> None:
-    from .identify import SPLITS
-
-    title = "two heads for one, no noise: which split of the value update changes the function"
-    table = Table("sharing", f"change at a split of {SPLITS[-1]:g}", "order", "value error", "identified", title=title)
-    for found in records:
-        table.add_row(
-            found["sharing"],
-            f"{found['split_change'][-1]:.1e}",
-            "invisible" if found["split_order"] is None else f"{found['split_order']:.2f}",
-            f"{found['value_error']:.1e}",
-            "yes" if found["identified"] else "no",
-        )
-    console.print(table)
-
-
 def _record(found: Any) -> dict[str, Any]:
     return {**asdict(found), "identified": found.identified}
-
-
-def _interval(bounds: Any) -> str:
-    return "[{:+.2f}, {:+.2f}]".format(*bounds)
