@@ -1,6 +1,8 @@
 """The command line from outside."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from io import StringIO
 
 import pytest
@@ -122,12 +124,24 @@ def test_nothing_to_show_says_what_to_run(tmp_path):
         show.command(tmp_path)
 
 
-def test_our_errors_are_one_line(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["hora-bench", "run", "image-folder"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["image-folder"], "reads your own copy"),
+        (["digits", "--lr", "-1"], "learning_rate of a run: input should be greater than 0, got -1"),
+        (["digits", "--fraction", "0"], "fraction of a run: input should be greater than 0, got 0"),
+        (["digits", "--tune", "--tune-lr", "high"], "--tune-lr takes numbers, got 'high'"),
+        (["digits", "--option", "rank=[8]"], "got [8]"),
+    ],
+)
+def test_bad_input_is_one_message_and_no_traceback(arguments, message, monkeypatch, capsys, vit_directory, tmp_path):
+    given = ["hora-bench", "run", *arguments, "--model", str(vit_directory), "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", given)
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
-    assert "reads your own copy" in capsys.readouterr().err.replace("\n", " ")
+    assert message in capsys.readouterr().err.replace("\n", " ")
+    assert not list(tmp_path.rglob("*.json"))
 
 
 class Source:
@@ -153,6 +167,24 @@ def test_the_next_source_is_tried_and_a_fetched_asset_is_kept(cache):
     assert len(lines) == 3
     assert asset.origin["source"] == "a source"
     assert Asset("made", "", "MIT", (Source(),)).get() == cache / "assets/made"
+
+
+def test_processes_that_want_the_same_asset_fetch_it_once(cache):
+    fetched = []
+
+    class Slow(Source):
+        def fetch(self, target):
+            fetched.append(target)
+            time.sleep(0.2)
+            return super().fetch(target)
+
+    asset = Asset("made", "", "MIT", (Slow("content"),))
+    (cache / "assets").mkdir(parents=True)
+    (cache / "assets/.made.left").mkdir()  # by a process that was killed
+    with ThreadPoolExecutor(3) as pool:
+        assert len(set(pool.map(lambda _: asset.get(), range(3)))) == 1
+    assert len(fetched) == 1
+    assert {path.name for path in (cache / "assets").iterdir()} <= {"made", ".lock.made"}
 
 
 def test_without_any_source_the_fix_is_named_and_nothing_is_left(cache):

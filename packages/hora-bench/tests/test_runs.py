@@ -5,6 +5,7 @@ import multiprocessing
 import resource
 import signal
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -178,21 +179,41 @@ def test_a_finished_run_is_read_and_not_repeated(vit_directory, image_task, tmp_
     assert runs.run(asked, image_task, tmp_path, command="another") == first
 
 
-def test_a_full_disk_leaves_files_whole_or_absent(tmp_path):
-    path, soft, hard = tmp_path / "result.json", *resource.getrlimit(resource.RLIMIT_FSIZE)
-    write_json(path, "whole")
+@contextmanager
+def disk_that_takes(size):
+    """Files of this process end at `size` bytes, as on a disk that is full then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
-        with pytest.raises(OSError, match="too large"):
-            write_json(path, "x" * 10_000)
-        with pytest.raises(OSError, match="too large"):
-            write_json(tmp_path / "new.json", "x" * 10_000)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
-    assert [file.name for file in tmp_path.iterdir() if file.suffix == ".json"] == ["result.json"]
+
+
+def test_a_full_disk_leaves_files_whole_or_absent(tmp_path):
+    path = tmp_path / "result.json"
+    write_json(path, "whole")
+    with disk_that_takes(1000):
+        for name in ("result.json", "new.json"):
+            with pytest.raises(HoraError, match=f"{name} needs room on its disk.*free some"):
+                write_json(tmp_path / name, "x" * 10_000)
+    assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
     assert json.loads(path.read_text()) == "whole"
+
+
+@pytest.mark.parametrize(("every_s", "unwritten"), [(0.0, "checkpoint"), (60.0, "json")])
+def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(
+    every_s, unwritten, vit_directory, image_task, tmp_path
+):
+    asked, full, whole = request(vit_directory), tmp_path / "full", tmp_path / "whole"
+    with disk_that_takes(1000), pytest.raises(HoraError, match=f"{unwritten}.* needs room on its disk"):
+        runs.run(asked, image_task, full, command="test", every_s=every_s)
+    assert not list(full.iterdir())
+    one, other = (runs.run(asked, image_task, out, command="test", every_s=every_s) for out in (full, whole))
+    assert comparable(one) == comparable(other)
+    assert [file.name for file in full.iterdir()] == [f"{asked.name}.json"]
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])

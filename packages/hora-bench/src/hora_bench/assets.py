@@ -18,7 +18,7 @@ from zipfile import ZipFile
 
 from hora_spec import HoraError
 
-from hora_bench.cache import cache_dir, new_directory, write_json
+from hora_bench.cache import cache_dir, new_directory, one_at_a_time, write_json
 
 TIMEOUT_S: Final = 8.0  # an unreachable source is left within ten seconds
 MARKER: Final = "asset.json"
@@ -192,8 +192,13 @@ class Asset:
         HoraError
             No source could give it; the message says which file to place where.
         """
-        if self.origin is not None:
-            return self.path
+        if self.origin is None:
+            with one_at_a_time(self.path):
+                if self.origin is None:  # another process may have been first
+                    self._fetch(report)
+        return self.path
+
+    def _fetch(self, report: Callable[[str], None]) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
         failures = []
         for source in self.sources:
@@ -207,7 +212,7 @@ class Asset:
                 failures.append(f"{source}: {error}")
                 report(f"{self.name}: {failures[-1]}")
             else:
-                return self.path
+                return
         files = [f"{s.filename} in {cache_dir() / 'downloads'}" for s in self.sources if hasattr(s, "filename")]
         fix = f"place {files[0]}" if files else f"install {self.sources[-1]}"
         raise HoraError(f"{self.name} needs one of its sources, got {'; '.join(failures)}: {fix}, then run again")

@@ -1,14 +1,19 @@
 """Where downloads and results go, and files that are whole or absent."""
 
+import errno
 import json
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile, mkdtemp
-from typing import Any
+from typing import Any, Final
 
+from filelock import FileLock
+from hora_spec import HoraError
 from platformdirs import user_cache_path
+
+NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def cache_dir() -> Path:
@@ -17,8 +22,36 @@ def cache_dir() -> Path:
 
 
 @contextmanager
+def one_at_a_time(path: Path) -> Generator[None]:
+    """Other processes that are about to make `path` wait; what killed ones left of it is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.parent / f".lock.{path.name}"):
+        remove_leftovers(path)
+        yield
+
+
+@contextmanager
+def needs_room(path: Path) -> Generator[None]:
+    """Raise HoraError where `path` cannot be written for want of space."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise HoraError(
+            f"{path} needs room on its disk, got {os.strerror(error.errno).lower()!r}: free some and run again, "
+            "finished work is kept"
+        ) from error
+
+
+@contextmanager
 def new_file(path: Path) -> Generator[Path]:
     """A temporary path beside `path` that takes its place when the block ends without an error."""
+    with needs_room(path):
+        yield from _new_file(path)
+
+
+def _new_file(path: Path) -> Generator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         temporary = Path(file.name)
@@ -34,6 +67,11 @@ def new_file(path: Path) -> Generator[Path]:
 @contextmanager
 def new_directory(path: Path) -> Generator[Path]:
     """A temporary directory beside `path` that takes its place when the block ends without an error."""
+    with needs_room(path):
+        yield from _new_directory(path)
+
+
+def _new_directory(path: Path) -> Generator[Path]:
     import shutil
 
     path.parent.mkdir(parents=True, exist_ok=True)

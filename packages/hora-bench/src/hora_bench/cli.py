@@ -4,13 +4,16 @@ import sys
 
 import typer
 from hora_spec import HoraError
+from pydantic import ValidationError
 from rich.console import Console
+from rich.text import Text
 
 from hora_bench.commands import assets, methods, run, show
 from hora_bench.demo import command as demo
 from hora_bench.experiments import commands as experiments
 from hora_bench.experiments.cost import command as cost
 from hora_bench.experiments.theory import command as theory
+from hora_bench.results import first_error
 
 TOUR = """
 HoRA on real models and data, on torch and JAX.
@@ -42,5 +45,11 @@ def main() -> None:
     try:
         app()
     except HoraError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
-        sys.exit(2)
+        message = str(error)
+    except ValidationError as error:
+        what, where = first_error(error)
+        message = f"{where} of a run: {what}, got {error.errors()[0]['input']!r}: see hora-bench run --help"
+    else:
+        return
+    Console(stderr=True).print("[red]error:[/red]", Text(message))
+    sys.exit(2)

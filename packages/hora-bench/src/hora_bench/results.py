@@ -127,12 +127,17 @@ def read(path: Path) -> RunResult:
     try:
         return RunResult.model_validate_json(path.read_text())
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
+        what, where = first_error(error)
         raise HoraError(
-            f"{path.name} must follow schema version {SCHEMA_VERSION}, got {first['msg'].lower()} at {where}: "
+            f"{path.name} must follow schema version {SCHEMA_VERSION}, got {what} at {where or 'the file'}: "
             "see hora-bench schema"
         ) from error
+
+
+def first_error(error: ValidationError) -> tuple[str, str]:
+    """What is wrong, and in which field, of the first of the errors."""
+    first = error.errors()[0]
+    return first["msg"].lower(), ".".join(map(str, first["loc"]))
 
 
 def read_all(directory: Path) -> list[RunResult]:

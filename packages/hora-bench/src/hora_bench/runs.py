@@ -131,7 +131,10 @@ def run(
     start = time.perf_counter()
     score = _score(learner, task, request, progress)
     watch.look()
-    result = _result(request, task, learner, curve, score, watch.peak, time.perf_counter() - start, command, trials)
+    eval_s = time.perf_counter() - start
+    unreadable = task.unreadable(request.train_on, members)
+    unreadable |= task.unreadable(request.score_on, np.arange(task.size(request.score_on)))
+    result = _result(request, task, learner, curve, score, watch.peak, eval_s, unreadable, command, trials)
     if is_main(learner):
         result.write(out)
         checkpoint.unlink(missing_ok=True)
@@ -170,6 +173,7 @@ def _result(
     score: Score,
     peak: int,
     eval_s: float,
+    unreadable: dict[str, str],
     command: str,
     trials: list[Trial] | None,
 ) -> RunResult:
@@ -188,7 +192,7 @@ def _result(
             groups_pct=score.groups_pct,
         ),
         loss=curve.loss,
-        unreadable_images={Path(name).name: why for name, why in getattr(task, "bad_images", {}).items()},
+        unreadable_images=unreadable,
         trials=trials or [],
         measured=results.Measured(
             train_time_s=float(np.sum(curve.seconds)),

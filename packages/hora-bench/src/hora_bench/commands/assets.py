@@ -34,10 +34,10 @@ def show() -> None:
 
 @app.command("get")
 def get(
-    names: Annotated[list[str] | None, typer.Argument(help="Which; all when left out (vtab-1k has 5 GB).")] = None,
+    names: Annotated[list[str], typer.Argument(help="Which, by their names in the list.")],
 ) -> None:
     """Fetch, check and convert assets; what is already there is left alone."""
-    for name in names or [asset.name for asset in ASSETS]:
+    for name in names:
         asset = assets.find(name)
         path = asset.get(report=lambda line: console.print(f"[dim]{line}[/dim]"))
         checks = ", ".join(f"{key} {value:g}" for key, value in (asset.origin or {})["checks"].items())

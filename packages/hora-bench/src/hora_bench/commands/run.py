@@ -119,7 +119,7 @@ def _one(name: str, s: dict[str, Any]) -> None:
         fraction=s["fraction"],
         limit=s["limit"],
         image_size_px=size,
-        learning_rate=s["lr"] or protocol.learning_rate,
+        learning_rate=protocol.learning_rate if s["lr"] is None else s["lr"],
         weight_decay=protocol.weight_decay if s["wd"] is None else s["wd"],
         batch_size=protocol.batch_size,
         steps=steps,
@@ -151,8 +151,8 @@ def _one(name: str, s: dict[str, Any]) -> None:
 
         trials = None
         if s["tune"]:
-            rates = _numbers(s["tune_lr"]) or protocol.tune_learning_rates
-            decays = _numbers(s["tune_wd"]) or protocol.tune_weight_decays
+            rates = _numbers("--tune-lr", s["tune_lr"]) or protocol.tune_learning_rates
+            decays = _numbers("--tune-wd", s["tune_wd"]) or protocol.tune_weight_decays
             request, trials = runs.tune(
                 request,
                 task,
@@ -262,8 +262,11 @@ def _options(given: list[str]) -> dict[str, Any]:
     return changes
 
 
-def _numbers(given: str | None) -> tuple[float, ...]:
-    return tuple(float(part) for part in given.split(",")) if given else ()
+def _numbers(name: str, given: str | None) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in given.split(",")) if given else ()
+    except ValueError as error:
+        raise HoraError(f"{name} takes numbers, got {given!r}: write 1e-3,3e-3") from error
 
 
 def _replaced(protocol: Any, **changes: Any) -> Any:

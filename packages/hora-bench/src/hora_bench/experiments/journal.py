@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hora_bench.cache import needs_room
+
 
 class Journal:
     """JSON lines of ``[key, value]``; a last line cut by a kill is dropped.
@@ -40,7 +42,7 @@ class Journal:
             self._values[name] = compute()
             if self._path is not None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                with self._path.open("a") as lines:
+                with needs_room(self._path), self._path.open("a") as lines:
                     lines.write(json.dumps([key, self._values[name]]) + "\n")
         return self._values[name]
 

@@ -72,6 +72,10 @@ class Task(Protocol):
         """Digest of the examples: runs on other data of the same name are other runs."""
         ...
 
+    def unreadable(self, split: Split, indices: np.ndarray) -> dict[str, str]:
+        """Those of some examples that cannot be read, and why."""
+        ...
+
     def description(self) -> dict[str, Any]:
         """What a result file records about the data."""
         ...

@@ -10,7 +10,7 @@ import numpy as np
 from hora_spec import HoraError
 
 from hora_bench import assets
-from hora_bench.cache import cache_dir, new_directory
+from hora_bench.cache import cache_dir, new_directory, one_at_a_time
 from hora_bench.tasks.images import Augmentation, Examples, ImageTask
 
 VTAB: Final = {
@@ -64,7 +64,7 @@ def image_folder(
     image_size
         Height and width in pixels.
     name
-        Name in results; default the folder's.
+        Name in results; default the folder's or the archive's without endings.
     num_classes
         Default: the largest label and one.
 
@@ -73,8 +73,8 @@ def image_folder(
     HoraError
         A split file is missing or names a file that does not exist.
     """
+    name = name or (folder.resolve().name if folder.is_dir() else folder.name.split(".")[0])
     folder = _unpacked(folder)
-    name = name or folder.name
     train, val, test = (_read_split(folder, _split_file(folder, split)) for split in ("train", "val", "test"))
     largest = max(int(examples.classes.max()) for examples in (train, val, test))
     return ImageTask(
@@ -123,10 +123,12 @@ def _unpacked(path: Path) -> Path:
     if not tarfile.is_tarfile(path):
         raise HoraError(f"image-folder reads a folder or a tar archive, got {path}: unpack it and pass the folder")
     target = cache_dir() / "folders" / f"{path.name.split('.')[0]}-{path.stat().st_size}"
-    if not target.exists():
-        with new_directory(target) as temporary, tarfile.open(path) as archive:
-            archive.extractall(temporary, filter="data")
-    return next(child for child in sorted(target.iterdir()) if child.is_dir())
+    with one_at_a_time(target):
+        if not target.exists():
+            with new_directory(target) as temporary, tarfile.open(path) as archive:
+                archive.extractall(temporary, filter="data")
+    folders = [child for child in sorted(target.iterdir()) if child.is_dir()]
+    return target if any(target.glob("*.txt")) or not folders else folders[0]
 
 
 def _split_file(folder: Path, split: str) -> Path:

@@ -1,5 +1,6 @@
 """Image classification: decoding, resizing and normalising, in memory or from files."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -9,7 +10,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from hora_spec import HoraError
 from jaxtyping import Float, UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from hora_bench.tasks.base import Batch, Score, Split
 
@@ -115,6 +116,18 @@ class ImageTask:
             digest.update(examples.classes.astype(np.int64).tobytes())
         return digest.hexdigest()
 
+    def unreadable(self, split: Split, indices: np.ndarray) -> dict[str, str]:
+        """Those of some examples that do not decode, named from the folder that holds all files, and why.
+
+        What an earlier process saw is looked at again, so that a resumed run says the same.
+        """
+        examples = self._examples(split).take(indices)
+        for source, name in zip(examples.sources, _names(examples), strict=True):
+            self._read(source, name)
+        bad = [name for name in _names(examples) if name in self.bad_images]
+        files = [name for part in (self.train, self.val, self.test) for name in _names(part) if name]
+        return {os.path.relpath(name, os.path.commonpath(files)): self.bad_images[name] for name in bad}
+
     def description(self) -> dict[str, Any]:
         """Sizes of the splits, preprocessing and origin."""
         sizes = {f"{split}_count": self.size(split) for split in ("train", "val", "test")}
@@ -155,7 +168,9 @@ class ImageTask:
         try:
             opened = Image.open(source) if isinstance(source, Path) else Image.fromarray(source)
             stored = _resize(opened.convert("RGB"), side, square=self.augmentation == "none")
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+            if not name:
+                raise
             self._bad(name, error)
             return None
         if name:
@@ -163,7 +178,7 @@ class ImageTask:
         return stored
 
     def _bad(self, name: str, error: Exception) -> None:
-        self.bad_images[name] = str(error)
+        self.bad_images[name] = str(error).replace(name, Path(name).name)
         total = sum(self.size(split) for split in ("train", "val", "test"))
         if len(self.bad_images) > MAX_BAD_FRACTION * total:
             raise HoraError(

@@ -58,7 +58,7 @@ def read_records(path: Path, group: str, limit: int | None = None) -> list[Recor
     if not path.is_file():
         raise HoraError(f"records are read from a file of JSON lines, got {path}, which does not exist: check the path")
     records = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if limit is not None and len(records) == limit:
                 break
@@ -73,7 +73,7 @@ def read_records(path: Path, group: str, limit: int | None = None) -> list[Recor
                     f"{where} must have {' and '.join(missing)}, got {sorted(stored)}: see the guide on data"
                 )
             instruction = f"{stored['instruction']}\n{stored.get('input', '')}".rstrip("\n")
-            family = _family(stored["answer"])
+            family = _family(str(stored["answer"]))
             if not family:
                 raise HoraError(f"{where} must answer with one of {', '.join(FAMILIES)}, got {stored['answer']!r}")
             listed = instruction.rpartition("Answer format: ")[2].split("/")
@@ -163,6 +163,10 @@ class TextTask:
         """Digest of all instructions and answers."""
         records = [*self.train, *self.val, *self.test]
         return sha256("\0".join(f"{r.instruction}\0{r.answer}" for r in records).encode()).hexdigest()
+
+    def unreadable(self, split: Split, indices: np.ndarray) -> dict[str, str]:
+        """None: a record that cannot be read is an error."""
+        return {}
 
     def description(self) -> dict[str, Any]:
         """Sizes of the splits, prompt, cutoff and origin."""
