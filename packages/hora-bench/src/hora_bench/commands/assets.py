@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Column, Table
+from rich.padding import Padding
 
 from hora_bench import assets
 from hora_bench.asset_table import ASSETS
@@ -17,19 +17,13 @@ console = Console()
 @app.command("list")
 def show() -> None:
     """All assets, their licences and sources, and which are in the cache."""
-    table = Table(
-        Column("asset", no_wrap=True),
-        "what",
-        "licence",
-        "sources, in order",
-        "in the cache",
-        title=f"assets in {cache_dir()}",
-    )
+    console.print(f"cache: {cache_dir()}", highlight=False)
     for asset in ASSETS:
         origin = asset.origin
-        sources = "\n".join(map(str, asset.sources))
-        table.add_row(asset.name, asset.description, asset.licence, sources, origin["source"] if origin else "no")
-    console.print(table)
+        state = f"in the cache, from {origin['source']}" if origin else "not in the cache"
+        console.print(f"\n[bold]{asset.name}[/bold]: {state}", highlight=False)
+        for line in (asset.description, f"licence: {asset.licence}", f"from: {', '.join(map(str, asset.sources))}"):
+            console.print(Padding(line, (0, 0, 0, 2)), highlight=False)
 
 
 @app.command("get")
