@@ -132,6 +132,9 @@ def test_nothing_to_show_says_what_to_run(tmp_path):
         (["digits", "--fraction", "0"], "fraction of a run: input should be greater than 0, got 0"),
         (["digits", "--tune", "--tune-lr", "high"], "--tune-lr takes numbers, got 'high'"),
         (["digits", "--option", "rank=[8]"], "got [8]"),
+        (["digits", "--mesh", "fsdp=2"], "got --backend torch: use accelerate launch"),
+        (["digits", "--dtype", "bfloat16"], "image models are trained in float32"),
+        (["digits", "--backend", "jax", "--method", "dora"], "dora exists on torch, got --backend jax"),
     ],
 )
 def test_bad_input_is_one_message_and_no_traceback(arguments, message, monkeypatch, capsys, vit_directory, tmp_path):

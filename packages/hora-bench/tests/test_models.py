@@ -9,6 +9,7 @@ import timm
 import torch
 import transformers
 from flax import nnx
+from hora_bench.models import load
 from hora_bench.models.checkpoint import count_params, load_llama, load_vit, read_safetensors, vit_config
 from hora_bench.models.vit import ViT
 from hora_spec import HoraError
@@ -178,3 +179,17 @@ def test_another_architecture_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(HoraError, match="model_type"):
         load_llama(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [lambda name: load.timm_vit(name, 32), load.num_features, load.causal_lm, load.nnx_llama, load.tokenizer],
+)
+@pytest.mark.parametrize("name", ["none/such", "a directory without files"])
+def test_a_model_that_is_not_there_says_what_may_be_passed(build, name, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    if " " in name:
+        name = str(tmp_path)
+    with pytest.raises(HoraError, match=r"--model must be an asset.*pass its directory") as error:
+        build(name)
+    assert "\n" not in str(error.value)

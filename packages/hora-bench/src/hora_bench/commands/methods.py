@@ -14,7 +14,9 @@ console = Console()
 
 def command() -> None:
     """Fine-tuning methods, who implements them on each backend, and their options."""
-    table = Table(Column("method", no_wrap=True), "what it trains", "torch", "jax", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(
+        Column("method", no_wrap=True), "what it trains", "torch", "jax", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for method in METHODS:
         table.add_row(method.name, method.description, *(method.library.get(b, "") for b in ("torch", "jax")))
     console.print(table)

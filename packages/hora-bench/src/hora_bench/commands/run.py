@@ -133,6 +133,7 @@ def _one(name: str, s: dict[str, Any]) -> None:
         scan=s["scan"],
         examples_sha256=task.fingerprint(),
     )
+    _check(request)
     command_line = shlex.join(["hora-bench", *sys.argv[1:]])
     columns = (
         TextColumn("{task.description}"),
@@ -177,6 +178,14 @@ def _one(name: str, s: dict[str, Any]) -> None:
     if result.unreadable_images:
         console.print(f"  unreadable: {json.dumps(result.unreadable_images)}", style="yellow")
     console.print(f"[dim]{s['out'] / request.name}.json[/dim]")
+
+
+def _check(request: Any) -> None:
+    """Refuse options that would change nothing."""
+    if request.backend == "torch" and (request.mesh or request.remat or request.scan):
+        raise HoraError("--mesh, --remat and --scan are JAX's, got --backend torch: use accelerate launch, or pass jax")
+    if request.image_size_px and request.dtype != "float32":
+        raise HoraError(f"image models are trained in float32, got --dtype {request.dtype}: leave it out")
 
 
 def _plan(name: str, s: dict[str, Any], model: str, method: Any, protocol: Any, image_size: int | None) -> None:

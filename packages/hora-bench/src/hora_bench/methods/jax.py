@@ -32,7 +32,9 @@ def prepare(model: Any, method: Method, *, seed: int) -> tuple[Any, Filter]:
         The method does not exist on JAX.
     """
     if "jax" not in method.library:
-        raise HoraError(f"{method.name} exists on {', '.join(method.library)}, got --backend jax")
+        raise HoraError(
+            f"{method.name} exists on {', '.join(method.library)}, got --backend jax: see hora-bench methods"
+        )
     language = isinstance(model, Llama)
     match method.family:
         case "full":

@@ -29,7 +29,9 @@ def prepare(model: Any, method: Method, *, seed: int) -> Any:
         The method does not exist on torch.
     """
     if "torch" not in method.library:
-        raise HoraError(f"{method.name} exists on {', '.join(method.library)}, got --backend torch")
+        raise HoraError(
+            f"{method.name} exists on {', '.join(method.library)}, got --backend torch: see hora-bench methods"
+        )
     declare_missing_ops()
     import torch
 

@@ -1,6 +1,8 @@
 """Pretrained models by name on either backend: an asset, a directory, or a name of timm or the hub."""
 
 import json
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,21 @@ def source(name: str) -> dict[str, Any]:
     return {"name": Path(name).name if Path(name).is_dir() else name}
 
 
+@contextmanager
+def _loading(name: str, kind: str) -> Generator[None]:
+    """Raise HoraError where a library does not find or understand a model."""
+    try:
+        yield
+    except HoraError:
+        raise
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise HoraError(
+            "--model must be an asset (hora-bench assets list), a directory with config.json and model.safetensors, "
+            f"or {kind}, got {name!r} ({why}): without a network fetch it elsewhere and pass its directory"
+        ) from error
+
+
 def timm_vit(name: str, image_size: int, head: Head | None = None) -> Any:
     """A pretrained timm model for square images, in evaluation mode.
 
@@ -46,10 +63,8 @@ def timm_vit(name: str, image_size: int, head: Head | None = None) -> Any:
 
     found = resolve(name)
     path = f"local-dir:{found}" if isinstance(found, Path) else found
-    try:
+    with _loading(name, "a timm model"):
         model = timm.create_model(path, pretrained=True, img_size=image_size, num_classes=0)
-    except RuntimeError as error:
-        raise HoraError(f"--model must be an asset, a directory or a timm model, got {name!r}: {error}") from error
     if head is not None:
         model.reset_classifier(head[0].shape[1])
         with torch.no_grad():
@@ -65,11 +80,11 @@ def abstract_vit(name: str, image_size: int | None = None, num_classes: int = 0)
     import torch
 
     found = resolve(name)
-    stored: dict[str, Any] = (
-        json.loads((found / "config.json").read_text()) if isinstance(found, Path) else {"architecture": found}
-    )
     size = {} if image_size is None else {"img_size": image_size}
-    with torch.device("meta"):
+    with _loading(name, "a timm model"), torch.device("meta"):
+        stored: dict[str, Any] = (
+            json.loads((found / "config.json").read_text()) if isinstance(found, Path) else {"architecture": found}
+        )
         return timm.create_model(
             stored["architecture"], num_classes=num_classes, **{**stored.get("model_args", {}), **size}
         )
@@ -97,7 +112,8 @@ def causal_lm(name: str, *, dtype: str = "float32") -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(resolve(name), dtype=getattr(torch, dtype)).eval()
+    with _loading(name, "a causal language model of the hub"):
+        return AutoModelForCausalLM.from_pretrained(resolve(name), dtype=getattr(torch, dtype)).eval()
 
 
 def abstract_causal_lm(architecture: dict[str, Any]) -> Any:
@@ -118,8 +134,9 @@ def nnx_llama(name: str, *, dtype: str = "float32", **changes: Any) -> Any:
 
     found = resolve(name)
     patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
-    directory = found if isinstance(found, Path) else Path(snapshot_download(found, allow_patterns=patterns))
-    return load_llama(directory, dtype=dtype, **changes)
+    with _loading(name, "a LLaMA of the hub"):
+        directory = found if isinstance(found, Path) else Path(snapshot_download(found, allow_patterns=patterns))
+        return load_llama(directory, dtype=dtype, **changes)
 
 
 def tokenizer(name: str) -> Any:
@@ -127,7 +144,8 @@ def tokenizer(name: str) -> Any:
     declare_missing_ops()
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(resolve(name))
+    with _loading(name, "a language model of the hub"):
+        return AutoTokenizer.from_pretrained(resolve(name))
 
 
 def is_language_model(name: str) -> bool:

@@ -137,6 +137,8 @@ def _rows(
 def _save(learner: Learner, curve: Curve, path: Path) -> None:
     # not ascontiguousarray, which gives scalars an axis: a resumed step would be another program and round differently
     arrays = {f"state.{name}": np.asarray(value, order="C") for name, value in learner.state().items()}
+    if not all(np.isfinite(value).all() for value in arrays.values()):
+        return  # the loss was finite, what came of the step is not: the earlier checkpoint is the last good one
     arrays |= {"curve.loss": np.asarray(curve.loss), "curve.seconds": np.asarray(curve.seconds)}
     with new_file(path) as temporary:
         temporary.write_bytes(save(arrays))  # save_file would write through one more temporary file, kept by a kill
