@@ -17,10 +17,12 @@ from hora_bench.torchvision_ops import declare_missing_ops
 declare_missing_ops()
 import numpy as np
 from safetensors.numpy import save_file
-from hora_bench import methods
+from functools import partial
+from hora_bench import generation, methods
 from hora_bench.models import load
 from hora_bench.tasks.text import records_file
-from hora_bench.training.loop import fit
+from hora_bench.training.checkpoint import Checkpoint
+from hora_bench.training.loop import fit, predict
 from hora_bench.training.recipe import Recipe
 
 form, model, records, out = sys.argv[1:]
@@ -37,7 +39,8 @@ elif form == "device":
     learner = JaxLearner(*prepare(load.nnx_llama(model), method, seed=0), recipe)
 else:
     import torch
-    from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+    from datetime import timedelta
+    from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
     from hora_bench.methods.torch import prepare
     from hora_bench.training.torch import TorchLearner
     plugin = None
@@ -48,16 +51,24 @@ else:
             transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
             state_dict_type="SHARDED_STATE_DICT",
         )
-    accelerator = Accelerator(cpu=True)
+    soon = InitProcessGroupKwargs(timeout=timedelta(seconds=90))  # a process that waits in vain is an error
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[soon])
     if plugin is not None:  # accelerate 1.15 offers FSDP on accelerators alone
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
     assert accelerator.num_processes == (1 if form == "process" else 2)
     learner = TorchLearner(prepare(load.causal_lm(model), method, seed=0), recipe, accelerator=accelerator)
-curve = fit(learner, task, "train", recipe, members=np.arange(16), seed=0)
+path = Path(out).with_suffix(".checkpoint")
+Checkpoint(learner, path).save()
+# processes whose clocks disagree must agree when to save, or they wait for each other in different places
+checkpoint = Checkpoint(learner, path, every_s=0.0 if learner.is_main else 1e9)
+curve = fit(learner, task, "train", recipe, members=np.arange(16), seed=0, checkpoint=checkpoint)
+scored = predict(learner.outputs, task.eval_batches("train", 5), checkpoint=checkpoint)
+write = partial(generation.write, learner, task.tokenizer.eos_token_id)
+written = predict(write, generation.prompts(task, task.records("test")))
 arrays = {f"{i:04d}": value for i, (_, value) in enumerate(sorted(learner.state().items()))}
-if getattr(getattr(learner, "accelerator", None), "is_main_process", True):
-    save_file({"loss": np.asarray(curve.loss), **arrays}, out)
+if learner.is_main:
+    save_file({"loss": np.asarray(curve.loss), "scored": scored, "written": written, **arrays}, out)
 """
 
 

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 import resource
 import signal
 import time
@@ -13,8 +14,11 @@ import pytest
 from hora_bench import methods, results, runs
 from hora_bench.cache import write_json
 from hora_bench.commands.run import load_task, parse_mesh
+from hora_bench.models.load import tokenizer
 from hora_bench.results import Request
+from hora_bench.tasks.text import TextTask, read_records
 from hora_bench.tasks.text import records_file as read_file
+from hora_bench.training.checkpoint import Checkpoint
 from hora_bench.training.loop import fit
 from hora_bench.training.recipe import Recipe, batch_indices, subset
 from hora_spec import HoraError
@@ -94,8 +98,6 @@ def test_lora_trains_as_many_values_on_both_backends(vit_directory, image_task, 
 
 @pytest.mark.parametrize("scoring", ["log-likelihood", "generation"])
 def test_language_models_agree_on_both_backends(scoring, llama_directory, records_file, tmp_path):
-    from hora_bench.models.load import tokenizer
-
     task = read_file(records_file, tokenizer(str(llama_directory)))
     changes = {"image_size_px": None, "scoring": scoring, "batch_size": 4}
     torch, jax = (
@@ -113,7 +115,7 @@ def test_greedy_generation_with_a_cache_is_that_of_transformers(llama_directory)
     from hora_bench.models import load
 
     theirs = load.causal_lm(str(llama_directory))
-    tokens, valid = generation.left_padded([[2, 3, 4], [5, 6, 7, 8, 2]], 0)
+    tokens, valid = generation.left_padded([[2, 3, 4], [5, 6, 7, 8, 2]], 0).values()
     import torch
 
     written = theirs.generate(
@@ -204,12 +206,10 @@ def test_a_full_disk_leaves_files_whole_or_absent(tmp_path):
     assert json.loads(path.read_text()) == "whole"
 
 
-@pytest.mark.parametrize(("every_s", "unwritten"), [(0.0, "checkpoint"), (60.0, "json")])
-def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(
-    every_s, unwritten, vit_directory, image_task, tmp_path
-):
+@pytest.mark.parametrize("every_s", [0.0, 60.0])
+def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(every_s, vit_directory, image_task, tmp_path):
     asked, full, whole = request(vit_directory), tmp_path / "full", tmp_path / "whole"
-    with disk_that_takes(1000), pytest.raises(HoraError, match=f"{unwritten}.* needs room on its disk"):
+    with disk_that_takes(1000), pytest.raises(HoraError, match=r"checkpoint.* needs room on its disk"):
         runs.run(asked, image_task, full, command="test", every_s=every_s)
     assert not list(full.iterdir())
     one, other = (runs.run(asked, image_task, out, command="test", every_s=every_s) for out in (full, whole))
@@ -221,21 +221,64 @@ def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(
 def test_a_loss_that_is_no_number_stops_and_says_where(backend, vit_directory, image_task, tmp_path):
     learner = runs.build(request(vit_directory, backend=backend), image_task)
     recipe = Recipe(learning_rate=1e30, weight_decay=0.0, batch_size=8, steps=9, warmup_steps=2)
-    checkpoint = tmp_path / "state.safetensors"
+    path = tmp_path / "state.safetensors"
+    checkpoint = Checkpoint(learner, path, every_s=0.0)
     with pytest.raises(HoraError, match=r"finite.*first in .*(head|blocks).*last good state.*lower the learning rate"):
-        fit(
-            learner,
-            image_task,
-            "train",
-            recipe,
-            members=np.arange(24),
-            seed=0,
-            checkpoint=checkpoint,
-            every_s=0.0,
-        )
-    kept = load_file(checkpoint)
+        fit(learner, image_task, "train", recipe, members=np.arange(24), seed=0, checkpoint=checkpoint)
+    kept = load_file(path)
     assert len(kept["curve.loss"])
     assert all(np.isfinite(value).all() for value in kept.values())
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_the_module_where_numbers_end_is_named(backend, vit_directory, image_task):
+    learner = runs.build(request(vit_directory, backend=backend), image_task)
+    batch = image_task.train_batch("train", np.arange(8), np.random.default_rng(0))
+    assert learner.first_nonfinite(batch) == "all parameters and all modules' outputs are finite"
+    if backend == "torch":
+        learner.model.get_base_model().blocks[1].mlp.fc1.weight.data[0] = np.inf
+    else:
+        kernel = learner.frozen["base"]["blocks"][1]["mlp"]["fc1"]["kernel"]
+        kernel.set_value(kernel.get_value().at[0].set(np.inf))
+    assert re.fullmatch(
+        r"first in the output of (base_model\.model\.)?blocks\.1\.mlp\.fc1", learner.first_nonfinite(batch)
+    )
+    before = learner.state()
+    assert np.isnan(learner.step(batch, 1e-3, 0))
+    after = learner.state()
+    assert all(np.array_equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("scoring", ["log-likelihood", "generation"])
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_scoring_goes_on_where_it_was(backend, scoring, llama_directory, records_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("hora_bench.runs.EVAL_BATCH", {"text": 4})
+    monkeypatch.setattr("hora_bench.generation.BATCH", 2)
+    records = [*read_records(records_file, "made")] * 4
+    task = TextTask("made", records[:8], records[:2], records[-8:], tokenizer(str(llama_directory)))
+    asked = request(llama_directory, backend=backend, image_size_px=None, scoring=scoring, batch_size=4, steps=2)
+    seen = []
+
+    def stopped(stage, done, total, loss):
+        seen.append((stage, done))
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+
+    whole = runs.run(asked, task, tmp_path / "whole", command="test", progress=lambda *event: seen.append(event[:2]))
+    events = [*seen]
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(asked, task, tmp_path / "stopped", command="test", progress=stopped, every_s=0.0)
+    assert [stage for stage, _ in seen] == ["train", "train", "score", "score", "score"]
+    seen.clear()
+    monkeypatch.setattr("hora_bench.training.checkpoint.Checkpoint.keep", lambda self: kept.append(len(self.rows)))
+    kept = []
+    resumed = runs.run(
+        asked, task, tmp_path / "stopped", command="test", progress=lambda *event: seen.append(event[:2])
+    )
+    assert seen == events[2:]  # no step again
+    assert kept[0] == 4  # and no batch again: the first to be scored is the fourth
+    assert comparable(resumed) == comparable(whole)
 
 
 def test_the_search_chooses_on_validation_with_equal_budget(vit_directory, image_task, tmp_path):

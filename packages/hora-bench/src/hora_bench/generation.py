@@ -1,6 +1,6 @@
 """Answers written out: beam search on torch (`transformers`), greedy with a key-value cache on JAX."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hora_bench.tasks.base import Batch
 from hora_bench.tasks.text import BUCKET, CUTOFF, Record, TextTask, by_length, rounded
 
 BEAMS = 4
@@ -15,66 +16,58 @@ NEW_TOKENS = 16
 BATCH = 16
 
 
-def respond(
-    learner: Any, task: TextTask, records: list[Record], *, progress: Callable[[int], None] = lambda done: None
-) -> list[str]:
-    """The response to each record's prompt.
-
-    Parameters
-    ----------
-    learner
-        Of either backend.
-    task
-        For its tokenizer.
-    records
-        What to answer.
-    progress
-        Called with the number of records done.
-    """
-    write = _jax if hasattr(learner, "graph") else _torch
+def prompts(task: TextTask, records: list[Record]) -> Iterator[Batch]:
+    """Prompts in the order of `by_length`: ``tokens`` and ``valid (BATCH, seq)``; the last batch is padded."""
     order = by_length(records)
-    responses: dict[int, str] = {}
     for start in range(0, len(order), BATCH):
-        part = order[start : start + BATCH]
-        prompts = [task.prompt_tokens(records[i])[-(CUTOFF - NEW_TOKENS) :] for i in part]
-        prompts += prompts[-1:] * (BATCH - len(part))
-        tokens, valid = left_padded(prompts, task.tokenizer.eos_token_id)
-        written = write(learner, tokens, valid, task.tokenizer.eos_token_id)
-        for i, ids in zip(part, written, strict=False):
-            responses[i] = task.tokenizer.decode(ids, skip_special_tokens=True)
-        progress(len(responses))
-    return [responses[i] for i in range(len(records))]
+        part = [task.prompt_tokens(records[i])[-(CUTOFF - NEW_TOKENS) :] for i in order[start : start + BATCH]]
+        yield left_padded(part + part[-1:] * (BATCH - len(part)), task.tokenizer.eos_token_id)
 
 
-def left_padded(prompts: list[list[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts that end in the same column, and which of their positions are real."""
+def write(learner: Any, end: int, batch: Batch) -> np.ndarray:
+    """Ids ``(BATCH, NEW_TOKENS)`` that a learner of either backend writes after prompts, `end` from the end on."""
+    return (_jax if hasattr(learner, "graph") else _torch)(learner, end, batch)
+
+
+def responses(task: TextTask, records: list[Record], written: np.ndarray) -> list[str]:
+    """Text in the order of the records, from what was written after `prompts`."""
+    ids = dict(zip(by_length(records), written, strict=False))
+    return [task.tokenizer.decode(ids[i], skip_special_tokens=True) for i in range(len(records))]
+
+
+def left_padded(prompts: list[list[int]], pad: int) -> Batch:
+    """``tokens`` of prompts that end in the same column, and ``valid``: which of their positions are real."""
     width = rounded(max(map(len, prompts)), BUCKET)
     tokens = np.array([[pad] * (width - len(ids)) + ids for ids in prompts], np.int32)
     valid = np.array([[False] * (width - len(ids)) + [True] * len(ids) for ids in prompts])
-    return tokens, valid
+    return {"tokens": tokens, "valid": valid}
 
 
-def _torch(learner: Any, tokens: np.ndarray, valid: np.ndarray, end: int) -> np.ndarray:
+def _torch(learner: Any, end: int, batch: Batch) -> np.ndarray:
     import torch
 
     module = learner.accelerator.unwrap_model(learner.logits)
-    device = learner.accelerator.device
     module.eval()
+    local = learner.local(batch)
     with torch.no_grad():
         written = module.model.generate(
-            input_ids=torch.from_numpy(tokens).long().to(device),
-            attention_mask=torch.from_numpy(valid).long().to(device),
+            input_ids=local["tokens"].long(),
+            attention_mask=local["valid"].long(),
             num_beams=BEAMS,
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
             pad_token_id=end,
             eos_token_id=end,
+            synced_gpus=learner.accelerator.num_processes > 1,  # processes that share weights stop together
         )
-    return written[:, tokens.shape[1] :].cpu().numpy()
+    ids = written[:, batch["tokens"].shape[1] :]
+    ids = torch.nn.functional.pad(ids, (0, NEW_TOKENS - ids.shape[1]), value=end)
+    return learner.gathered(ids, len(batch["tokens"]))
 
 
-def _jax(learner: Any, tokens: np.ndarray, valid: np.ndarray, end: int) -> np.ndarray:
-    return np.asarray(greedy(learner.graph, learner.params, learner.frozen, tokens, valid, end))
+def _jax(learner: Any, end: int, batch: Batch) -> np.ndarray:
+    written = greedy(learner.graph, learner.params, learner.frozen, batch["tokens"], batch["valid"], end)
+    return np.asarray(written)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from hora_bench.cache import remove_leftovers
 from hora_bench.models import load
 from hora_bench.results import Request, RunResult, Scores, Trial
 from hora_bench.tasks.base import Score, Task
-from hora_bench.training.loop import Curve, evaluate, fit
+from hora_bench.training.checkpoint import EVERY_S, Checkpoint, Curve
+from hora_bench.training.learner import Learner
+from hora_bench.training.loop import fit, predict
 from hora_bench.training.recipe import Recipe, head_init, subset
 
 Progress = Callable[[str, int, int, float], None]
@@ -40,6 +43,7 @@ def build(request: Request, task: Any) -> Any:
     if task.kind == "images":
         head = head_init(load.num_features(request.model), task.num_classes, request.seed)
     if request.backend == "torch":
+        import torch
         from accelerate import Accelerator
 
         from hora_bench.methods.torch import prepare
@@ -49,7 +53,9 @@ def build(request: Request, task: Any) -> Any:
             base = load.timm_vit(request.model, size, head)
         else:
             base = load.causal_lm(request.model, dtype=request.dtype)
-        return TorchLearner(prepare(base, method, seed=request.seed), recipe, accelerator=Accelerator())
+        # without saying so, several processes on CPUs would not know of each other
+        accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+        return TorchLearner(prepare(base, method, seed=request.seed), recipe, accelerator=accelerator)
     from hora_bench.methods.jax import prepare as prepare_jax
     from hora_bench.training.jax import JaxLearner
 
@@ -81,7 +87,7 @@ def run(
     command: str,
     trials: list[Trial] | None = None,
     progress: Progress = silent,
-    every_s: float = 30.0,
+    every_s: float = EVERY_S,
 ) -> RunResult:
     """Train and score, or return the result that is already there.
 
@@ -108,9 +114,10 @@ def run(
     path = out / f"{request.name}.json"
     if path.exists():
         return results.read(path)
-    checkpoint = out / f"{request.name}.checkpoint.safetensors"
     members = subset(task.labels(request.train_on), request.fraction, request.seed)
     learner = build(request, task)
+    unfinished = out / f"{request.name}.checkpoint.safetensors"
+    checkpoint = Checkpoint(learner, unfinished, every_s)
     watch = _Watch(learner)
 
     def stepped(done: int, total: int, loss: float) -> None:
@@ -125,44 +132,40 @@ def run(
         members=members,
         seed=request.seed,
         checkpoint=checkpoint,
-        every_s=every_s,
         progress=stepped,
     )
     start = time.perf_counter()
-    score = _score(learner, task, request, progress)
+    score = _score(learner, task, request, checkpoint, progress)
     watch.look()
     eval_s = time.perf_counter() - start
     unreadable = task.unreadable(request.train_on, members)
     unreadable |= task.unreadable(request.score_on, np.arange(task.size(request.score_on)))
     result = _result(request, task, learner, curve, score, watch.peak, eval_s, unreadable, command, trials)
-    if is_main(learner):
+    if learner.is_main:
         result.write(out)
-        checkpoint.unlink(missing_ok=True)
-        for file in (path, checkpoint):
+        unfinished.unlink(missing_ok=True)
+        for file in (path, unfinished):
             remove_leftovers(file)
     return result
 
 
-def is_main(learner: Any) -> bool:
-    """Whether this process writes files."""
-    return getattr(getattr(learner, "accelerator", None), "is_main_process", True)
-
-
-def _score(learner: Any, task: Any, request: Request, progress: Progress) -> Score:
-    if request.scoring == "generation":
-        from hora_bench.generation import respond
-
-        records = task.records(request.score_on)
-        responses = respond(learner, task, records, progress=lambda done: progress("score", done, len(records), 0.0))
-        return task.score_generated(request.score_on, responses)
-    done, total = 0, task.size(request.score_on)
+def _score(learner: Learner, task: Any, request: Request, checkpoint: Checkpoint, progress: Progress) -> Score:
+    split = request.score_on
+    generated = request.scoring == "generation"
+    total = task.size(split) if generated else task.rows_count(split)
 
     def scored(rows: int) -> None:
-        nonlocal done
-        done = min(total, done + rows)
-        progress("score", done, total, 0.0)
+        progress("score", min(rows, total), total, 0.0)
 
-    return evaluate(learner, task, request.score_on, EVAL_BATCH[task.kind], progress=scored)
+    if not generated:
+        batches = task.eval_batches(split, EVAL_BATCH[task.kind])
+        return task.score(split, predict(learner.outputs, batches, checkpoint=checkpoint, progress=scored))
+    from hora_bench import generation
+
+    records = task.records(split)
+    write = partial(generation.write, learner, task.tokenizer.eos_token_id)
+    written = predict(write, generation.prompts(task, records), checkpoint=checkpoint, progress=scored)
+    return task.score_generated(split, generation.responses(task, records, written))
 
 
 def _result(

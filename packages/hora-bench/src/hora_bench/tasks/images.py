@@ -80,6 +80,10 @@ class ImageTask:
         """Number of examples."""
         return len(self._examples(split).classes)
 
+    def rows_count(self, split: Split) -> int:
+        """One row for each example."""
+        return self.size(split)
+
     def labels(self, split: Split) -> np.ndarray:
         """Class of each example."""
         return self._examples(split).classes

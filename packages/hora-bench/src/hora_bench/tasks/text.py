@@ -118,6 +118,10 @@ class TextTask:
         """Number of records."""
         return len(self.records(split))
 
+    def rows_count(self, split: Split) -> int:
+        """One row for each option of each record."""
+        return sum(len(record.options) for record in self.records(split))
+
     def labels(self, split: Split) -> np.ndarray:
         """The task of each record, so that subsets keep their shares."""
         return np.asarray([record.group for record in self.records(split)])

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from hora_jax.nnx import HoraModel
+from jax.core import Tracer
 
 from hora_bench.methods.jax import Filter
 from hora_bench.tasks.base import Batch
-from hora_bench.training.loop import Arrays
+from hora_bench.training.learner import Arrays
 from hora_bench.training.recipe import Recipe
 from hora_bench.training.sharding import make_mesh, replicate, shard_batch, shard_weights
 
@@ -69,8 +71,17 @@ class JaxLearner:
         """Number of all values, trained and frozen."""
         return self.params_count + sum(leaf.size for leaf in jax.tree.leaves(self.frozen))
 
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files: one process drives all devices of a mesh."""
+        return True
+
+    def decided(self, answer: bool) -> bool:
+        """The main process's answer, in every process."""
+        return answer
+
     def step(self, batch: Batch, learning_rate: float, step: int) -> float:
-        """One optimiser step; the loss before it."""
+        """One optimiser step; the loss before it. A loss that is not finite changes nothing."""
         loss, self.params, self.moments = self._step(
             self.params, self.moments, self.frozen, self._placed(batch), learning_rate
         )
@@ -107,12 +118,17 @@ class JaxLearner:
         if self.mesh:
             self.params, self.moments = replicate((self.params, self.moments), self.mesh)
 
-    def nonfinite(self) -> str:
-        """The first trained parameter that is not finite."""
+    def first_nonfinite(self, batch: Batch) -> str:
+        """The first trained parameter, or else the first module in the order of the calls, that is not finite."""
         for path, variable in nnx.to_flat_state(self.params):
             if not jnp.isfinite(variable.get_value()).all():
                 return f"first in {'.'.join(map(str, path))}"
-        return "all trained parameters are finite"
+        model = self.model.bind() if isinstance(self.model, HoraModel) else self.model
+        found: list[str] = []
+        for path, module in nnx.iter_modules(model):
+            _watch(module, ".".join(map(str, path)) or "the model", found)
+        loss_of(model, self._placed(batch))
+        return f"first in the output of {found[0]}" if found else "all parameters and all modules' outputs are finite"
 
     def _placed(self, batch: Batch) -> Any:
         return shard_batch(batch, self.mesh) if self.mesh else batch
@@ -120,8 +136,11 @@ class JaxLearner:
     @partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
     def _step(self, params: Any, moments: Any, frozen: Any, batch: Any, rate: Any) -> tuple[jax.Array, Any, Any]:
         loss, grads = jax.value_and_grad(lambda p: loss_of(nnx.merge(self.graph, p, frozen), batch))(params)
-        updates, moments = self.transform.update(grads, moments, params)
-        return loss, jax.tree.map(lambda p, u: p - rate * u, params, updates), moments
+        updates, new_moments = self.transform.update(grads, moments, params)
+        new_params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
+        good = jnp.isfinite(loss)
+        kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), (new_params, new_moments), (params, moments))
+        return loss, *kept
 
     @partial(jax.jit, static_argnums=0)
     def _outputs(self, params: Any, frozen: Any, batch: Any) -> jax.Array:
@@ -130,3 +149,17 @@ class JaxLearner:
             return logits
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["label"][..., None], axis=-1)[..., 0]
         return (chosen * batch["weight"]).sum(-1)
+
+
+def _watch(module: Any, name: str, found: list[str]) -> None:
+    """Make a module add its name to a list when it returns something that is not finite."""
+    kind = type(module)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = kind.__call__(self, *args, **kwargs)
+        arrays = [leaf for leaf in jax.tree.leaves(output) if not isinstance(leaf, Tracer)]
+        if not all(jnp.isfinite(array).all() for array in arrays):
+            found.append(name)
+        return output
+
+    module.__class__ = type(kind.__name__, (kind,), {"__call__": call})

@@ -3,17 +3,19 @@
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import accumulate
+from math import isfinite
 from typing import Any, final
 
 import numpy as np
 import torch
-from accelerate.utils import patch_environment
+from accelerate.utils import broadcast_object_list, patch_environment
+from einops import rearrange
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.profiler import ProfilerActivity, profile
 
 from hora_bench.tasks.base import Batch
-from hora_bench.training.loop import Arrays
+from hora_bench.training.learner import Arrays
 from hora_bench.training.recipe import Recipe
 
 QUIET = "9"  # above every level of the profiler's own log
@@ -49,7 +51,7 @@ class TorchLearner:
         Rates and moments.
     accelerator
         An `accelerate.Accelerator` to run on its device and, under ``accelerate launch``, in several processes: each
-        takes its rows of every batch, and the loss is weighted so that the sum equals one process.
+        takes its rows of every batch, the loss is weighted so that the sum equals one process, and all get all outputs.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, *, accelerator: Any) -> None:
@@ -79,8 +81,17 @@ class TorchLearner:
         named = self.accelerator.unwrap_model(self.logits).named_parameters()
         return sum(p.numel() for name, p in named if ".original_module." not in name)
 
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files."""
+        return self.accelerator.is_main_process
+
+    def decided(self, answer: bool) -> bool:
+        """The main process's answer, in every process."""
+        return broadcast_object_list([answer])[0]
+
     def step(self, batch: Batch, learning_rate: float, step: int) -> float:
-        """One optimiser step; the loss before it."""
+        """One optimiser step; the loss before it. A loss that is not finite changes nothing."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         torch.manual_seed(step)
@@ -88,29 +99,47 @@ class TorchLearner:
         self.optimizer.zero_grad()
         loss = self.loss(batch)
         self.accelerator.backward(loss)
-        self.optimizer.step()
-        return float(self.accelerator.reduce(loss.detach(), reduction="mean"))
+        before = float(self.accelerator.reduce(loss.detach(), reduction="mean"))
+        if isfinite(before):
+            self.optimizer.step()
+        return before
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Weighted mean cross-entropy; on several processes the mean over them is the whole batch's."""
-        count, rank = self.accelerator.num_processes, self.accelerator.process_index
         total = float(batch["weight"].sum())
-        local = self._tensors({name: value[rank::count] for name, value in batch.items()})
+        local = self.local(batch)
         each = nn.functional.cross_entropy(
             self.logits(local).flatten(0, -2), local["label"].flatten().long(), reduction="none"
         )
-        return (each * local["weight"].flatten()).sum() * (count / total)
+        return (each * local["weight"].flatten()).sum() * (self.accelerator.num_processes / total)
 
     @torch.no_grad()
     def outputs(self, batch: Batch) -> np.ndarray:
         """Logits ``(rows, classes)`` of images, or summed log-likelihoods ``(rows,)`` of responses."""
         self.logits.eval()
-        local = self._tensors(batch)
+        local = self.local(batch)
         logits = self.logits(local)
         if "image" in batch:
-            return logits.cpu().numpy()
+            return self.gathered(logits, len(batch["image"]))
         chosen = logits.log_softmax(-1).gather(-1, local["label"].long()[..., None])[..., 0]
-        return (chosen * local["weight"]).sum(-1).cpu().numpy()
+        return self.gathered((chosen * local["weight"]).sum(-1), len(batch["tokens"]))
+
+    def local(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Rows of a batch for this process, every n-th of n; rows are added so that all have equally many."""
+        count, rank = self.accelerator.num_processes, self.accelerator.process_index
+
+        def own(name: str, value: np.ndarray) -> torch.Tensor:
+            added = value[-1:].repeat(-len(value) % count, axis=0)
+            added = np.zeros_like(added) if name == "weight" else added
+            return torch.from_numpy(np.concatenate([value, added])[rank::count]).to(self.accelerator.device)
+
+        return {name: own(name, value) for name, value in batch.items()}
+
+    def gathered(self, rows: torch.Tensor, count: int) -> np.ndarray:
+        """What all processes made of their rows, in the order of the batch, which had `count`."""
+        gathered = self.accelerator.gather(rows.contiguous())
+        ordered = rearrange(gathered, "(process row) ... -> (row process) ...", process=self.accelerator.num_processes)
+        return ordered[:count].cpu().numpy()
 
     def peak_bytes(self, batch: Batch) -> int:
         """Most bytes that a training step holds at once, weights and moments included; the learner stays as it is."""
@@ -152,17 +181,26 @@ class TorchLearner:
                     key: _like(value, parameter if value.ndim else None) for key, value in moments.items()
                 }
 
-    def nonfinite(self) -> str:
-        """The first trained parameter that is not finite."""
+    @torch.no_grad()
+    def first_nonfinite(self, batch: Batch) -> str:
+        """The first trained parameter, or else the first module in the order of the calls, that is not finite."""
         for name, parameter in self.trained.items():
             if not torch.isfinite(parameter).all():
                 return f"first in {name}"
-            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-                return f"first in the gradient of {name}"
-        return "all trained parameters are finite"
+        found: list[str] = []
 
-    def _tensors(self, batch: Batch) -> dict[str, torch.Tensor]:
-        return {name: torch.from_numpy(value).to(self.accelerator.device) for name, value in batch.items()}
+        def look(name: str, module: nn.Module, given: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor) and not torch.isfinite(output).all():
+                found.append(name or "the model")
+
+        modules = self.accelerator.unwrap_model(self.logits).model.named_modules()
+        hooks = [module.register_forward_hook(partial(look, name)) for name, module in modules]
+        try:
+            self.loss(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return f"first in the output of {found[0]}" if found else "all parameters and all modules' outputs are finite"
 
 
 def _storage_bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -13,7 +13,7 @@ from hora_bench.experiments.setting import FINAL, Setting, vary
 from hora_bench.results import Request
 from hora_bench.runs import EVAL_BATCH, build, recipe_of
 from hora_bench.tasks.images import ImageTask
-from hora_bench.training.loop import evaluate, fit
+from hora_bench.training.loop import fit, predict
 from hora_bench.training.recipe import subset
 
 from .measures import factors_of, measure, start
@@ -91,7 +91,8 @@ def _measure(asked: Request, task: ImageTask) -> list[Any]:
     learner = build(asked, task)
     members = subset(task.labels(asked.train_on), asked.fraction, asked.seed)
     curve = fit(learner, task, asked.train_on, recipe_of(asked), members=members, seed=asked.seed)
-    score = evaluate(learner, task, asked.score_on, EVAL_BATCH["images"])
+    outputs = predict(learner.outputs, task.eval_batches(asked.score_on, EVAL_BATCH["images"]))
+    score = task.score(asked.score_on, outputs)
     outcome = {
         "accuracy_pct": round(score.accuracy_pct, 3),
         "loss": round(float(np.mean(curve.loss[-10:])), 5),

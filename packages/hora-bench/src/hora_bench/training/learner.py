@@ -1,0 +1,42 @@
+"""What a backend gives to training and scoring."""
+
+from typing import Protocol
+
+import numpy as np
+
+from hora_bench.tasks.base import Batch
+
+Arrays = dict[str, np.ndarray]
+
+
+class Learner(Protocol):
+    """A model with its trainable part; one class for each backend."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files."""
+        ...
+
+    def decided(self, answer: bool) -> bool:
+        """The main process's answer, in every process."""
+        ...
+
+    def step(self, batch: Batch, learning_rate: float, step: int) -> float:
+        """One optimiser step; the loss before it. A loss that is not finite changes nothing."""
+        ...
+
+    def outputs(self, batch: Batch) -> np.ndarray:
+        """Logits ``(rows, classes)`` of images, or summed log-likelihoods ``(rows,)`` of responses."""
+        ...
+
+    def state(self) -> Arrays:
+        """Trained parameters and optimiser state."""
+        ...
+
+    def restore(self, state: Arrays) -> None:
+        """Go back to an earlier `state`."""
+        ...
+
+    def first_nonfinite(self, batch: Batch) -> str:
+        """The first trained parameter, or else the first module in the order of the calls, that is not finite."""
+        ...
