@@ -249,6 +249,16 @@ def test_the_module_where_numbers_end_is_named(backend, vit_directory, image_tas
     assert all(np.array_equal(after[name], value) for name, value in before.items())
 
 
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_a_batch_without_a_readable_image_teaches_nothing(backend, vit_directory, image_task):
+    learner = runs.build(request(vit_directory, backend=backend, weight_decay=0.0), image_task)
+    before = learner.state()
+    batch = image_task.train_batch("train", np.arange(8), np.random.default_rng(0))
+    assert learner.step(batch | {"weight": np.zeros(8, np.float32)}, 1e-3, 0) == 0
+    after = learner.state()
+    assert all(np.array_equal(after[name], value) for name, value in before.items() if value.ndim)
+
+
 @pytest.mark.parametrize("scoring", ["log-likelihood", "generation"])
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_scoring_goes_on_where_it_was(backend, scoring, llama_directory, records_file, tmp_path, monkeypatch):

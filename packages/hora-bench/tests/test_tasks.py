@@ -13,9 +13,11 @@ from hora_bench.models import load
 from hora_bench.tasks.commonsense_data import TASKS, record
 from hora_bench.tasks.image_sources import digits, fgvc, vtab
 from hora_bench.tasks.image_sources import image_folder as read_folder
+from hora_bench.tasks.images import _rgb
 from hora_bench.tasks.text import CUTOFF, answer_in, by_length, commonsense, read_records
 from hora_bench.tasks.text import records_file as read_file
 from hora_spec import HoraError
+from PIL import Image
 
 
 def test_digits_are_split_into_1000_and_797():
@@ -60,6 +62,32 @@ def test_an_undecodable_image_is_named_and_the_run_goes_on(image_folder):
         assert found.keys() == {"3.png"}
         assert "cannot identify image file '3.png'" in why
     assert fresh.unreadable("train", np.array([0, 1])) == {}
+
+
+def test_training_images_are_decoded_once_while_there_is_room(image_folder, monkeypatch):
+    opened = []
+    monkeypatch.setattr("hora_bench.tasks.images._rgb", lambda image, rgb=_rgb: opened.append(image) or rgb(image))
+    rng, indices = np.random.default_rng(0), np.arange(8)
+    for room, decoded in ((5 * 16 * 16 * 3, 8 + 3), (2**30, 8)):
+        monkeypatch.setattr("hora_bench.tasks.images.DECODED_BYTES", room)
+        task = read_folder(image_folder, 16)
+        opened.clear()
+        first, second = (task.train_batch("train", indices, rng)["image"] for _ in range(2))
+        assert task.unreadable("train", indices) == {}
+        assert len(opened) == decoded
+        np.testing.assert_array_equal(first, second)
+
+
+def test_sixteen_bits_become_eight_and_pixels_without_a_range_are_refused(image_folder):
+    grey = np.linspace(0, 65535, 144).reshape(12, 12)
+    Image.fromarray(grey.astype(np.uint16)).save(image_folder / "images/0.png")
+    Image.fromarray((grey / 257).astype(np.uint8)).save(image_folder / "images/1.png")
+    Image.fromarray((grey / 65535).astype(np.float32)).save(image_folder / "images/2.png", format="tiff")
+    task = read_folder(image_folder, 12)
+    batch = task.train_batch("train", np.arange(3), np.random.default_rng(0))
+    np.testing.assert_array_equal(batch["image"][0], batch["image"][1])
+    assert batch["weight"].tolist() == [1, 1, 0]
+    assert "no fixed range: store 8 or 16 bits" in task.unreadable("train", np.arange(3))["2.png"]
 
 
 def test_above_one_per_cent_of_bad_images_it_stops(image_folder):

@@ -17,6 +17,7 @@ from hora_bench.tasks.base import Batch, Score, Split
 MEAN: Final = np.array([0.485, 0.456, 0.406], np.float32)
 STD: Final = np.array([0.229, 0.224, 0.225], np.float32)
 MAX_BAD_FRACTION: Final = 0.01
+DECODED_BYTES: Final = 2 * 2**30  # of training images kept in memory
 
 Source = Path | np.ndarray
 Augmentation = Literal["none", "crop-flip"]
@@ -67,7 +68,9 @@ class ImageTask:
 
     def __post_init__(self) -> None:
         self.bad_images: dict[str, str] = {}
+        self._readable: set[str] = set()
         self._decoded: dict[str, np.ndarray] = {}
+        self._room = DECODED_BYTES
         for split in ("train", "val", "test"):
             classes = self._examples(split).classes
             if len(classes) and not (classes.min() >= 0 and classes.max() < self.num_classes):
@@ -127,7 +130,8 @@ class ImageTask:
         """
         examples = self._examples(split).take(indices)
         for source, name in zip(examples.sources, _names(examples), strict=True):
-            self._read(source, name)
+            if name not in self._readable:
+                self._read(source, name)
         bad = [name for name in _names(examples) if name in self.bad_images]
         files = [name for part in (self.train, self.val, self.test) for name in _names(part) if name]
         return {os.path.relpath(name, os.path.commonpath(files)): self.bad_images[name] for name in bad}
@@ -153,6 +157,8 @@ class ImageTask:
         images, weights = [], []
         for source, name in zip(examples.sources, _names(examples), strict=True):
             stored = self._read(source, name)
+            if rng is not None and stored is not None:
+                self._remember(name, stored)
             weights.append(float(stored is not None))
             blank = np.zeros((self.image_size, self.image_size, 3), np.uint8)
             images.append(blank if stored is None else self._view(stored, rng))
@@ -166,20 +172,25 @@ class ImageTask:
     def _read(self, source: Source, name: str) -> UInt8[np.ndarray, "height width 3"] | None:
         if name in self.bad_images:
             return None
-        if name and name in self._decoded:
+        if name in self._decoded:
             return self._decoded[name]
         side = self.image_size if self.augmentation == "none" else round(self.image_size * 8 / 7)
         try:
-            opened = Image.open(source) if isinstance(source, Path) else Image.fromarray(source)
-            stored = _resize(opened.convert("RGB"), side, square=self.augmentation == "none")
+            with Image.open(source) if isinstance(source, Path) else Image.fromarray(source) as opened:
+                stored = _resize(_rgb(opened), side, square=self.augmentation == "none")
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
             if not name:
                 raise
             self._bad(name, error)
             return None
-        if name:
-            self._decoded[name] = stored
+        self._readable.add(name)
         return stored
+
+    def _remember(self, name: str, stored: np.ndarray) -> None:
+        """Keep what training will ask for again, while there is room."""
+        if name and name not in self._decoded and stored.nbytes <= self._room:
+            self._decoded[name] = stored
+            self._room -= stored.nbytes
 
     def _bad(self, name: str, error: Exception) -> None:
         self.bad_images[name] = str(error).replace(name, Path(name).name)
@@ -198,6 +209,15 @@ class ImageTask:
         if self.augmentation == "crop-flip" and rng is not None and rng.random() < 0.5:
             view = view[:, ::-1]
         return view
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Three channels of 8 bits; Pillow alone would make all but the darkest of deeper pixels white."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} have no fixed range: store 8 or 16 bits")
+    return image.convert("RGB")
 
 
 def _resize(image: Image.Image, side: int, *, square: bool) -> np.ndarray:

@@ -25,9 +25,9 @@ def logits_of(model: Any, batch: dict[str, jax.Array]) -> jax.Array:
 
 
 def loss_of(model: Any, batch: dict[str, jax.Array]) -> jax.Array:
-    """Weighted mean cross-entropy."""
+    """Weighted mean cross-entropy, 0 where all weights are."""
     each = optax.softmax_cross_entropy_with_integer_labels(logits_of(model, batch), batch["label"])
-    return (each * batch["weight"]).sum() / batch["weight"].sum()
+    return (each * batch["weight"]).sum() / jnp.maximum(1, batch["weight"].sum())
 
 
 @final

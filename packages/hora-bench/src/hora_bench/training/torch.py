@@ -105,8 +105,8 @@ class TorchLearner:
         return before
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        """Weighted mean cross-entropy; on several processes the mean over them is the whole batch's."""
-        total = float(batch["weight"].sum())
+        """Weighted mean cross-entropy, 0 where all weights are; the mean over processes is that of the whole batch."""
+        total = max(1.0, float(batch["weight"].sum()))
         local = self.local(batch)
         each = nn.functional.cross_entropy(
             self.logits(local).flatten(0, -2), local["label"].flatten().long(), reduction="none"
