@@ -122,6 +122,9 @@ def test_a_table_shows_every_cell_whole_whatever_the_width(width):
 def test_nothing_to_show_says_what_to_run(tmp_path):
     with pytest.raises(HoraError, match="hora-bench run TASK"):
         show.command(tmp_path)
+    (tmp_path / "torn.json").write_bytes(b'{"schema_version": 1, \xff')
+    with pytest.raises(HoraError, match=r"torn\.json must hold JSON.*remove it or restore it"):
+        show.command(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hora_bench.cache import read_json
 from hora_bench.experiments.cost.run import cost
 from hora_bench.experiments.page import write_page
-from hora_bench.experiments.record import read_record, write_record
+from hora_bench.experiments.record import write_record
 from hora_bench.experiments.verdicts import verdicts
 from hora_spec import HoraError
 
@@ -46,7 +47,7 @@ def test_the_html_page_holds_everything_and_is_the_same_twice(checkout):
     plots = list((ROOT / "docs/benchmarks").glob("*.svg"))
     assert html.count('src="data:image/svg+xml;base64,') == html.count("<img") == len(plots)
     for path in RESULTS.glob("*.json"):
-        assert f">{path.name}</a>: <code>{read_record(path)['command']}</code>" in html
+        assert f">{path.name}</a>: <code>{read_json(path)['command']}</code>" in html
 
 
 @pytest.mark.parametrize(
@@ -108,14 +109,14 @@ def test_every_claim_has_a_verdict_without_any_result():
 
 
 def test_the_committed_theory_passes_its_gates():
-    result = read_record(RESULTS / "theory.json")["result"]
+    result = read_json(RESULTS / "theory.json")["result"]
     assert len(result["gates"]) == 5
     assert all(gate["passed"] for gate in result["gates"])
     assert [found["identified"] for found in result["identify"]] == [True, False, False, False]
 
 
 def test_the_committed_cost_is_what_the_formulas_say():
-    stored = read_record(RESULTS / "cost.json")["result"]
+    stored = read_json(RESULTS / "cost.json")["result"]
     fresh = cost(torch=False, xla=False)
     assert stored["params"] == fresh["params"]
     assert stored["paper"] == fresh["paper"]
@@ -126,5 +127,5 @@ def test_the_committed_cost_is_what_the_formulas_say():
 def test_a_record_has_a_line_per_table_row_and_reads_back(tmp_path):
     result = {"rows": [{"a": 1, "b": [2, 3]}, {"a": 4, "b": []}], "notes": ["x"], "setting": {"deep": {"er": None}}}
     write_record(tmp_path / "r.json", "cost", "hora-bench cost", seconds=1.23, result=result)
-    assert read_record(tmp_path / "r.json")["result"] == result
+    assert read_json(tmp_path / "r.json")["result"] == result
     assert '   {"a": 1, "b": [2, 3]},\n' in (tmp_path / "r.json").read_text()

@@ -1,6 +1,5 @@
 """Result files: one JSON per run, a published schema, validated whenever one is read."""
 
-import json
 import os
 import platform
 from hashlib import sha256
@@ -11,7 +10,7 @@ import psutil
 from hora_spec import HoraError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hora_bench.cache import new_file
+from hora_bench.cache import new_file, read_json
 from hora_bench.experiments.record import versions
 
 SCHEMA_VERSION = 1
@@ -147,8 +146,7 @@ def read_all(directory: Path) -> list[RunResult]:
 
 def is_result(path: Path) -> bool:
     """Whether a JSON file claims to be a run's result."""
-    with path.open() as file:
-        content = json.load(file)
+    content = read_json(path)
     return isinstance(content, dict) and "schema_version" in content and "request" in content
 
 

@@ -56,15 +56,20 @@ def build(request: Request, task: Any) -> Any:
         # without saying so, several processes on CPUs would not know of each other
         accelerator = Accelerator(cpu=not torch.accelerator.is_available())
         return TorchLearner(prepare(base, method, seed=request.seed), recipe, accelerator=accelerator)
+    import jax
+
     from hora_bench.methods.jax import prepare as prepare_jax
     from hora_bench.training.jax import JaxLearner
 
     form = {"scan_layers": request.scan, "remat": request.remat}
-    if task.kind == "images":
-        base = load.nnx_vit(request.model, size, head, **form)
-    else:
-        base = load.nnx_llama(request.model, dtype=request.dtype, **form)
-    return JaxLearner(*prepare_jax(base, method, seed=request.seed), recipe, mesh=request.mesh)
+    # a model for a mesh waits in the host's memory: no device has to hold all of it
+    with jax.default_device(jax.devices("cpu")[0] if request.mesh else None):
+        if task.kind == "images":
+            base = load.nnx_vit(request.model, size, head, **form)
+        else:
+            base = load.nnx_llama(request.model, dtype=request.dtype, **form)
+        prepared = prepare_jax(base, method, seed=request.seed)
+    return JaxLearner(*prepared, recipe, mesh=request.mesh)
 
 
 @dataclass(slots=True)

@@ -8,9 +8,8 @@ from typing import Any, Final
 
 from hora_spec import HoraError
 
-from hora_bench.cache import new_file
+from hora_bench.cache import new_file, read_json
 from hora_bench.experiments.markdown import embedded, link, table
-from hora_bench.experiments.record import read_record
 from hora_bench.experiments.sections import notes, plots, tables
 from hora_bench.experiments.verdicts import verdicts
 from hora_bench.report import write_document
@@ -52,8 +51,8 @@ def write_page(results: Path, out: Path) -> list[Path]:
     """
     if out.suffix not in (".md", ".html"):
         raise HoraError(f"a page is Markdown (.md) or HTML (.html), got {out.name}: rename it")
-    found = [(path, read_record(path)) for path in sorted(results.rglob("*.json")) if "runs" not in path.parts]
-    records = [(path, content) for path, content in found if content.get("experiment") in TITLES]
+    found = [(path, read_json(path)) for path in sorted(results.rglob("*.json")) if "runs" not in path.parts]
+    records = [(path, c) for path, c in found if isinstance(c, dict) and c.get("experiment") in TITLES]
     if not records:
         raise HoraError(f"{results} must hold results of experiments, got none: run one, such as hora-bench theory")
     if out.suffix == ".md":

@@ -20,8 +20,13 @@ PACKAGES: Final = (
     "scipy",
     "torch",
     "peft",
+    "accelerate",
     "transformers",
+    "timm",
     "jax",
+    "flax",
+    "optax",
+    "qwix",
 )
 
 
@@ -56,11 +61,6 @@ def write_record(path: Path, experiment: str, command: str, *, seconds: float, r
     }
     with new_file(path) as temporary:
         temporary.write_text(_lines(content) + "\n")
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """The content of a file written by `write_record`."""
-    return json.loads(path.read_text())
 
 
 def _lines(value: Any, depth: int = 0) -> str:
