@@ -9,6 +9,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hora_bench import methods, results, runs
@@ -127,6 +128,27 @@ def test_greedy_generation_with_a_cache_is_that_of_transformers(llama_directory)
     graph, params = nnx.split(load.nnx_llama(str(llama_directory)))
     ours = np.asarray(generation.greedy(graph, params, nnx.State({}), tokens, valid, 0))
     np.testing.assert_array_equal(ours[:, : written.shape[1]], written)
+    assert (ours[:, written.shape[1] :] == 0).all()
+
+
+def test_an_adapter_writes_what_its_merged_model_writes(llama_directory):
+    from flax import nnx
+    from hora_bench import generation
+    from hora_bench.methods.jax import prepare
+    from hora_bench.models import load
+
+    adapted, _ = prepare(load.nnx_llama(str(llama_directory)), methods.find("hora"), seed=0)
+    rng = np.random.default_rng(0)
+    for params in adapted.phi.values():
+        for value in params.values():
+            value.set_value(jnp.asarray(rng.standard_normal(value.get_value().shape), jnp.float32))
+    tokens, valid = generation.left_padded([[2, 3, 4], [5, 6, 7, 8, 2]], 0).values()
+    frozen, trained, merged = (
+        np.asarray(generation.greedy(*nnx.split(model), nnx.State({}), tokens, valid, 0))
+        for model in (adapted.base, adapted, adapted.merged())
+    )
+    np.testing.assert_array_equal(trained, merged)
+    assert not np.array_equal(trained, frozen)
 
 
 @pytest.fixture

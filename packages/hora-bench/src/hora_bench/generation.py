@@ -89,22 +89,26 @@ def greedy(graph: Any, params: Any, frozen: Any, tokens: jax.Array, valid: jax.A
         Ids ``(batch, NEW_TOKENS)``.
     """
     from flax import nnx
+    from hora_jax.nnx import HoraModel
 
     model = nnx.merge(graph, params, frozen)
+    if isinstance(model, HoraModel):
+        model = model.bind()  # the factors are generated once, not for every token
+    graph, state = nnx.split(model)
     batch, seq = tokens.shape
     keys = jnp.concatenate([valid, jnp.ones((batch, NEW_TOKENS), bool)], axis=1)
-    base = getattr(model, "base", model)
-    cache = base.init_cache(batch, seq + NEW_TOKENS)
-    last = jnp.full((batch, 1), seq - 1)
-    logits, cache = model(tokens, valid=keys, cache=cache, at=last)
+    cache = model.init_cache(batch, seq + NEW_TOKENS)
+    logits, cache = model(tokens, valid=keys, cache=cache, at=jnp.full((batch, 1), seq - 1))
 
-    def write(carry: Any, _: None) -> tuple[Any, jax.Array]:
-        token, cache, done = carry
-        token = jnp.where(done, end, token)
-        done = done | (token == end)
-        logits, cache = nnx.merge(graph, params, frozen)(token[:, None], valid=keys, cache=cache)
-        return (logits[:, 0].argmax(-1), cache, done), token
+    def unfinished(carry: Any) -> jax.Array:
+        step, _, done, _, _ = carry
+        return (step < NEW_TOKENS) & ~done.all()
 
-    first = logits[:, 0].argmax(-1)
-    _, written = jax.lax.scan(write, (first, cache, jnp.zeros(batch, bool)), None, length=NEW_TOKENS)
-    return written.T
+    def write(carry: Any) -> Any:
+        step, token, done, cache, ids = carry
+        ids, done = ids.at[:, step].set(token), done | (token == end)
+        logits, cache = nnx.merge(graph, state)(token[:, None], valid=keys, cache=cache)
+        return step + 1, jnp.where(done, end, logits[:, 0].argmax(-1)), done, cache, ids
+
+    first, nothing = logits[:, 0].argmax(-1), jnp.full((batch, NEW_TOKENS), end)
+    return jax.lax.while_loop(unfinished, write, (0, first, jnp.zeros(batch, bool), cache, nothing))[-1]
