@@ -35,7 +35,7 @@ def recipe_of(request: Request) -> Recipe:
     return Recipe(**{name: getattr(request, name) for name in names})
 
 
-def build(request: Request, task: Any) -> Any:
+def build(request: Request, task: Any) -> Learner:
     """A learner: pretrained model, method and optimiser of the request's backend."""
     method = methods.find(request.method).configured(request.options)
     recipe = recipe_of(request)
@@ -76,7 +76,7 @@ def build(request: Request, task: Any) -> Any:
 class _Watch:
     """Largest memory of a run: the accelerator's own figure, on CPU the resident size seen between steps."""
 
-    learner: Any
+    learner: Learner
     peak: int = 0
 
     def look(self) -> None:
@@ -176,7 +176,7 @@ def _score(learner: Learner, task: Any, request: Request, checkpoint: Checkpoint
 def _result(
     request: Request,
     task: Any,
-    learner: Any,
+    learner: Learner,
     curve: Curve,
     score: Score,
     peak: int,

@@ -1,6 +1,6 @@
 """What a backend gives to training and scoring."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -11,6 +11,21 @@ Arrays = dict[str, np.ndarray]
 
 class Learner(Protocol):
     """A model with its trainable part; one class for each backend."""
+
+    @property
+    def model(self) -> Any:
+        """The model with its present parameters."""
+        ...
+
+    @property
+    def params_count(self) -> int:
+        """Number of trained values."""
+        ...
+
+    @property
+    def total_params_count(self) -> int:
+        """Number of all values, trained and frozen."""
+        ...
 
     @property
     def is_main(self) -> bool:
@@ -27,6 +42,14 @@ class Learner(Protocol):
 
     def outputs(self, batch: Batch) -> np.ndarray:
         """Logits ``(rows, classes)`` of images, or summed log-likelihoods ``(rows,)`` of responses."""
+        ...
+
+    def peak_bytes(self, batch: Batch) -> int:
+        """Most bytes that a training step holds at once, weights and moments included."""
+        ...
+
+    def device_peak_bytes(self) -> int:
+        """Largest memory in use so far on an accelerator; 0 on CPU."""
         ...
 
     def state(self) -> Arrays:
