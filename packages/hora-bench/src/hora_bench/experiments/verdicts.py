@@ -144,12 +144,14 @@ def _alike_heads(result: Result) -> Said:
 def _recovery(result: Result) -> Said:
     gates = result["gates"]
     if gates:
-        passed = sum(gate["passed"] for gate in gates)
+        failed = [gate for gate in gates if not gate["passed"]]
+        missed = [f"{g['gate']} is {g['value']:.3f}, not in {g['low']:g} to {g['high']:g}" for g in failed]
         yield (
-            passed == len(gates),
+            not failed,
             (
-                f"{passed} of {len(gates)} gates passed: for the recovery of updates when a head is redundant, in a "
-                "regression; not for prediction, and not for training"
+                f"{len(gates) - len(failed)} of {len(gates)} gates passed{''.join(f' ({miss})' for miss in missed)}: for "
+                "the recovery of updates when a head is redundant, in a regression; not for prediction, and not for "
+                "training"
             ),
         )
 

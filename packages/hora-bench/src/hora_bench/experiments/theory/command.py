@@ -24,7 +24,7 @@ def command(
     ] = "rates",
     *,
     quick: Annotated[bool, typer.Option("--quick", help="Seconds; gates are not judged.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="More samples, trials and sharings; about an hour.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="More samples, trials and sharings; some 20 minutes.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of problems, samples and starts.")] = 0,
     out: Annotated[Path, typer.Option(help="Result file; the plot goes beside it.")] = Path("results/theory.json"),
 ) -> None:

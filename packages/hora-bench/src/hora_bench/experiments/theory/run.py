@@ -26,8 +26,8 @@ def theory(
     Parameters
     ----------
     size
-        ``"quick"`` (seconds, gates not judged), ``"default"`` (about a minute) or ``"full"`` (an hour; also the
-        sharings "a" and "b").
+        ``"quick"`` (seconds, gates not judged), ``"default"`` (about a minute) or ``"full"`` (some 20 minutes; also
+        the sharings "a" and "b").
     seed
         Problem, samples and starts of trial t follow from ``(seed, t)``.
     journal
