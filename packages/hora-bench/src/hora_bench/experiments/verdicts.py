@@ -145,13 +145,13 @@ def _recovery(result: Result) -> Said:
     gates = result["gates"]
     if gates:
         failed = [gate for gate in gates if not gate["passed"]]
-        missed = [f"{g['gate']} is {g['value']:.3f}, not in {g['low']:g} to {g['high']:g}" for g in failed]
+        missed = [f" ({g['gate']} is {g['value']:.3f}, not in {g['low']:g} to {g['high']:g})" for g in failed]
+        passed = f"{len(gates) - len(failed)} of {len(gates)} gates passed{''.join(missed)}"
         yield (
             not failed,
             (
-                f"{len(gates) - len(failed)} of {len(gates)} gates passed{''.join(f' ({miss})' for miss in missed)}: for "
-                "the recovery of updates when a head is redundant, in a regression; not for prediction, and not for "
-                "training"
+                f"{passed}: for the recovery of updates when a head is redundant, in a regression; not for prediction, "
+                "and not for training"
             ),
         )
 
