@@ -6,7 +6,7 @@ import re
 import resource
 import signal
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -228,12 +228,23 @@ def test_a_full_disk_leaves_files_whole_or_absent(tmp_path):
     assert json.loads(path.read_text()) == "whole"
 
 
-@pytest.mark.parametrize("every_s", [0.0, 60.0])
-def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(every_s, vit_directory, image_task, tmp_path):
+@pytest.mark.parametrize(
+    ("filled", "every_s", "unwritten"),
+    [("train", 0.0, "checkpoint"), ("train", 60.0, "checkpoint"), ("score", 60.0, "json")],
+)
+def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(
+    filled, every_s, unwritten, vit_directory, image_task, tmp_path
+):
     asked, full, whole = request(vit_directory), tmp_path / "full", tmp_path / "whole"
-    with disk_that_takes(1000), pytest.raises(HoraError, match=r"checkpoint.* needs room on its disk"):
-        runs.run(asked, image_task, full, command="test", every_s=every_s)
-    assert not list(full.iterdir())
+    with ExitStack() as disk:
+
+        def fill(stage, *counts):
+            if stage == filled:
+                disk.enter_context(disk_that_takes(1000))
+
+        with pytest.raises(HoraError, match=f"{unwritten}.* needs room on its disk"):
+            runs.run(asked, image_task, full, command="test", every_s=every_s, progress=fill)
+    assert {file.suffix for file in full.iterdir()} == ({".safetensors"} if filled == "score" else set())
     one, other = (runs.run(asked, image_task, out, command="test", every_s=every_s) for out in (full, whole))
     assert comparable(one) == comparable(other)
     assert [file.name for file in full.iterdir()] == [f"{asked.name}.json"]
