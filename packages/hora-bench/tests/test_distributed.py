@@ -1,5 +1,6 @@
 """Two processes on torch and eight devices on JAX end where one does."""
 
+import json
 import os
 import subprocess
 import sys
@@ -63,41 +64,65 @@ Checkpoint(learner, path).save()
 # processes whose clocks disagree must agree when to save, or they wait for each other in different places
 checkpoint = Checkpoint(learner, path, every_s=0.0 if learner.is_main else 1e9)
 curve = fit(learner, task, "train", recipe, members=np.arange(16), seed=0, checkpoint=checkpoint)
-scored = predict(learner.outputs, task.eval_batches("train", 5), checkpoint=checkpoint)
+# first after training, when no process holds whole weights
 write = partial(generation.write, learner, task.tokenizer.eos_token_id)
 written = predict(write, generation.prompts(task, task.records("test")))
+scored = predict(learner.outputs, task.eval_batches("train", 5), checkpoint=checkpoint)
+sys.setswitchinterval(1000)  # a thread of the last collective that needs the interpreter waits for its end
 arrays = {f"{i:04d}": value for i, (_, value) in enumerate(sorted(learner.state().items()))}
 if learner.is_main:
     save_file({"loss": np.asarray(curve.loss), "scored": scored, "written": written, **arrays}, out)
+if form in ("ddp", "fsdp"):
+    from hora_bench.training.torch import leave_launcher
+    leave_launcher()
 """
 
 
-def start(form, tmp_path, model, records, *launcher):
+def train(form, tmp_path, model, records, *launcher):
     out, script = tmp_path / f"{form}.safetensors", tmp_path / "train.py"
     script.write_text(SCRIPT)
     settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(script), form, str(model), str(records), str(out)]
-    done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    start([*launcher, str(script), form, str(model), str(records), str(out)], settings)
     return load_file(out)
 
 
+def start(arguments, settings):
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 # what accelerate launch starts on accelerators; on CPU it would ask for MPI
-LAUNCH = "-m torch.distributed.run --standalone --nproc_per_node 2"
+LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 @pytest.mark.parametrize("form", ["ddp", "fsdp"])
 def test_two_torch_processes_equal_one(form, tmp_path, llama_directory, records_file):
-    one = start("process", tmp_path, llama_directory, records_file)
-    two = start(form, tmp_path, llama_directory, records_file, *LAUNCH.split())
+    one = train("process", tmp_path, llama_directory, records_file)
+    two = train(form, tmp_path, llama_directory, records_file, *LAUNCH)
     assert one.keys() == two.keys()
     for name, value in one.items():
         np.testing.assert_allclose(two[name], value, atol=1e-5, err_msg=name)
 
 
+def test_the_command_in_two_processes_writes_what_one_does(tmp_path, llama_directory, records_file):
+    command = ["-m", "hora_bench", "run", "records", records_file, "--model", llama_directory, "--json"]
+    command += ["--epochs", "2", "--batch-size", "8", "--lr", "1e-2", "--scoring", "generation"]
+    found = []
+    for out, launcher in (("one", []), ("two", LAUNCH)):
+        said = start([*launcher, *map(str, command), "--out", str(tmp_path / out)], {"OMP_NUM_THREADS": "1"})
+        (path,) = (tmp_path / out).iterdir()
+        assert json.loads(said) == json.loads(path.read_text())
+        found.append(json.loads(said))
+    one, two = found
+    np.testing.assert_allclose(two["loss"], one["loss"], atol=1e-5)
+    assert (two["request"], two["scores"]) == (one["request"], one["scores"])
+
+
 def test_eight_jax_devices_equal_one(tmp_path, llama_directory, records_file):
-    one = start("device", tmp_path, llama_directory, records_file)
-    eight = start("mesh", tmp_path, llama_directory, records_file)
+    one = train("device", tmp_path, llama_directory, records_file)
+    eight = train("mesh", tmp_path, llama_directory, records_file)
     assert one.keys() == eight.keys()
     for name, value in one.items():
         np.testing.assert_allclose(eight[name], value, atol=1e-5, err_msg=name)

@@ -75,6 +75,7 @@ def main(mode, rendezvous, output, rank, world):
         torch.save(found, output)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(0)  # a thread of Gloo that releases a tensor after the interpreter's end aborts (pytorch/pytorch#190489)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def _torch(learner: Any, end: int, batch: Batch) -> np.ndarray:
     module.eval()
     local = learner.local(batch)
     with torch.no_grad():
-        written = module.model.generate(
+        written = module.generate(
             input_ids=local["tokens"].long(),
             attention_mask=local["valid"].long(),
             num_beams=BEAMS,

@@ -81,6 +81,10 @@ def command(
         _one(name, {**settings, "task": name})
     if len(names) > 1:
         console.print(f"{len(names)} tasks done: hora-bench show {out}")
+    if backend == "torch" and not dry_run:
+        from hora_bench.training.torch import leave_launcher
+
+        leave_launcher()
 
 
 def _members(task: str) -> list[str]:

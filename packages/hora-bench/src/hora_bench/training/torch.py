@@ -1,5 +1,7 @@
 """The learner on torch."""
 
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import accumulate
@@ -11,6 +13,7 @@ import torch
 from accelerate.utils import broadcast_object_list, patch_environment
 from einops import rearrange
 from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -38,6 +41,10 @@ class Logits(nn.Module):
         picked = hidden.gather(1, batch["at"].long()[..., None].expand(-1, -1, hidden.shape[-1]))
         return causal.get_output_embeddings()(picked).float()
 
+    def generate(self, **settings: Any) -> torch.Tensor:
+        """Ids ``(batch, prompt + new)`` that the model writes after prompts."""
+        return self.model.generate(**settings)
+
 
 @final
 class TorchLearner:
@@ -63,6 +70,7 @@ class TorchLearner:
             trained, lr=recipe.learning_rate, betas=moments, eps=recipe.eps, weight_decay=recipe.weight_decay
         )
         self.logits, self.optimizer = accelerator.prepare(Logits(model), optimizer)
+        register_fsdp_forward_method(self.logits, "generate")  # gathers the weights first, as a forward pass does
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -201,6 +209,20 @@ class TorchLearner:
             for hook in hooks:
                 hook.remove()
         return f"first in the output of {found[0]}" if found else "all parameters and all modules' outputs are finite"
+
+
+def leave_launcher() -> None:
+    """End this process here, successfully, if it is one of several that `accelerate launch` or `torchrun` started.
+
+    Gloo's threads may release tensors after the interpreter has ended, which aborts the process and lets the launcher
+    kill the others (pytorch/pytorch#190489). Destroying the group joins the threads only once nothing refers to it,
+    and FSDP2's caches do.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
