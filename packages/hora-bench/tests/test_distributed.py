@@ -64,17 +64,17 @@ Checkpoint(learner, path).save()
 # processes whose clocks disagree must agree when to save, or they wait for each other in different places
 checkpoint = Checkpoint(learner, path, every_s=0.0 if learner.is_main else 1e9)
 curve = fit(learner, task, "train", recipe, members=np.arange(16), seed=0, checkpoint=checkpoint)
-# first after training, when no process holds whole weights
+# before anything is scored: right after a training step no process holds whole weights
 write = partial(generation.write, learner, task.tokenizer.eos_token_id)
 written = predict(write, generation.prompts(task, task.records("test")))
 scored = predict(learner.outputs, task.eval_batches("train", 5), checkpoint=checkpoint)
-sys.setswitchinterval(1000)  # a thread of the last collective that needs the interpreter waits for its end
+sys.setswitchinterval(1000)  # makes it likely that a thread of the last collective outlives the interpreter
 arrays = {f"{i:04d}": value for i, (_, value) in enumerate(sorted(learner.state().items()))}
 if learner.is_main:
     save_file({"loss": np.asarray(curve.loss), "scored": scored, "written": written, **arrays}, out)
 if form in ("ddp", "fsdp"):
-    from hora_bench.training.torch import leave_launcher
-    leave_launcher()
+    from hora_bench.training.torch import exit_if_launched
+    exit_if_launched()
 """
 
 

@@ -82,9 +82,9 @@ def command(
     if len(names) > 1:
         console.print(f"{len(names)} tasks done: hora-bench show {out}")
     if backend == "torch" and not dry_run:
-        from hora_bench.training.torch import leave_launcher
+        from hora_bench.training.torch import exit_if_launched
 
-        leave_launcher()
+        exit_if_launched()
 
 
 def _members(task: str) -> list[str]:

@@ -211,7 +211,7 @@ class TorchLearner:
         return f"first in the output of {found[0]}" if found else "all parameters and all modules' outputs are finite"
 
 
-def leave_launcher() -> None:
+def exit_if_launched() -> None:
     """End this process here, successfully, if it is one of several that `accelerate launch` or `torchrun` started.
 
     Gloo's threads may release tensors after the interpreter has ended, which aborts the process and lets the launcher
