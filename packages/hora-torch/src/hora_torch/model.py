@@ -18,6 +18,7 @@ from hora_torch.config import HoraConfig
 from hora_torch.layer import BASE, HoraLayer, HoraLinear
 from hora_torch.lifetime import during_call
 from hora_torch.planning import Plan, make_plan
+from hora_torch.saving import check_loaded
 from hora_torch.targets import base_module
 
 
@@ -220,6 +221,7 @@ class HoraModel(BaseTuner):
         cls, model: nn.Module, config: HoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Checkpoint keys become model keys; what does not fit is refused before the model changes (spec F5)."""
+        check_loaded(model, config, adapter_name, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         marker = f".{cls.prefix}hyper."
         expected = {key: value for key, value in model.state_dict().items() if f"{marker}{adapter_name}." in key}
