@@ -177,6 +177,33 @@ def test_nan_in_a_module_trained_whole_is_refused(families, tmp_path):
         peft.PeftModel.from_pretrained(families["vit"].model(), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("llama", {"layout": {"pattern": "d (h k)", "window": None}}),
+        ("llama", {"layout": {"pattern": "(h k) d", "window": [1, 0, 32]}}),
+        ("llama", {"parameter": "bias"}),
+        ("llama", {"parameter": "forward"}),
+        ("mha", {"parameter": "forward"}),
+        ("mha", {"parameter": "training"}),
+        ("mha", {"parameter": "out_proj"}),
+        ("mha", {"parameter": "weight"}),
+        ("mha", {"parameter": "q_proj_weight"}),
+    ],
+    ids=str,
+)
+def test_a_place_that_the_module_does_not_have_is_refused(families, name, change, tmp_path):
+    """The weight of q in the LLaMA is square, so that its shape tells nothing."""
+    adapted(families[name]).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    del config["hora_tensors_sha256"], config["hora_layers_sha256"]
+    for layer in config["hora_layers"]:
+        layer["projections"]["q"].update(change)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(HoraError, match="load the base model"):
+        peft.PeftModel.from_pretrained(families[name].model(), tmp_path)
+
+
 def test_another_spec_version_is_refused(families, tmp_path):
     saved(families, tmp_path)
     config = tmp_path / "adapter_config.json"
