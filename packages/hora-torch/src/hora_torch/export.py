@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import align_module_device
 from hora_spec import Adapter, AdapterLayer, HoraError, layer_from_json
 from hora_spec import export_lora as write_lora
+from hora_spec.files import RESERVED
 from numpy.typing import DTypeLike
 from peft.utils import get_peft_model_state_dict
 from torch import nn
@@ -44,9 +45,7 @@ def to_adapter(model: nn.Module, adapter_name: str | None = None) -> Adapter:
         params = {key: tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
         params = {key.removeprefix(prefix): np.float32(value) for key, value in params.items()}
         layers[layer_name] = AdapterLayer(spec, sites, params)
-    keys: dict[str, Any] = config.to_dict()
-    for key in ("hora_layers", "hora_spec_version", "peft_type"):
-        keys.pop(key)
+    keys = {key: value for key, value in config.to_dict().items() if key not in RESERVED}
     return Adapter(layers, keys, tensors)
 
 

@@ -40,6 +40,7 @@ class HoraHypernet(nn.Module):
     def __init__(self, spec: AdapterSpec, layer: LayerShape, *, name: str, seed: int = 0) -> None:
         super().__init__()
         self.spec, self.layer, self.name, self.seed = spec, layer, name, seed
+        self.awaits = False
         self._keys = tuple(key.partition(".")[::2] for key in param_shapes(spec, layer))
         for key, shape in param_shapes(spec, layer).items():
             kind, _, projection = key.partition(".")
@@ -67,6 +68,13 @@ class HoraHypernet(nn.Module):
                 elif key.startswith("b."):
                     param.normal_(std=0.25)
 
+    def await_values(self) -> None:
+        """Hold no values until some are loaded: the parameters are NaN, and calling the module is an error."""
+        self.awaits = True
+        with torch.no_grad():
+            for param in self.parameters():
+                param.fill_(torch.nan)
+
     def params(self) -> dict[str, Tensor]:
         """Canonical name to parameter, in canonical order."""
         own, modules = self._parameters, self._modules
@@ -80,7 +88,7 @@ class HoraHypernet(nn.Module):
         Raises
         ------
         HoraError
-            If the parameters are sharded and were not gathered for this call.
+            If the parameters are sharded and were not gathered for this call, or await values that were not loaded.
         """
         wanted = tuple(self.layer if projections is None else projections)
         params = {}
@@ -90,6 +98,8 @@ class HoraHypernet(nn.Module):
             elif projection in wanted:
                 key = f"{kind}.{projection}"
                 params[key] = self._usable(key, self._modules[kind](projection))
+        if self.awaits:
+            self._check_arrived(params)
         param = next(iter(params.values()))
         if autocast_enabled(param):
             with torch.autocast(param.device.type, enabled=False):
@@ -106,6 +116,15 @@ class HoraHypernet(nn.Module):
         if param.dtype in (torch.bfloat16, torch.float16):
             return param.float()
         return owned(self, param)
+
+    def _check_arrived(self, params: dict[str, Tensor]) -> None:
+        missing = [key for key, param in params.items() if not torch.isfinite(param).all()]
+        if missing:
+            raise HoraError(
+                f"an adapter that its config describes has its values from a file, {missing} of {self.name!r} were not "
+                "loaded or are not finite: load the adapter again, or for a new one write a new HoraConfig"
+            )
+        self.awaits = False
 
     def extra_repr(self) -> str:
         """Spec and shapes."""

@@ -90,9 +90,9 @@ class HoraLayer(BaseTunerLayer):
         leader = self.hora_attached[adapter_name].leader
         if leader is not None and "_is_replica" in self.__dict__:
             raise HoraError(
-                "nn.DataParallel copies modules, not what they know of each other, and the projections of a layer share "
-                "a hypernetwork: start one process per device (torchrun, accelerate launch), or show one device alone "
-                "(CUDA_VISIBLE_DEVICES=0)"
+                "nn.DataParallel copies modules, not what they know of each other, and the projections of a layer "
+                "share a hypernetwork: start one process per device (torchrun, accelerate launch), or show one device "
+                "alone (CUDA_VISIBLE_DEVICES=0)"
             )
         return (self if leader is None else leader).hora_hyper[adapter_name]
 

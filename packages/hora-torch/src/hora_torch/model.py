@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from hora_spec import HoraError
 from peft.tuners.tuners_utils import BaseTuner, onload_layer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from hora_torch.attention import HoraMultiheadAttention
 from hora_torch.config import HoraConfig
+from hora_torch.hypernet import HoraHypernet
 from hora_torch.layer import BASE, HoraLayer, HoraLinear
 from hora_torch.lifetime import during_call
 from hora_torch.planning import make_plan, planned_layer
+from hora_torch.saving import check_loaded
 from hora_torch.targets import base_module
 
 
@@ -27,6 +29,12 @@ class HoraModel(BaseTuner):
     prefix: str = "hora_"
     tuner_layer_cls = HoraLayer
     target_module_mapping: Mapping[str, list[str]] = {}
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        # PEFT passes one config only where there is no PeftModel, which would check what it loads: Transformers' and
+        # diffusers' own loading, where a tensor that is missing is a line in a log
+        self._loads_unchecked = isinstance(peft_config, HoraConfig)
+        super().__init__(model, peft_config, adapter_name, **kwargs)
 
     def inject_adapter(
         self,
@@ -50,24 +58,20 @@ class HoraModel(BaseTuner):
         if state_dict is not None:
             modules = [module for layer in plan.layers for module in layer.modules]
             state_dict = {f"{name}.{self.prefix}hyper": torch.empty(0) for name in modules}
+        trained = [(param, param.requires_grad) for param in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except BaseException:
             self.peft_config[adapter_name] = given
-            self._withdraw(model, adapter_name)
+            _withdraw(model, adapter_name)
+            for param, requires_grad in trained:
+                param.requires_grad_(requires_grad)
             raise
+        if given.hora_layers is not None and self._loads_unchecked:
+            for hypernet in _hypernets(model, adapter_name):
+                hypernet.await_values()
         if plan.left_out:
             warnings.warn(f"{plan.headline()} (hora_torch.plan says which and why)", stacklevel=2)
-
-    def _withdraw(self, model: nn.Module, adapter_name: str) -> None:
-        """Take an adapter out of the model, with every module that was wrapped for it alone."""
-        for name, module in list(model.named_modules()):
-            if isinstance(module, HoraLayer) and adapter_name in module.hora_attached:
-                module.delete_adapter(adapter_name)
-                if not module.hora_attached:
-                    parent_name, _, own = name.rpartition(".")
-                    setattr(model.get_submodule(parent_name), own, module.base_layer)
-        _restore_module_forward(model)
 
     def _prepare_adapter_config(self, peft_config: HoraConfig, model_config: dict[str, Any]) -> HoraConfig:
         return peft_config
@@ -209,24 +213,60 @@ class HoraModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: HoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Checkpoint keys become model keys; what does not fit is refused before the model changes (spec F5)."""
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        marker = f".{cls.prefix}hyper."
-        expected = {key: value for key, value in model.state_dict().items() if f"{marker}{adapter_name}." in key}
-        missing = sorted(expected.keys() - remapped.keys())
-        extra = sorted(key for key in remapped.keys() - expected.keys() if marker in key)
-        if missing or extra:
-            raise HoraError(
-                f"a checkpoint holds exactly the parameters of the adapter, missing {missing[:3]}, extra {extra[:3]}: "
-                "config and tensors are of different adapters, or the file is damaged (spec F5)"
-            )
-        for key, value in expected.items():
-            given = remapped[key]
-            if given.shape != value.shape:
-                raise HoraError(f"{key} must have shape {tuple(value.shape)}, got {tuple(given.shape)} (spec F5)")
-            if not given.is_meta and not torch.isfinite(given).all():
-                raise HoraError(f"{key} must be finite, got NaN or infinity: training diverged (spec F5)")
+        """Checkpoint keys become model keys; what does not fit is refused before the model changes (spec F5).
+
+        An adapter that was injected for this checkpoint alone leaves the model again.
+        """
+        try:
+            check_loaded(model, config, adapter_name, state_dict)
+            remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+            _check_fits(model, adapter_name, remapped)
+        except HoraError:
+            hypernets = _hypernets(model, adapter_name)
+            if hypernets and all(hypernet.awaits for hypernet in hypernets):
+                _withdraw(model, adapter_name)
+                model.peft_config.pop(adapter_name, None)
+            raise
         return remapped
+
+
+def _hypernets(model: nn.Module, adapter_name: str) -> list[HoraHypernet]:
+    layers = [module for module in model.modules() if isinstance(module, HoraLayer)]
+    return [layer.hora_hyper[adapter_name] for layer in layers if adapter_name in layer.hora_hyper]
+
+
+def _check_fits(model: nn.Module, adapter_name: str, given: Mapping[str, Tensor]) -> None:
+    """Raise unless tensors are the parameters of an adapter, exactly and finite."""
+    marker = ".hora_hyper."
+    expected = {key: value for key, value in model.state_dict().items() if f"{marker}{adapter_name}." in key}
+    missing = sorted(expected.keys() - given.keys())
+    extra = sorted(key for key in given.keys() - expected.keys() if marker in key)
+    if missing or extra:
+        raise HoraError(
+            f"a checkpoint holds exactly the parameters of the adapter, missing {missing[:3]}, extra {extra[:3]}: "
+            "config and tensors are of different adapters, or the file is damaged (spec F5)"
+        )
+    for key, value in expected.items():
+        if given[key].shape != value.shape:
+            raise HoraError(f"{key} must have shape {tuple(value.shape)}, got {tuple(given[key].shape)} (spec F5)")
+        if not given[key].is_meta and not torch.isfinite(given[key]).all():
+            raise HoraError(f"{key} must be finite, got NaN or infinity: training diverged (spec F5)")
+
+
+def _withdraw(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter out of the model, with every module that was wrapped for it alone."""
+    for name, module in list(model.named_modules()):
+        parent_name, _, own = name.rpartition(".")
+        if isinstance(module, HoraLayer) and adapter_name in module.hora_attached:
+            module.delete_adapter(adapter_name)
+            if not module.hora_attached:
+                setattr(model.get_submodule(parent_name), own, module.base_layer)
+        elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            if len(module.modules_to_save) == 1:
+                setattr(model.get_submodule(parent_name), own, module.original_module)
+            else:
+                module.delete_adapter(adapter_name, [])
+    _restore_module_forward(model)
 
 
 def _add_adapter_names(

@@ -17,6 +17,7 @@ from hora_torch.row_order import row_order
 from hora_torch.sharding import check_rows_alone, is_sharded
 from hora_torch.targets import base_module, is_supported, out_in
 
+_MULTIHEAD_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _OF_MULTIHEAD = "the shape of nn.MultiheadAttention"
 
 
@@ -92,8 +93,9 @@ def not_in_use(model: nn.Module, name: str) -> str | None:
 def check_recorded(model: nn.Module, site: Site) -> None:
     """Raise unless the model holds the weight that a loaded adapter was trained on (spec F5)."""
     module = base_module(model.get_submodule(site.module))
-    weight = getattr(module, site.parameter, None) if is_supported(module) else None
-    if weight is None or (site.parameter == "weight") == isinstance(module, nn.MultiheadAttention):
+    weights = _MULTIHEAD_WEIGHTS if isinstance(module, nn.MultiheadAttention) else ("weight",)
+    weight = getattr(module, site.parameter, None) if is_supported(module) and site.parameter in weights else None
+    if weight is None:
         raise HoraError(
             f"the adapter has {site.parameter!r} of {site.module!r}, which {type(module).__name__} lacks: load the "
             "base model the adapter was trained on (spec F5)"
@@ -102,11 +104,12 @@ def check_recorded(model: nn.Module, site: Site) -> None:
     if isinstance(module, nn.MultiheadAttention):
         shape = tuple(weight.shape)
     shape = shape[::-1] if transposed else shape
-    if shape != site.weight_shape or site.layout.row_axis != int(transposed):
+    axes = {site.layout.row_axis, site.layout.row_axis if site.layout.window is None else site.layout.window.axis}
+    if shape != site.weight_shape or axes != {int(transposed)}:
         raise HoraError(
-            f"{site.module}.{site.parameter} must have shape {site.weight_shape} and rows along axis "
-            f"{site.layout.row_axis}, got {tuple(shape)} and axis {int(transposed)}: load the base model the adapter "
-            "was trained on (spec F5)"
+            f"{site.module}.{site.parameter} must have shape {site.weight_shape} and rows as in {site.layout}, got "
+            f"{tuple(shape)} and rows along axis {int(transposed)}: load the base model the adapter was trained on "
+            "(spec F5)"
         )
 
 
