@@ -164,7 +164,7 @@ def test_integers_are_no_parameters(families, tmp_path):
     key = next(key for key in tensors if key.endswith("b_in"))
     for dtype in (torch.int32, torch.uint32):
         save_file(tensors | {key: tensors[key].view(dtype)}, file)
-        with pytest.raises(HoraError, match=f"b_in must be floating, got {dtype}"):
+        with pytest.raises(HoraError, match="b_in must be floating, got"):
             load(families, tmp_path)
 
 
