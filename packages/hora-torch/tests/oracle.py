@@ -10,6 +10,7 @@ import peft
 import torch
 from hora_spec import AdapterSpec, LayerShape, Site, layer_from_json, reference
 from hora_torch import HoraConfig
+from hora_torch.layer import HoraLayer
 from torch import Tensor, nn
 
 from .conftest import Family
@@ -96,3 +97,30 @@ def agree(actual: Tensor, expected: Tensor) -> None:
 def differ(actual: Tensor, expected: Tensor) -> None:
     """So far apart that `agree` can tell."""
     assert (actual - expected).abs().max() > 1e-2, "the two must differ for this test to mean anything"
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Everything about a model that a failure could change, and the tensors, kept alive for their identities."""
+    return {
+        "modules": [(name, type(module), module.training) for name, module in model.named_modules()],
+        "tensors": [
+            (name, param, param.detach().clone(), param.requires_grad) for name, param in model.named_parameters()
+        ],
+        "adapters": sorted(getattr(model, "peft_config", {})),
+        "configs": {name: found.to_dict() for name, found in getattr(model, "peft_config", {}).items()},
+        "active": [module.active_adapters for module in model.modules() if isinstance(module, HoraLayer)],
+        "merged": [list(module.merged_adapters) for module in model.modules() if isinstance(module, HoraLayer)],
+        "hooks": sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()),
+    }
+
+
+def assert_unchanged(model: nn.Module, before: Mapping[str, Any]) -> None:
+    """Nothing that `snapshot` saw is another, to the last bit."""
+    after = snapshot(model)
+    tensors = zip(after.pop("tensors"), before["tensors"], strict=True)
+    for key, value in after.items():
+        assert value == before[key], key
+    for (name, param, value, trains), (old_name, old_param, old_value, old_trains) in tensors:
+        assert (name, trains) == (old_name, old_trains)
+        assert param is old_param, name
+        assert torch.equal(value.view(torch.uint8), old_value.view(torch.uint8)), name
