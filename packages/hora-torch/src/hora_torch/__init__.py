@@ -8,7 +8,9 @@ from hora_torch import functional
 from hora_torch.config import HoraConfig
 from hora_torch.export import export_lora, to_adapter
 from hora_torch.layer import HoraLayer, HoraLinear
+from hora_torch.lifetime import cached_factors
 from hora_torch.model import HoraModel
+from hora_torch.planning import Plan, plan
 from hora_torch.registration import add_peft_type, register
 from hora_torch.report import report
 
@@ -22,8 +24,11 @@ __all__ = [
     "HoraLayer",
     "HoraLinear",
     "HoraModel",
+    "Plan",
+    "cached_factors",
     "export_lora",
     "functional",
+    "plan",
     "report",
     "to_adapter",
 ]

@@ -7,6 +7,9 @@ from hora_spec import SPEC_VERSION, AdapterSpec, HoraError
 from peft import PeftConfig
 from peft.utils import PeftType
 
+PLAIN_ORDERS = ("q k v", "k v", "q k")
+"""Orders in which the rows of a fused weight can be adapted."""
+
 
 @dataclass
 class HoraConfig(PeftConfig):
@@ -29,6 +32,10 @@ class HoraConfig(PeftConfig):
         Which parts of a fused weight (``qkv``, ``c_attn``, ``in_proj``) are adapted.
     num_heads, num_kv_heads
         Head counts, when the model does not tell: one number, or for `num_heads` a mapping from module name to number.
+        A count that contradicts the model is an error.
+    row_order
+        Order of the rows of fused weights whose attention class is not known, by module name: ``"q k v"``, ``"k v"`` or
+        ``"q k"``, each part all heads of one kind.
     route
         ``"auto"``, ``"branch"`` or ``"merge"``, see `hora_torch.functional.hora_linear`.
     seed
@@ -38,7 +45,8 @@ class HoraConfig(PeftConfig):
     bias
         ``"none"``, ``"all"`` or ``"hora_only"``: which biases of the base model are trained too.
     hora_spec_version, hora_layers
-        Written on injection: version of the spec, and names, shapes and layouts of all adapted layers.
+        Of an adapter: version of the spec, and names, shapes and layouts of its layers, which a model must fit.
+        Injection writes them into its own copy of the config; None plans a new adapter.
 
     Raises
     ------
@@ -67,6 +75,7 @@ class HoraConfig(PeftConfig):
     fused_projections: tuple[str, ...] = ("q", "v")
     num_heads: int | dict[str, int] | None = None
     num_kv_heads: int | None = None
+    row_order: dict[str, str] | None = None
     route: str = "auto"
     seed: int = 0
     init_weights: bool = True
@@ -77,8 +86,6 @@ class HoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.HORA
-        # layers of an adapter on disk, which is always written for inference; injection writes hora_layers anew
-        self.recorded = self.hora_layers if self.inference_mode else None
         if self.hora_spec_version != SPEC_VERSION:
             raise HoraError(
                 f"this version reads adapters of spec version {SPEC_VERSION}, got {self.hora_spec_version}: "
@@ -93,6 +100,8 @@ class HoraConfig(PeftConfig):
         self.fused_projections = tuple(self.fused_projections)
         if not self.fused_projections or set(self.fused_projections) - {"q", "k", "v"}:
             raise HoraError(f"fused_projections are some of 'q', 'k', 'v', got {self.fused_projections!r}")
+        if odd := set((self.row_order or {}).values()) - set(PLAIN_ORDERS):
+            raise HoraError(f"row_order is one of {PLAIN_ORDERS} for each name, got {sorted(odd)}")
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))

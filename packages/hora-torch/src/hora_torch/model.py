@@ -1,5 +1,7 @@
 """``HoraModel``: HoRA as PEFT sees it."""
 
+import copy
+import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -7,15 +9,16 @@ from typing import Any
 
 import torch
 from hora_spec import HoraError
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from hora_torch.attention import HoraMultiheadAttention
 from hora_torch.config import HoraConfig
 from hora_torch.layer import BASE, HoraLayer, HoraLinear
-from hora_torch.targets import LayerPlan, base_module, default_targets, no_match, plan, targets_of
+from hora_torch.lifetime import during_call
+from hora_torch.planning import Plan, make_plan
+from hora_torch.targets import base_module
 
 
 class HoraModel(BaseTuner):
@@ -25,6 +28,9 @@ class HoraModel(BaseTuner):
     tuner_layer_cls = HoraLayer
     target_module_mapping: Mapping[str, list[str]] = {}
 
+    def _pre_injection_hook(self, model: nn.Module, config: HoraConfig, adapter_name: str) -> None:
+        self.plans: dict[str, Plan] = {}
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -33,43 +39,48 @@ class HoraModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Plan the layers of one adapter, then let PEFT visit the targets.
+        """Plan the layers of one adapter, then let PEFT visit the targets; on failure the model is as it was.
 
         The keys of a `state_dict`, if given, choose the targets instead of ``target_modules``: they name the leaders,
-        and the projections of each leader name the other targets of its layer.
+        and the projections of each leader name the other targets of its layer. The config of the adapter becomes a copy
+        of the given one that describes its layers.
         """
-        self._chosen = None if state_dict is None else targets_of(model, state_dict)
-        if self._chosen is not None:
-            state_dict = {f"{name}.{self.prefix}hyper": torch.empty(0) for name in self._chosen}
-        self._plans: dict[str, LayerPlan] = {}
-        self._leaders: dict[str, HoraLayer] = {}
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        del self._chosen, self._plans, self._leaders
+        config = copy.copy(self.peft_config[adapter_name])
+        plan = make_plan(model, config, state_dict)
+        config.target_modules = plan.target_modules
+        config.hora_layers = [layer.to_json() for layer in plan.layers]
+        given, self.peft_config[adapter_name] = self.peft_config[adapter_name], config
+        self.plans[adapter_name] = plan
+        if state_dict is not None:
+            modules = [module for layer in plan.layers for module in layer.modules]
+            state_dict = {f"{name}.{self.prefix}hyper": torch.empty(0) for name in modules}
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except BaseException:
+            self.peft_config[adapter_name] = given
+            self._withdraw(model, adapter_name)
+            raise
+        if plan.left_out:
+            warnings.warn(f"{plan.headline()} (hora_torch.plan says which and why)", stacklevel=2)
+
+    def _withdraw(self, model: nn.Module, adapter_name: str) -> None:
+        """Take an adapter out of the model, with every module that was wrapped for it alone."""
+        self.plans.pop(adapter_name, None)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, HoraLayer) and adapter_name in module.hora_attached:
+                module.delete_adapter(adapter_name)
+                if not module.hora_attached:
+                    parent_name, _, own = name.rpartition(".")
+                    setattr(model.get_submodule(parent_name), own, module.base_layer)
+        _restore_module_forward(model)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter with its plan."""
+        super().delete_adapter(adapter_name)
+        self.plans.pop(adapter_name, None)
 
     def _prepare_adapter_config(self, peft_config: HoraConfig, model_config: dict[str, Any]) -> HoraConfig:
-        if peft_config.target_modules is None:
-            peft_config.target_modules = default_targets(self.model, peft_config)
-            if not peft_config.target_modules:
-                raise no_match(self.model, peft_config)
         return peft_config
-
-    def _prepare_model(self, peft_config: HoraConfig, model: nn.Module) -> None:
-        if peft_config.target_modules == DUMMY_TARGET_MODULES:
-            return
-        names = self._chosen
-        if names is None:
-            _maybe_include_all_linear_layers(peft_config, model)
-            inside = tuple(f"{key}." for key, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-            names = [
-                key
-                for key, _ in model.named_modules()
-                if key and not key.startswith(inside) and self._check_target_module_exists(peft_config, key)
-            ]
-        if not names and not peft_config.exclude_modules and not peft_config.modules_to_save:
-            raise no_match(model, peft_config)
-        plans = plan(model, names, peft_config)
-        self._plans = {module: layer for layer in plans for module in layer.modules}
-        peft_config.hora_layers = [layer.to_json() for layer in plans]
 
     def _create_and_replace(
         self,
@@ -80,17 +91,17 @@ class HoraModel(BaseTuner):
         parent: nn.Module,
         current_key: str,
     ) -> None:
-        layer_plan = self._plans.get(current_key)
-        if layer_plan is None:  # a fused module of which no part is adapted
+        plan = self.plans[adapter_name].layer_of(current_key)
+        if plan is None:  # a fused module of which no part is adapted
             return
-        sites = {p: site for p, site in layer_plan.sites.items() if site.module == current_key}
+        sites = {p: site for p, site in plan.sites.items() if site.module == current_key}
         layer = target
         if not isinstance(target, HoraLayer):
             kind = HoraMultiheadAttention if isinstance(base_module(target), nn.MultiheadAttention) else HoraLinear
             layer = kind(target)
             layer._active_adapter = self.active_adapter
-        layer.update_layer(adapter_name, layer_plan, sites, self._leaders.get(layer_plan.name), peft_config)
-        self._leaders.setdefault(layer_plan.name, layer)
+        leader = None if plan.leader == current_key else self.model.get_submodule(plan.leader)
+        layer.update_layer(adapter_name, plan, sites, leader, peft_config)
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
         if layer is not target:
@@ -101,11 +112,56 @@ class HoraModel(BaseTuner):
         """Adapters move to the base's device when they are attached, and an adapted module holds its base unchanged."""
         setattr(parent, child_name, new_module)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for module in model.modules():
-            if module.__dict__.pop("_hora_restores_qkv_bias", False):
-                module.qkv_bias_separate = False
+    def _layers(self) -> dict[str, HoraLayer]:
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, HoraLayer)}
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base: all layers, or on failure none.
+
+        Raises
+        ------
+        HoraError
+            If a merge is refused, or an adapted weight is also the weight of another module, which would change too.
+        """
+        self._check_untied(adapter_names)
+        before = {layer: list(layer.merged_adapters) for layer in self._layers().values()}
+        try:
+            super().merge_adapter(adapter_names, safe_merge=safe_merge)
+        except BaseException:
+            for layer, names in before.items():
+                with onload_layer(layer):
+                    layer.restore_merged(names)
+            raise
+
+    def _check_untied(self, adapter_names: list[str] | None) -> None:
+        owners: dict[nn.Parameter, set[str]] = {}
+        for name, param in self.model.named_parameters(remove_duplicate=False):
+            owners.setdefault(param, set()).add(name)
+        for name, layer in self._layers().items():
+            attached = [layer.hora_attached.get(key) for key in adapter_names or layer.active_adapters]
+            for parameter in {site.parameter for entry in attached if entry for site in entry.sites.values()}:
+                stored = layer.get_base_layer()._parameters.get(parameter)
+                if stored is not None and not stored.is_meta and len(owners.get(stored, ())) > 1:
+                    raise HoraError(
+                        f"an adapted weight that is merged belongs to one module, that of {name!r} is tied: "
+                        f"{sorted(owners[stored])[:4]}: give the modules weights of their own, or serve the adapter as "
+                        "LoRA with hora_torch.export_lora (spec M3)"
+                    )
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        """Merge every layer before the first one is unloaded, so that a refusal leaves a working adapted model."""
+        if merge:
+            self.merge_adapter(adapter_names, safe_merge)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="All adapters are already merged")
+            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        _restore_module_forward(model)
         return model
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -120,10 +176,11 @@ class HoraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None, None, None]:
-        """Pass ``adapter_names`` of a mixed batch on to every adapted module."""
+        """One generation of factors for the call; ``adapter_names`` of a mixed batch go to every adapted module."""
         names = kwargs.pop("adapter_names", None)
         if names is None:
-            yield
+            with during_call():
+                yield
             return
         if self.training:
             raise HoraError("Cannot pass `adapter_names` when the model is in training mode: call model.eval() first")
@@ -144,7 +201,8 @@ class HoraModel(BaseTuner):
             if isinstance(module, (HoraLayer, AuxiliaryTrainingWrapper))
         ]
         try:
-            yield
+            with during_call():
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -192,3 +250,11 @@ def _use_module_forward(attention: nn.Module) -> None:
     if getattr(attention, "qkv_bias_separate", None) is False and getattr(attention, "q_bias", None) is not None:
         attention.qkv_bias_separate = True
         attention._hora_restores_qkv_bias = True
+
+
+def _restore_module_forward(model: nn.Module) -> None:
+    """Undo `_use_module_forward` where no adapter is left."""
+    for module in model.modules():
+        adapted = any(isinstance(child, HoraLayer) for child in module.children())
+        if not adapted and module.__dict__.pop("_hora_restores_qkv_bias", False):
+            module.qkv_bias_separate = False

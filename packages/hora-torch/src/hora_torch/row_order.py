@@ -1,0 +1,290 @@
+"""What is known of fused projections: in which order the rows of one weight belong to q, k and v.
+
+A name such as ``qkv`` proves nothing. The order is that of the class whose ``forward`` splits the output, read in its
+source and shown by an oracle: scaling what is said to be q of one head by c and k by 1/c leaves the attention as it
+is. Classes are named, never imported.
+"""
+
+from collections.abc import Mapping
+from types import FunctionType
+from typing import NamedTuple
+
+from torch import nn
+
+
+class By(NamedTuple):
+    """An order that depends on an attribute of the attention module."""
+
+    attribute: str
+    true: "Order"
+    false: "Order"
+
+
+Order = str | By | None
+
+_QKV: Mapping[str, Order] = {"qkv": "q k v"}
+_KV: Mapping[str, Order] = {"kv": "k v"}
+_TO_KV: Mapping[str, Order] = {"to_kv": "k v"}
+_GPT2: Mapping[str, Order] = {"c_attn": By("is_cross_attention", "k v", "q k v")}
+_HEAD_FIRST: Mapping[str, Order] = {"query_key_value": "[head][q k v]"}
+_FALCON: Mapping[str, Order] = {
+    "query_key_value": By("new_decoder_architecture", "[kv head][q.. k v]", By("multi_query", "q k v", "[head][q k v]"))
+}
+_LATENT: Mapping[str, Order] = {"kv_b_proj": "[head][k v]"}
+_DELTA_RULE: Mapping[str, Order] = {"in_proj_qkv": "[key heads] q k [value heads] v"}
+_FUSED_LATER: Mapping[str, Order] = {"to_qkv": "q k v", "to_kv": "k v", "to_added_qkv": "q k v", "to_added_kv": "k v"}
+
+_TRANSFORMERS: Mapping[str, Mapping[str, Order]] = {
+    "axk1.modeling_axk1.AXK1Attention": _LATENT,
+    "axk2.modeling_axk2.AXK2Attention": _LATENT,
+    "bailing_hybrid.modeling_bailing_hybrid.BailingHybridAttention": _LATENT,
+    "bark.modeling_bark.BarkSelfAttention": {"att_proj": "q k v"},
+    "bark.modeling_bark.BarkSelfFlashAttention2": {"att_proj": "q k v"},
+    "blip.modeling_blip.BlipAttention": _QKV,
+    "blip_2.modeling_blip_2.Blip2Attention": _QKV,
+    "bloom.modeling_bloom.BloomAttention": _HEAD_FIRST,
+    "codegen.modeling_codegen.CodeGenAttention": {"qkv_proj": "[4][q v k]"},
+    "cohere_compass.modeling_cohere_compass.CohereCompassVisionAttention": _QKV,
+    "dbrx.modeling_dbrx.DbrxAttention": {"Wqkv": "q k v"},
+    "deberta.modeling_deberta.DisentangledSelfAttention": {"in_proj": "[head][q k v]"},
+    "decision_transformer.modeling_decision_transformer.DecisionTransformerGPT2Attention": _GPT2,
+    "deepseek_ocr2.modeling_deepseek_ocr2.DeepseekOcr2SamVisionAttention": _QKV,
+    "deepseek_ocr2.modeling_deepseek_ocr2.DeepseekOcr2SamVisionSdpaAttention": _QKV,
+    "deepseek_v2.modeling_deepseek_v2.DeepseekV2Attention": _LATENT,
+    "deepseek_v3.modeling_deepseek_v3.DeepseekV3Attention": _LATENT,
+    "deepseek_v32.modeling_deepseek_v32.DeepseekV32Attention": _LATENT,
+    "dots3_note.modeling_dots3_note.Dots3NoteTextAttention": _LATENT,
+    "dots3_note.modeling_dots3_note.Dots3NoteVisionAttention": _QKV,
+    "ernie4_5_vl_moe.modeling_ernie4_5_vl_moe.Ernie4_5_VLMoeVisionAttention": _QKV,
+    "esm.modeling_esmfold.EsmFoldInvariantPointAttention": {
+        "linear_kv": "[head][k v]",
+        "linear_kv_points": "[coordinate][head][k v]",
+    },
+    "esm.modeling_esmfold.EsmFoldSelfAttention": {"proj": "[head][q k v]"},
+    "evolla.modeling_evolla.EvollaSequenceCompressorAttention": _TO_KV,
+    "exaone4_5.modeling_exaone4_5.Exaone4_5_VisionAttention": _QKV,
+    "falcon.modeling_falcon.FalconAttention": _FALCON,
+    "falcon.modeling_falcon.FalconFlashAttention2": _FALCON,
+    "florence2.modeling_florence2.Florence2VisionChannelAttention": _QKV,
+    "florence2.modeling_florence2.Florence2VisionWindowAttention": _QKV,
+    "glm4_moe_lite.modeling_glm4_moe_lite.Glm4MoeLiteAttention": _LATENT,
+    "glm4v.modeling_glm4v.Glm4vVisionAttention": _QKV,
+    "glm4v_moe.modeling_glm4v_moe.Glm4vMoeVisionAttention": _QKV,
+    "glm5_next.modeling_glm5_next.Glm5NextTextAttention": _LATENT,
+    "glm5_next.modeling_glm5_next.Glm5NextVisionAttention": _QKV,
+    "glm_image.modeling_glm_image.GlmImageVisionAttention": _QKV,
+    "glm_moe_dsa.modeling_glm_moe_dsa.GlmMoeDsaAttention": _LATENT,
+    "glm_ocr.modeling_glm_ocr.GlmOcrVisionAttention": _QKV,
+    "got_ocr2.modeling_got_ocr2.GotOcr2VisionAttention": _QKV,
+    "gpt2.modeling_gpt2.GPT2Attention": _GPT2,
+    # with is_cross_attention its forward always fails
+    "gpt_bigcode.modeling_gpt_bigcode.GPTBigCodeAttention": {
+        "c_attn": By("is_cross_attention", None, By("multi_query", "q k v", "[head][q k v]"))
+    },
+    "gpt_neox.modeling_gpt_neox.GPTNeoXAttention": _HEAD_FIRST,
+    "gpt_neox_japanese.modeling_gpt_neox_japanese.GPTNeoXJapaneseAttention": _HEAD_FIRST,
+    "granite_speech.modeling_granite_speech.GraniteSpeechConformerAttention": _TO_KV,
+    "granite_speech_plus.modeling_granite_speech_plus.GraniteSpeechPlusConformerAttention": _TO_KV,
+    "hiera.modeling_hiera.HieraMaskUnitAttention": _QKV,
+    "hy_v4.modeling_hy_v4.HYV4Attention": _LATENT,
+    "imagegpt.modeling_imagegpt.ImageGPTAttention": _GPT2,
+    "instructblip.modeling_instructblip.InstructBlipAttention": _QKV,
+    "instructblipvideo.modeling_instructblipvideo.InstructBlipVideoAttention": _QKV,
+    "jetmoe.modeling_jetmoe.JetMoeAttention": {"kv_proj": "k v"},
+    "kimi_linear.modeling_kimi_linear.KimiLinearAttention": _LATENT,
+    "layoutlmv2.modeling_layoutlmv2.LayoutLMv2SelfAttention": {"qkv_linear": "q k v"},
+    "longcat_flash.modeling_longcat_flash.LongcatFlashMLA": _LATENT,
+    "mgp_str.modeling_mgp_str.MgpstrAttention": _QKV,
+    "minicpm3.modeling_minicpm3.MiniCPM3Attention": _LATENT,
+    "minimax.modeling_minimax.MiniMaxLightningAttention": {"qkv_proj": "[head][q k v]"},
+    "mistral4.modeling_mistral4.Mistral4Attention": _LATENT,
+    "mistral_large4.modeling_mistral_large4.MistralLarge4TextAttention": _LATENT,
+    "modernbert.modeling_modernbert.ModernBertAttention": {"Wqkv": "q k v"},
+    "mpt.modeling_mpt.MptAttention": {"Wqkv": "q k v"},
+    "openai.modeling_openai.Attention": {"c_attn": "q k v"},
+    "persimmon.modeling_persimmon.PersimmonAttention": _HEAD_FIRST,
+    "phi3.modeling_phi3.Phi3Attention": {"qkv_proj": "q k v"},
+    "phi4_multimodal.modeling_phi4_multimodal.Phi4MultimodalAttention": {"qkv_proj": "q k v"},
+    "pp_formulanet.modeling_pp_formulanet.PPFormulaNetVisionAttention": _QKV,
+    "pp_ocrv5_mobile_rec.modeling_pp_ocrv5_mobile_rec.PPOCRV5MobileRecAttention": _QKV,
+    "pp_ocrv5_server_rec.modeling_pp_ocrv5_server_rec.PPOCRV5ServerRecAttention": _QKV,
+    "pp_ocrv6_small_rec.modeling_pp_ocrv6_small_rec.PPOCRV6SmallRecAttention": _QKV,
+    "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLVisionAttention": _QKV,
+    "qwen2_vl.modeling_qwen2_vl.VisionAttention": _QKV,
+    "qwen3_5.modeling_qwen3_5.Qwen3_5GatedDeltaNet": _DELTA_RULE,
+    "qwen3_5.modeling_qwen3_5.Qwen3_5VisionAttention": _QKV,
+    "qwen3_5_moe.modeling_qwen3_5_moe.Qwen3_5MoeGatedDeltaNet": _DELTA_RULE,
+    "qwen3_5_moe.modeling_qwen3_5_moe.Qwen3_5MoeVisionAttention": _QKV,
+    "qwen3_next.modeling_qwen3_next.Qwen3NextGatedDeltaNet": {"in_proj_qkvz": "[key head][q k v.. gate..]"},
+    "qwen3_omni_moe.modeling_qwen3_omni_moe.Qwen3OmniMoeVisionAttention": _QKV,
+    "qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionAttention": _QKV,
+    "qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeVisionAttention": _QKV,
+    "qwen4_exp.modeling_qwen4_exp.Qwen4ExpTextGatedDeltaNet": _DELTA_RULE,
+    "qwen4_exp.modeling_qwen4_exp.Qwen4ExpVisionAttention": _QKV,
+    "reformer.modeling_reformer.LSHSelfAttention": {"query_key": "[q and k in one]"},
+    "sam.modeling_sam.SamVisionAttention": _QKV,
+    "sam.modeling_sam.SamVisionSdpaAttention": _QKV,
+    "sam2.modeling_sam2.Sam2MultiScaleAttention": _QKV,
+    "sam_hq.modeling_sam_hq.SamHQVisionAttention": _QKV,
+    "sam_hq.modeling_sam_hq.SamHQVisionSdpaAttention": _QKV,
+    "seggpt.modeling_seggpt.SegGptAttention": _QKV,
+    "slanext.modeling_slanext.SLANeXtVisionAttention": _QKV,
+    "timesformer.modeling_timesformer.TimesformerSelfAttention": _QKV,
+    "unlimited_ocr.modeling_unlimited_ocr.UnlimitedOcrSamVisionAttention": _QKV,
+    "unlimited_ocr.modeling_unlimited_ocr.UnlimitedOcrSamVisionSdpaAttention": _QKV,
+    "vitdet.modeling_vitdet.VitDetAttention": _QKV,
+    "xlstm.modeling_xlstm.xLSTMLayer": {"qkv_opreact": "[key heads] q k [value heads] v gate"},
+    "youtu.modeling_youtu.YoutuAttention": _LATENT,
+}
+
+_TIMM: Mapping[str, Mapping[str, Order]] = {
+    "layers.attention.Attention": _QKV,
+    "layers.attention.AttentionRope": _QKV,
+    "layers.attention_pool.AttentionPoolLatent": _KV,
+    "layers.attention_pool2d.AttentionPool2d": _QKV,
+    "layers.attention_pool2d.RotAttentionPool2d": _QKV,
+    "layers.diff_attention.DiffAttention": {"qkv": "[two maps a head] q k v"},
+    "models.beit.Attention": _QKV,
+    "models.cait.TalkingHeadAttn": _QKV,
+    "models.coat.FactorAttnConvRelPosEnc": _QKV,
+    "models.convit.GPSA": {"qk": "q k"},
+    "models.convit.MHSA": _QKV,
+    "models.csatv2.SpatialTransformerBlock": _QKV,
+    "models.davit.ChannelAttention": _QKV,
+    "models.davit.ChannelAttentionV2": _QKV,
+    "models.davit.WindowAttention": _QKV,
+    "models.edgenext.CrossCovarianceAttn": _QKV,
+    "models.efficientformer.Attention": {"qkv": "[head][q k v]"},
+    "models.eva.EvaAttention": _QKV,
+    "models.fastvit.Attention": _QKV,
+    "models.gcvit.WindowAttentionGlobal": {"qkv": By("use_global", "k v", "q k v")},
+    "models.hiera.MaskUnitAttention": _QKV,
+    "models.hieradet_sam2.MultiScaleAttention": _QKV,
+    "models.maxxvit.AttentionCl": {"qkv": By("head_first", "[head][q k v]", "q k v")},
+    "models.metaformer.Attention": _QKV,
+    "models.mvitv2.MultiScaleAttention": _QKV,
+    "models.nest.Attention": _QKV,
+    "models.pvt_v2.Attention": _KV,
+    "models.swin_transformer.WindowAttention": _QKV,
+    "models.swin_transformer_v2.WindowAttention": _QKV,
+    "models.swin_transformer_v2_cr.WindowMultiHeadAttention": _QKV,
+    "models.tiny_vit.Attention": {"qkv": "[head][q k v]"},
+    "models.tnt.Attention": {"qk": "q k"},
+    "models.twins.GlobalSubSampleAttn": _KV,
+    "models.twins.LocallyGroupedAttn": _QKV,
+    "models.vision_transformer.Attention": _QKV,  # until timm 1.0.20
+    "models.vision_transformer.DiffParallelScalingBlock": {"in_proj": "[mlp][two maps a head] q k v"},
+    "models.vision_transformer.ParallelScalingBlock": {"in_proj": "[mlp] q k v"},
+    "models.vision_transformer_relpos.RelPosAttention": _QKV,
+    "models.vision_transformer_sam.Attention": _QKV,
+    "models.volo.Attention": _QKV,
+    "models.volo.ClassAttention": _KV,
+    "models.xcit.XCA": _QKV,
+}
+
+_DIFFUSERS: Mapping[str, Mapping[str, Order]] = {
+    "attention.AttentionModuleMixin": _FUSED_LATER,
+    "attention_processor.Attention": _FUSED_LATER,
+    "autoencoders.autoencoder_kl_minimax_h3_audio.MiniMaxH3AudioCausalAttention": _QKV,
+    "autoencoders.autoencoder_same.SAMEAttention": {"to_qkv": By("use_differential", "[q q k k v]", "q k v")},
+    "embeddings.MochiAttentionPool": _TO_KV,
+    "transformers.consisid_transformer_3d.PerceiverAttention": _TO_KV,
+    "transformers.consisid_transformer_3d.PerceiverCrossAttention": _TO_KV,
+    "transformers.transformer_chronoedit.WanAttention": _FUSED_LATER,
+    "transformers.transformer_flux2.Flux2ParallelSelfAttention": {"to_qkv_mlp_proj": "q k v [mlp]"},
+    "transformers.transformer_helios.HeliosAttention": _FUSED_LATER,
+    "transformers.transformer_joyimage.JoyImageAttention": {"img_attn_qkv": "q k v", "txt_attn_qkv": "q k v"},
+    "transformers.transformer_joyimage_edit_plus.JoyImageEditPlusAttention": {
+        "img_attn_qkv": "q k v",
+        "txt_attn_qkv": "q k v",
+    },
+    "transformers.transformer_prx.PRXAttention": {"img_qkv_proj": "q k v", "txt_kv_proj": "k v"},
+    "transformers.transformer_sana_wm.MultiHeadCrossAttention": {"kv_linear": "k v"},
+    "transformers.transformer_skyreels_v2.SkyReelsV2Attention": _FUSED_LATER,
+    "transformers.transformer_stable_audio3.StableAudio3CrossAttention": {
+        "to_kv": By("use_differential", "[k k v]", "k v")
+    },
+    "transformers.transformer_stable_audio3.StableAudio3SelfAttention": {
+        "to_qkv": By("use_differential", "[q q k k v]", "q k v")
+    },
+    "transformers.transformer_wan.WanAttention": _FUSED_LATER,
+    "transformers.transformer_wan_animate.WanAttention": _FUSED_LATER,
+    "transformers.transformer_wan_animate_2.WanAnimate2Attention": _FUSED_LATER,
+}
+
+_TORCHVISION: Mapping[str, Mapping[str, Order]] = {
+    "maxvit.RelativePositionalMultiHeadAttention": {"to_qkv": "q k v"},
+    "swin_transformer.ShiftedWindowAttention": _QKV,
+    "swin_transformer.ShiftedWindowAttentionV2": _QKV,
+    "video.mvit.MultiscaleAttention": _QKV,
+    "video.swin_transformer.ShiftedWindowAttention3d": _QKV,
+}
+
+ROW_ORDER: Mapping[str, Mapping[str, Order]] = {
+    f"{package}.{name}": orders
+    for package, known in (
+        ("transformers.models", _TRANSFORMERS),
+        ("timm", _TIMM),
+        ("diffusers.models", _DIFFUSERS),
+        ("torchvision.models", _TORCHVISION),
+    )
+    for name, orders in known.items()
+}
+"""Order of the output rows, by the class that defines ``forward`` and the name of the fused module in it.
+
+``"q k v"`` is all rows of q, then of k, then of v, each ``[head][head_dim]``; k and v may have fewer heads than q.
+``"k v"`` and ``"q k"`` are parts of it. Any order with a bracket is another one.
+"""
+
+
+def row_order(attention: nn.Module, own: str) -> str | None:
+    """Order in which the output rows of a fused projection belong to q, k and v.
+
+    Parameters
+    ----------
+    attention
+        The module whose ``forward`` splits the output, without adapters.
+    own
+        Name of the fused ``Linear`` or ``Conv1D`` in it.
+
+    Returns
+    -------
+    str or None
+        ``"q k v"``, ``"k v"`` or ``"q k"`` where the rows come in that order, a text with brackets where they come in
+        another, None where the class is unknown.
+
+    Examples
+    --------
+    >>> from transformers import GPT2Config
+    >>> from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+    >>> row_order(GPT2Attention(GPT2Config(n_embd=8, n_head=2)), "c_attn")
+    'q k v'
+    """
+    cls = type(attention)
+    order = ROW_ORDER.get(_forward_class(cls), {}).get(own)
+    if order is None and getattr(attention, "fused_projections", False):  # diffusers: fused after construction
+        order = ROW_ORDER.get(_full_name(_definer(cls, "fuse_projections")), {}).get(own)
+    while isinstance(order, By):
+        value = getattr(attention, order.attribute, None)
+        order = None if value is None else order.true if value else order.false
+    return order
+
+
+def _forward_class(cls: type) -> str:
+    """Full name of the class that defines ``forward``, or nothing where a subclass changes what it may call."""
+    owner = _definer(cls, "forward")
+    subclasses = cls.__mro__[: cls.__mro__.index(owner)]
+    changed = {name for sub in subclasses for name in _functions(sub)} - {"__init__"}
+    return "" if changed & _functions(owner) else _full_name(owner)
+
+
+def _definer(cls: type, method: str) -> type:
+    return next((owner for owner in cls.__mro__ if method in vars(owner)), cls)
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _functions(cls: type) -> set[str]:
+    return {name for name, value in vars(cls).items() if isinstance(value, FunctionType)}
