@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 STEPS, BATCH, WORLD = 3, 4, 2
@@ -172,15 +172,29 @@ def rows_of_inputs(mesh, rank):
     return train(model)
 
 
+def rows_of_inputs_of_q(mesh, rank):
+    """An adapted q_proj whose input features are spread, and whose output is whole."""
+    model = base()
+    for attention in attentions(model):
+        parallelize_module(attention, mesh, {"q_proj": RowwiseParallel(input_layouts=Replicate())})
+    return train(adapt(model))
+
+
+def sequence(mesh, rank):
+    """Each process has some of the tokens, and after the layer some of the heads of all tokens."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    parallelize_module(model, mesh, {"0": ColwiseParallel(input_layouts=Shard(0))})
+    model = adapt(model, target_modules=["0"], num_heads=2)
+    model(torch.ones(3, 8))
+    return {}
+
+
 def fused(mesh, rank):
-    """Rows of q, k and v in one weight, cut in the middle."""
+    """Rows of q, k and v in one weight, cut in the middle, and put together again."""
     model = base("phi3")
     for attention in attentions(model):
-        parallelize_module(attention, mesh, {"qkv_proj": ColwiseParallel()})
-    model = adapt(model)
-    model.train()  # the first forward may refuse, not a later one
-    model(input_ids=batches()[0], labels=batches()[0])
-    return {}
+        parallelize_module(attention, mesh, {"qkv_proj": ColwiseParallel(output_layouts=Replicate())})
+    return train(adapt(model))
 
 
 def plain_layers(model):
@@ -242,6 +256,8 @@ CHECKS = {
     "two adapters": two_adapters,
     "merged": merged,
     "rows of inputs": rows_of_inputs,
+    "rows of inputs of q": rows_of_inputs_of_q,
+    "sequence": sequence,
     "fused": fused,
     **{f"fsdp {units}": partial(fsdp, units) for units in UNITS},
     "fsdp merged": fsdp_merged,

@@ -88,7 +88,7 @@ def test_an_adapter_loaded_into_an_offloaded_model_computes_the_same(families, n
     agree_or_refuse(compute, expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "vit", "timm-vit", "mha"])
+@pytest.mark.parametrize("name", ["llama", "vit", "timm-vit"])
 def test_merging_an_offloaded_model_is_right_or_refused(families, name, offload):
     family = families[name]
     model = adapted(family)

@@ -19,14 +19,15 @@ EQUAL = [
     "sharded before",
     "sharded after",
     "loaded by heads",
+    "two adapters",
     "fsdp blocks",
     "fsdp whole",
     "fsdp attentions",
     "fsdp blocks, checkpoints",
     "fsdp blocks, reentrant checkpoints",
 ]
-EQUAL_OR_REFUSED = ["gathered", "fsdp linears", "fsdp adapted", "fsdp hypernets"]
-REFUSED = ["rows of inputs", "fused"]
+EQUAL_OR_REFUSED = ["gathered", "fused", "rows of inputs of q", "fsdp linears", "fsdp adapted", "fsdp hypernets"]
+REFUSED = ["rows of inputs", "sequence"]
 MERGED = ["merged", "fsdp merged"]
 
 
@@ -85,21 +86,22 @@ def assert_merged(found, expected):
 
 def test_two_processes_compute_as_one(worker, tmp_path, subtests):
     one = worker.train(worker.adapt(worker.base()))
-    two = worker.train(worker.with_second(worker.adapt(worker.base())))
+    other = {
+        "two adapters": worker.train(worker.with_second(worker.adapt(worker.base()))),
+        "fused": worker.train(worker.adapt(worker.base("phi3"))),
+    }
     ranks = launch(tmp_path)
-    named = {*EQUAL, *EQUAL_OR_REFUSED, *REFUSED, *MERGED, "two adapters"}
+    named = {*EQUAL, *EQUAL_OR_REFUSED, *REFUSED, *MERGED}
     assert named == set(ranks[0]) == set(ranks[1])
     for name in worker.CHECKS:
         for rank, found in enumerate(ranks):
             with subtests.test(name, rank=rank):
                 if name in EQUAL or (name in EQUAL_OR_REFUSED and "refused" not in found[name]):
-                    assert_equal(found[name], one)
+                    assert_equal(found[name], other.get(name, one))
                 elif name in REFUSED:
                     assert_refused(found[name])
                 elif name in MERGED:
                     assert_merged(found[name], one)
-                elif name == "two adapters":
-                    assert_equal(found[name], two)
 
 
 def replicate(module, copies):

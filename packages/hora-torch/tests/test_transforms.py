@@ -204,6 +204,20 @@ def test_an_exported_program_computes_the_same(families, name):
     agree(program.module()(*inputs.values()), expected)
 
 
+@pytest.mark.parametrize("name", ["llama", "vit", "timm-vit"])
+def test_a_compiled_model_sees_what_an_update_left(families, name):
+    family = families[name]
+    model = adapted(family)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    before = evaluate(model, family.inputs())
+    agree(evaluate(compiled, family.inputs()), before)
+    for param in parameters(model).values():
+        param.data *= 1.2
+    expected = truth(family, current(model))
+    differ(before, expected)
+    agree(evaluate(compiled, family.inputs()), expected)
+
+
 def pickled(model):
     return pickle.loads(pickle.dumps(model))
 
