@@ -204,9 +204,8 @@ def test_an_exported_program_computes_the_same(families, name):
     agree(program.module()(*inputs.values()), expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "vit", "timm-vit"])
-def test_a_compiled_model_sees_what_an_update_left(families, name):
-    family = families[name]
+def test_a_compiled_model_sees_what_an_update_left(families):
+    family = families["vit"]
     model = adapted(family)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     before = evaluate(model, family.inputs())
