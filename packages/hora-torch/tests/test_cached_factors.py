@@ -1,17 +1,12 @@
-"""Factors are kept for the duration of a scope that someone opened, or for ever after freezing; never by a guess."""
+"""Factors are kept for the duration of a scope that someone opened, never by a guess."""
 
-import contextlib
-import contextvars
 import copy
-import pickle
 
-import hora_spec
 import hora_torch
 import peft
 import pytest
 import torch
 from hora_spec import HoraError
-from safetensors.torch import load_file
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -140,39 +135,6 @@ def test_scopes_nest(model, family):
     assert seen.count <= 2 * once
 
 
-def test_scopes_that_close_in_another_order_keep_nothing(model, family):
-    """As two generators that stream tokens do."""
-
-    def stream():
-        with hora_torch.cached_factors(model):
-            while True:
-                yield evaluate(model, family.inputs())
-
-    one, other = stream(), stream()
-    before = next(one)
-    assert torch.equal(next(other), before)
-    one.close()
-    assert torch.equal(next(other), before)
-    other.close()
-    scale(model)
-    expected = truth(family, current(model))
-    differ(before, expected)
-    agree(evaluate(model, family.inputs()), expected)
-
-
-def test_a_scope_that_is_left_in_another_context_keeps_nothing(model, family):
-    """As servers do that open and close what a request needs in tasks of their own."""
-    scope = hora_torch.cached_factors(model)
-    scope.__enter__()
-    before = evaluate(model, family.inputs())
-    with contextlib.suppress(ValueError):  # contextvars may say so
-        contextvars.copy_context().run(scope.__exit__, None, None, None)
-    scale(model)
-    expected = truth(family, current(model))
-    differ(before, expected)
-    agree(evaluate(model, family.inputs()), expected)
-
-
 def test_parameters_that_are_lent_for_one_call_inside_a_scope_are_used(model, family):
     """``functional_call`` puts its tensors in the place of the parameters, and takes them away again."""
     own = {id(param) for param in parameters(model).values()}
@@ -258,59 +220,3 @@ def test_gradients_inside_a_scope_are_those_outside(model, family):
             model(**family.inputs())
         found = gradients(model, family)
     torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "vit", "timm-vit", "mha"])
-def test_a_frozen_adapter_computes_the_same_with_the_memory_of_its_lora(families, name, tmp_path):
-    family = families[name]
-    model = adapted(family, hora_alpha=3.0)
-    expected = evaluate(model, family.inputs())
-    hora_torch.export_lora(model, tmp_path / "lora")
-    hora_torch.freeze(model)
-    agree(evaluate(model, family.inputs()), expected)
-    held = [*model.named_parameters(), *model.named_buffers()]
-    size = sum(tensor.numel() for key, tensor in held if "hora_" in key)
-    lora = load_file(tmp_path / "lora" / "adapter_model.safetensors")
-    assert 0 < size <= sum(tensor.numel() for tensor in lora.values())
-
-
-def test_a_frozen_adapter_is_saved_loaded_exported_copied_and_merged(family, model, tmp_path):
-    expected = evaluate(model, family.inputs())
-    before = {name: param.clone() for name, param in model.named_parameters() if "base_layer" in name}
-    hora_torch.freeze(model, "default")
-    model.save_pretrained(tmp_path / "hora")
-    hora_spec.load_adapter(tmp_path / "hora")
-    for copied in (
-        peft.PeftModel.from_pretrained(family.model(), tmp_path / "hora"),
-        copy.deepcopy(model),
-        pickle.loads(pickle.dumps(model)),
-    ):
-        agree(evaluate(copied, family.inputs()), expected)
-    hora_torch.export_lora(model, tmp_path / "lora")
-    agree(evaluate(peft.PeftModel.from_pretrained(family.model(), tmp_path / "lora"), family.inputs()), expected)
-    model.merge_adapter()
-    agree(evaluate(model, family.inputs()), expected)
-    model.unmerge_adapter()
-    for name, param in model.named_parameters():
-        assert name not in before or torch.equal(param, before[name])
-    agree(evaluate(model.merge_and_unload(), family.inputs()), expected)
-
-
-def test_freezing_leaves_the_other_adapter_as_it_is(family, model):
-    model.add_adapter("other", config(seed=3))
-    inputs = family.inputs()
-    expected = {}
-    for name in ("other", "default"):
-        model.set_adapter(name)
-        expected[name] = evaluate(model, inputs)
-    count = len(parameters(model, "other"))
-    hora_torch.freeze(model, "default")
-    agree(evaluate(model, inputs), expected["default"])
-    model.set_adapter("other")
-    assert torch.equal(evaluate(model, inputs), expected["other"])
-    assert len(parameters(model, "other")) == count
-
-
-def test_freezing_needs_a_known_adapter(model):
-    with pytest.raises(HoraError, match="nobody"):
-        hora_torch.freeze(model, "nobody")

@@ -1,14 +1,10 @@
 """What torch offers to call, copy, trace and differentiate a module works on an adapted one, with the same numbers."""
 
-import asyncio
 import copy
 import pickle
-import threading
 
-import hora_torch
 import pytest
 import torch
-from hora_spec import HoraError
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -261,88 +257,6 @@ def test_generation_inside_autocast_is_a_loop_of_calls_inside_autocast(families)
             torch.testing.assert_close(logits, expected.float(), rtol=0.05, atol=0.02)
     assert not torch.equal(result.logits[0], full)
     assert torch.equal(generated(model, family.inputs()).logits[0], full)
-
-
-def test_factors_made_inside_autocast_keep_their_precision(families):
-    """A reduced precision of the surrounding call must not reach the update that a scope keeps."""
-    family = families["llama"]
-    model = adapted(family)
-    expected = evaluate(model, family.inputs())
-    with hora_torch.cached_factors(model):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            evaluate(model, family.inputs())
-        assert torch.equal(evaluate(model, family.inputs()), expected)
-
-
-def test_a_thread_that_trains_gets_nothing_from_a_scope_of_another(families):
-    family = families["llama"]
-    model, reference = adapted(family), adapted(family)
-    found = []
-
-    def train(model):
-        optimizer = torch.optim.SGD(parameters(model).values(), lr=0.05)
-        for _ in range(3):
-            optimizer.zero_grad()
-            loss = output(model(**family.inputs())).square().mean()
-            loss.backward()
-            optimizer.step()
-            found.append(float(loss.detach()))
-            with torch.no_grad():
-                found.append(float(output(model(**family.inputs())).square().mean()))
-
-    def apart():
-        with hora_torch.cached_factors(model):
-            evaluate(model, family.inputs())
-            thread = threading.Thread(target=train, args=(model,))
-            thread.start()
-            thread.join()
-
-    with pytest.raises(HoraError):
-        apart()  # the parameters changed inside the scope
-    of_the_thread = found.copy()
-    found.clear()
-    train(reference)
-    assert of_the_thread == pytest.approx(found, rel=1e-6)
-    for one, other in zip(parameters(model).values(), parameters(reference).values(), strict=True):
-        assert torch.equal(one, other)
-
-
-def test_a_thread_that_evaluates_gets_nothing_from_a_scope_of_another(families):
-    family = families["llama"]
-    model, other = adapted(family), adapted(family)
-    found = []
-    with hora_torch.cached_factors(other):
-        thread = threading.Thread(target=lambda: found.append(evaluate(model, family.inputs())))
-        thread.start()
-        thread.join()
-    agree(found[0], truth(family, current(model)))
-
-
-def test_a_task_that_outlives_a_scope_generates_anew(families):
-    """asyncio copies the context of a scope into every task that starts inside."""
-    family = families["llama"]
-    model = adapted(family)
-    before = evaluate(model, family.inputs())
-
-    async def later(closed):
-        await closed.wait()
-        return evaluate(model, family.inputs())
-
-    async def main():
-        closed = asyncio.Event()
-        with hora_torch.cached_factors(model):
-            evaluate(model, family.inputs())
-            task = asyncio.ensure_future(later(closed))
-            await asyncio.sleep(0)
-        for param in parameters(model).values():
-            param.data *= 1.2
-        closed.set()
-        return await task
-
-    found = asyncio.run(main())
-    expected = truth(family, current(model))
-    differ(before, expected)
-    agree(found, expected)
 
 
 @FORWARD_MODE
