@@ -7,6 +7,7 @@ Importing this package registers the method with PEFT, so that ``peft.get_peft_m
 from hora_torch import functional
 from hora_torch.config import HoraConfig
 from hora_torch.export import export_lora, to_adapter
+from hora_torch.freezing import freeze
 from hora_torch.layer import HoraLayer, HoraLinear
 from hora_torch.lifetime import cached_factors
 from hora_torch.model import HoraModel
@@ -27,6 +28,7 @@ __all__ = [
     "Plan",
     "cached_factors",
     "export_lora",
+    "freeze",
     "functional",
     "plan",
     "report",

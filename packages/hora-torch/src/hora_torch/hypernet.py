@@ -15,8 +15,7 @@ class _Bank(nn.Module):
     """Parameters of one kind, one per projection, handed out by being called: ``b_out.q``, ``b_out.v``."""
 
     def forward(self, projection: str) -> Tensor:
-        param = self._parameters[projection]
-        return param.clone() if has_hooks(self) else param
+        return owned(self, getattr(self, projection))
 
 
 class HoraHypernet(nn.Module):
@@ -87,7 +86,7 @@ class HoraHypernet(nn.Module):
         params = {}
         for kind, projection in self._keys:
             if not projection:
-                params[kind] = self._usable(kind, self._parameters[kind])
+                params[kind] = self._usable(kind, getattr(self, kind))
             elif projection in wanted:
                 key = f"{kind}.{projection}"
                 params[key] = self._usable(key, self._modules[kind](projection))
@@ -106,8 +105,13 @@ class HoraHypernet(nn.Module):
             )
         if param.dtype in (torch.bfloat16, torch.float16):
             return param.float()
-        return param.clone() if has_hooks(self) else param
+        return owned(self, param)
 
     def extra_repr(self) -> str:
         """Spec and shapes."""
         return f"{self.spec}, {self.layer}"
+
+
+def owned(module: nn.Module, param: Tensor) -> Tensor:
+    """The parameter, or a copy where it may be freed or changed while its value is in use: by a hook, or by time."""
+    return param.clone() if has_hooks(module) or not torch.is_grad_enabled() else param

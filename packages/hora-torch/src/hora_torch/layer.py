@@ -88,6 +88,12 @@ class HoraLayer(BaseTunerLayer):
     def hypernet(self, adapter_name: str) -> HoraHypernet:
         """The hypernetwork that generates this module's factors."""
         leader = self.hora_attached[adapter_name].leader
+        if leader is not None and "_is_replica" in self.__dict__:
+            raise HoraError(
+                "nn.DataParallel copies modules, not what they know of each other, and the projections of a layer share "
+                "a hypernetwork: start one process per device (torchrun, accelerate launch), or show one device alone "
+                "(CUDA_VISIBLE_DEVICES=0)"
+            )
         return (self if leader is None else leader).hora_hyper[adapter_name]
 
     def branches(self, adapter_name: str, *, keep_rate: float = 1.0) -> dict[str, Branch]:
@@ -207,15 +213,6 @@ class HoraLayer(BaseTunerLayer):
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
 
-    def _replicate_for_data_parallel(self) -> Any:
-        """Copies of a module know their copies of registered modules alone, not those of their leader."""
-        if any(attached.leader is not None for attached in self.hora_attached.values()):
-            raise HoraError(
-                "nn.DataParallel cannot copy layers whose projections share a hypernetwork: start one process per "
-                "device (torchrun, accelerate launch), or show one device alone (CUDA_VISIBLE_DEVICES=0)"
-            )
-        return super()._replicate_for_data_parallel()
-
     def _get_available_adapters(self) -> set[str]:
         return set(self.hora_attached)
 
@@ -223,8 +220,10 @@ class HoraLayer(BaseTunerLayer):
         """Device alone: parameters stay float32, since rounding them to a bf16 base would change the start."""
         if adapter_name not in self.hora_hyper:
             return
-        hypernet = self.hora_hyper[adapter_name]
-        target = device or next(self.get_base_layer().parameters()).device
+        hypernet, base = self.hora_hyper[adapter_name], self.get_base_layer()
+        target = device or next(base.parameters()).device
+        if target.type == "meta":  # offloaded: where accelerate runs it
+            target = getattr(getattr(base, "_hf_hook", None), "execution_device", None) or "cpu"
         if not any(param.is_meta for param in hypernet.parameters()):
             hypernet.to(target)
 
@@ -310,8 +309,4 @@ def _branches(attached: Attachment, factors: Mapping[str, Factors], keep_rate: f
 
 def is_plain(base: nn.Module) -> bool:
     """Whether calling `base` does nothing but ``x W^T + bias`` on plain tensors: no subclass, no hooks."""
-    return (
-        type(base) in (nn.Linear, Conv1D)
-        and type(base._parameters.get("weight")) in (nn.Parameter, Tensor)
-        and not has_hooks(base)
-    )
+    return type(base) in (nn.Linear, Conv1D) and type(base.weight) in (nn.Parameter, Tensor) and not has_hooks(base)

@@ -19,7 +19,7 @@ class _Scope:
     def __init__(self, members: frozenset[HoraHypernet] | None, outer: "_Scope | None") -> None:
         self.members, self.outer = members, outer
         self.open = True
-        self.kept: dict[HoraHypernet, dict[Any, Any]] = {}
+        self.kept: dict[HoraHypernet, tuple[list[Tensor], dict[Any, Any]]] = {}
 
     def covers(self, hypernet: HoraHypernet) -> bool:
         return self.open and (self.members is None or hypernet in self.members)
@@ -34,23 +34,29 @@ _SCOPE: ContextVar[_Scope | None] = ContextVar("hora_torch_scope", default=None)
 
 
 def kept(hypernet: HoraHypernet) -> dict[Any, Any] | None:
-    """What the innermost scope of this thread that covers `hypernet` keeps for it; None where nothing may be kept.
+    """What the outermost scope of this thread that covers `hypernet` keeps for it; None where nothing may be kept.
 
     Nothing is kept while gradients are recorded, since a graph belongs to one call, nor while operations are traced or
-    transformed.
+    transformed; what was made from other parameter objects, as `torch.func.functional_call` lends them, is left alone.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or is_transformed():
         return None
-    scope = _SCOPE.get()
-    while scope is not None and not scope.covers(hypernet):
+    scope, found = _SCOPE.get(), None
+    while scope is not None:
+        found = scope if scope.covers(hypernet) else found
         scope = scope.outer
-    return None if scope is None else scope.kept.setdefault(hypernet, {})
+    if found is None:
+        return None
+    params = list(hypernet.params().values())
+    before, store = found.kept.setdefault(hypernet, (params, {}))
+    same = all(one is other or other.is_meta for one, other in zip(before, params, strict=True))
+    return store if same else None
 
 
 @contextmanager
 def during_call() -> Generator[None, None, None]:
     """The scope of one call of a model, ``generate`` with all its steps included."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         yield
         return
     with _opened(None):
@@ -102,8 +108,8 @@ def _opened(members: frozenset[HoraHypernet] | None) -> Generator[_Scope, None, 
     try:
         yield scope
     finally:
-        _SCOPE.reset(token)
         scope.close()
+        _SCOPE.reset(token)
 
 
 def _values(hypernet: HoraHypernet) -> dict[str, Tensor]:

@@ -89,6 +89,11 @@ def mergeable(module: nn.Module, parameter: str) -> nn.Parameter:
             f"only a plain parameter can be merged into, got a {kind} as {parameter} of {type(module).__name__}: load "
             "the base in its full dtype, or serve the adapter as LoRA with hora_torch.export_lora (spec M1)"
         )
+    if stored.is_meta:
+        raise HoraError(
+            f"only a weight that is here can be merged into, {parameter} of {type(module).__name__} is offloaded: load "
+            "the base without offloading (spec M1)"
+        )
     return stored
 
 

@@ -17,7 +17,7 @@ from hora_torch.attention import HoraMultiheadAttention
 from hora_torch.config import HoraConfig
 from hora_torch.layer import BASE, HoraLayer, HoraLinear
 from hora_torch.lifetime import during_call
-from hora_torch.planning import Plan, make_plan
+from hora_torch.planning import make_plan, planned_layer
 from hora_torch.targets import base_module
 
 
@@ -27,9 +27,6 @@ class HoraModel(BaseTuner):
     prefix: str = "hora_"
     tuner_layer_cls = HoraLayer
     target_module_mapping: Mapping[str, list[str]] = {}
-
-    def _pre_injection_hook(self, model: nn.Module, config: HoraConfig, adapter_name: str) -> None:
-        self.plans: dict[str, Plan] = {}
 
     def inject_adapter(
         self,
@@ -50,7 +47,6 @@ class HoraModel(BaseTuner):
         config.target_modules = plan.target_modules
         config.hora_layers = [layer.to_json() for layer in plan.layers]
         given, self.peft_config[adapter_name] = self.peft_config[adapter_name], config
-        self.plans[adapter_name] = plan
         if state_dict is not None:
             modules = [module for layer in plan.layers for module in layer.modules]
             state_dict = {f"{name}.{self.prefix}hyper": torch.empty(0) for name in modules}
@@ -65,7 +61,6 @@ class HoraModel(BaseTuner):
 
     def _withdraw(self, model: nn.Module, adapter_name: str) -> None:
         """Take an adapter out of the model, with every module that was wrapped for it alone."""
-        self.plans.pop(adapter_name, None)
         for name, module in list(model.named_modules()):
             if isinstance(module, HoraLayer) and adapter_name in module.hora_attached:
                 module.delete_adapter(adapter_name)
@@ -73,11 +68,6 @@ class HoraModel(BaseTuner):
                     parent_name, _, own = name.rpartition(".")
                     setattr(model.get_submodule(parent_name), own, module.base_layer)
         _restore_module_forward(model)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter with its plan."""
-        super().delete_adapter(adapter_name)
-        self.plans.pop(adapter_name, None)
 
     def _prepare_adapter_config(self, peft_config: HoraConfig, model_config: dict[str, Any]) -> HoraConfig:
         return peft_config
@@ -91,7 +81,7 @@ class HoraModel(BaseTuner):
         parent: nn.Module,
         current_key: str,
     ) -> None:
-        plan = self.plans[adapter_name].layer_of(current_key)
+        plan = planned_layer(peft_config, current_key)
         if plan is None:  # a fused module of which no part is adapted
             return
         sites = {p: site for p, site in plan.sites.items() if site.module == current_key}

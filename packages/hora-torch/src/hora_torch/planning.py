@@ -84,10 +84,6 @@ class Plan:
     left_out: Mapping[str, str]
     target_modules: Any = None
 
-    def layer_of(self, module: str) -> LayerPlan | None:
-        """The layer that adapts the module at a path, if any does."""
-        return next((layer for layer in self.layers if module in layer.modules), None)
-
     def headline(self) -> str:
         """How many attention modules are adapted."""
         adapted = {layer.name for layer in self.layers}
@@ -156,6 +152,14 @@ def make_plan(model: nn.Module, config: HoraConfig, leaders: Mapping[str, Any] |
     if config.hora_layers is not None:
         return Plan(_recorded(model, names, config), {}, config.target_modules)
     return _new_plan(model, names, config, default, narrow=leaders is None)
+
+
+def planned_layer(config: HoraConfig, module: str) -> LayerPlan | None:
+    """The layer that adapts the module at a path, as the config of an adapter describes it."""
+    for entry in config.hora_layers or ():
+        if any(site["module"] == module for site in entry["projections"].values()):
+            return LayerPlan(*layer_from_json(entry), {})
+    return None
 
 
 def _new_plan(model: nn.Module, names: Iterable[str], config: HoraConfig, default: bool, narrow: bool) -> Plan:

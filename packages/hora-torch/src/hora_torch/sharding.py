@@ -52,6 +52,11 @@ def of_this_process(
     rows = weight.shape[axis]
     if columns == rows:
         return x, list(branches)
+    if any(branch.stop - branch.start < rows for branch in branches):
+        raise HoraError(
+            "a fused weight is sharded by processes that gather its output, got local columns of several projections: "
+            "use ColwiseParallel(output_layouts=Replicate()), or separate projections"
+        )
     mesh, whole = weight.device_mesh, [Replicate()] * weight.device_mesh.ndim
     summed = [Partial() if placement.is_shard() else Replicate() for placement in weight.placements]
     placed = [Shard(0) if placement.is_shard() else Replicate() for placement in weight.placements]
@@ -60,8 +65,7 @@ def of_this_process(
         return DTensor.from_local(tensor, mesh, whole, run_check=False).to_local(grad_placements=summed)
 
     parts = []
-    for a, b, scaling, start, stop in branches:
-        b = torch.nn.functional.pad(b, (0, 0, start, rows - stop))
+    for a, b, scaling, _, _ in branches:
         b = DTensor.from_local(b, mesh, whole, run_check=False).redistribute(placements=placed).to_local()
         parts.append(Branch(shared(a), b, scaling, 0, b.shape[0]))
     return shared(x), parts
