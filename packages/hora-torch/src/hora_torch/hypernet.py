@@ -40,7 +40,7 @@ class HoraHypernet(nn.Module):
     def __init__(self, spec: AdapterSpec, layer: LayerShape, *, name: str, seed: int = 0) -> None:
         super().__init__()
         self.spec, self.layer, self.name, self.seed = spec, layer, name, seed
-        self.awaits = False
+        self.awaits: set[str] = set()
         self._keys = tuple(key.partition(".")[::2] for key in param_shapes(spec, layer))
         for key, shape in param_shapes(spec, layer).items():
             kind, _, projection = key.partition(".")
@@ -68,18 +68,18 @@ class HoraHypernet(nn.Module):
                 elif key.startswith("b."):
                     param.normal_(std=0.25)
 
-    def await_values(self) -> None:
-        """Hold no values until some are loaded: the parameters are NaN, and calling the module is an error."""
-        self.awaits = True
+    def await_values(self, *, needed: bool) -> None:
+        """The parameters are those of a file that is yet to be read; if `needed`, nothing is computed before."""
+        self.awaits = set(self.params())
         with torch.no_grad():
-            for param in self.parameters():
+            for param in self.parameters() if needed else ():
                 param.fill_(torch.nan)
 
     def params(self) -> dict[str, Tensor]:
         """Canonical name to parameter, in canonical order."""
-        own, modules = self._parameters, self._modules
         return {
-            f"{kind}.{p}" if p else kind: modules[kind]._parameters[p] if p else own[kind] for kind, p in self._keys
+            f"{kind}.{p}" if p else kind: getattr(getattr(self, kind), p) if p else getattr(self, kind)
+            for kind, p in self._keys
         }
 
     def forward(self, projections: Iterable[str] | None = None) -> dict[str, Factors]:
@@ -118,13 +118,13 @@ class HoraHypernet(nn.Module):
         return owned(self, param)
 
     def _check_arrived(self, params: dict[str, Tensor]) -> None:
-        missing = [key for key, param in params.items() if not torch.isfinite(param).all()]
+        missing = [key for key in self.awaits & params.keys() if not torch.isfinite(params[key]).all()]
         if missing:
             raise HoraError(
-                f"an adapter that its config describes has its values from a file, {missing} of {self.name!r} were not "
+                f"an adapter that its config describes has its values from a file, {sorted(missing)} of {self.name!r} were not "
                 "loaded or are not finite: load the adapter again, or for a new one write a new HoraConfig"
             )
-        self.awaits = False
+        self.awaits -= params.keys()
 
     def extra_repr(self) -> str:
         """Spec and shapes."""

@@ -67,9 +67,9 @@ class HoraModel(BaseTuner):
             for param, requires_grad in trained:
                 param.requires_grad_(requires_grad)
             raise
-        if given.hora_layers is not None and self._loads_unchecked:
+        if given.hora_layers is not None:
             for hypernet in _hypernets(model, adapter_name):
-                hypernet.await_values()
+                hypernet.await_values(needed=self._loads_unchecked)
         if plan.left_out:
             warnings.warn(f"{plan.headline()} (hora_torch.plan says which and why)", stacklevel=2)
 
