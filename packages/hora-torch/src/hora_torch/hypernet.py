@@ -121,8 +121,8 @@ class HoraHypernet(nn.Module):
         missing = [key for key in self.awaits & params.keys() if not torch.isfinite(params[key]).all()]
         if missing:
             raise HoraError(
-                f"an adapter that its config describes has its values from a file, {sorted(missing)} of {self.name!r} were not "
-                "loaded or are not finite: load the adapter again, or for a new one write a new HoraConfig"
+                f"an adapter that its config describes has its values from a file, {sorted(missing)} of {self.name!r} "
+                "were not loaded or are not finite: load the adapter again, or for a new one write a new HoraConfig"
             )
         self.awaits -= params.keys()
 
