@@ -123,4 +123,5 @@ def assert_unchanged(model: nn.Module, before: Mapping[str, Any]) -> None:
     for (name, param, value, trains), (old_name, old_param, old_value, old_trains) in tensors:
         assert (name, trains) == (old_name, old_trains)
         assert param is old_param, name
-        assert torch.equal(value.view(torch.uint8), old_value.view(torch.uint8)), name
+        bits = [tensor.reshape(-1).view(torch.uint8) for tensor in (value, old_value)]
+        assert torch.equal(*bits), name

@@ -14,6 +14,7 @@ from hora_torch.model import HoraModel
 from hora_torch.planning import Plan, plan
 from hora_torch.registration import add_peft_type, register
 from hora_torch.report import report
+from hora_torch.verification import Report, verify
 
 add_peft_type()
 register()
@@ -26,6 +27,7 @@ __all__ = [
     "HoraLinear",
     "HoraModel",
     "Plan",
+    "Report",
     "cached_factors",
     "export_lora",
     "freeze",
@@ -33,4 +35,5 @@ __all__ = [
     "plan",
     "report",
     "to_adapter",
+    "verify",
 ]

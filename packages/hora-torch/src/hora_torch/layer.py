@@ -228,6 +228,25 @@ class HoraLayer(BaseTunerLayer):
             hypernet.to(target)
 
 
+def tied_weights(model: nn.Module, adapter_names: Sequence[str] | None = None) -> dict[str, list[str]]:
+    """Adapted layers whose weight is also that of other modules: path of the layer to all names of its weight.
+
+    Counted are the named, by default the active, adapters of each layer.
+    """
+    owners: dict[nn.Parameter, set[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(param, set()).add(name)
+    tied = {}
+    for name, layer in model.named_modules():
+        names = (adapter_names or layer.active_adapters) if isinstance(layer, HoraLayer) else ()
+        for attached in [layer.hora_attached[key] for key in names if key in layer.hora_attached]:
+            for parameter in {site.parameter for site in attached.sites.values()}:
+                stored = layer.get_base_layer()._parameters.get(parameter)
+                if stored is not None and not stored.is_meta and len(owners.get(stored, ())) > 1:
+                    tied[name] = sorted(owners[stored])
+    return tied
+
+
 class HoraLinear(nn.Module, HoraLayer):
     """``x W^T + bias + scaling * (x A^T) B^T`` for a Linear or Conv1D, or for parts of a fused one (spec D3)."""
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hora_torch.attention import HoraMultiheadAttention
 from hora_torch.config import HoraConfig
 from hora_torch.hypernet import HoraHypernet
-from hora_torch.layer import BASE, HoraLayer, HoraLinear
+from hora_torch.layer import BASE, HoraLayer, HoraLinear, tied_weights
 from hora_torch.lifetime import during_call
 from hora_torch.planning import make_plan, planned_layer
 from hora_torch.saving import check_loaded
@@ -117,7 +117,11 @@ class HoraModel(BaseTuner):
         HoraError
             If a merge is refused, or an adapted weight is also the weight of another module, which would change too.
         """
-        self._check_untied(adapter_names)
+        for name, owners in tied_weights(self.model, adapter_names).items():
+            raise HoraError(
+                f"an adapted weight that is merged belongs to one module, that of {name!r} is tied: {owners[:4]}: give "
+                "the modules weights of their own, or serve the adapter as LoRA with hora_torch.export_lora (spec M3)"
+            )
         before = {layer: list(layer.merged_adapters) for layer in self._layers().values()}
         try:
             super().merge_adapter(adapter_names, safe_merge=safe_merge)
@@ -126,21 +130,6 @@ class HoraModel(BaseTuner):
                 with onload_layer(layer):
                     layer.restore_merged(names)
             raise
-
-    def _check_untied(self, adapter_names: list[str] | None) -> None:
-        owners: dict[nn.Parameter, set[str]] = {}
-        for name, param in self.model.named_parameters(remove_duplicate=False):
-            owners.setdefault(param, set()).add(name)
-        for name, layer in self._layers().items():
-            attached = [layer.hora_attached.get(key) for key in adapter_names or layer.active_adapters]
-            for parameter in {site.parameter for entry in attached if entry for site in entry.sites.values()}:
-                stored = layer.get_base_layer()._parameters.get(parameter)
-                if stored is not None and not stored.is_meta and len(owners.get(stored, ())) > 1:
-                    raise HoraError(
-                        f"an adapted weight that is merged belongs to one module, that of {name!r} is tied: "
-                        f"{sorted(owners[stored])[:4]}: give the modules weights of their own, or serve the adapter as "
-                        "LoRA with hora_torch.export_lora (spec M3)"
-                    )
 
     def _unload_and_optionally_merge(
         self,
