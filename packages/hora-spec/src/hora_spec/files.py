@@ -73,7 +73,8 @@ def adapter_of(config: Mapping[str, Any], stored: Sequence[Stored], *, any_float
     tensors = {tensor.name: to_numpy(tensor) for tensor in stored}
     if any_float:
         tensors = {
-            name: np.float32(a) if ".hora_hyper." in name and a.dtype.kind == "f" else a for name, a in tensors.items()
+            name: a.astype(np.float32) if ".hora_hyper." in name and a.dtype.kind == "f" else a
+            for name, a in tensors.items()
         }
     entries = config["hora_layers"]
     if not isinstance(entries, list):

@@ -43,7 +43,7 @@ def to_adapter(model: nn.Module, adapter_name: str | None = None) -> Adapter:
         layer_name, spec, sites = layer_from_json(entry)
         prefix = f"{entry['leader']}.hora_hyper."
         params = {key: tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
-        params = {key.removeprefix(prefix): np.float32(value) for key, value in params.items()}
+        params = {key.removeprefix(prefix): value.astype(np.float32) for key, value in params.items()}
         layers[layer_name] = AdapterLayer(spec, sites, params)
     keys = {key: value for key, value in config.to_dict().items() if key not in RESERVED}
     return Adapter(layers, keys, tensors)

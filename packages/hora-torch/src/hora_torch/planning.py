@@ -129,8 +129,8 @@ def plan(model: nn.Module, config: HoraConfig) -> Plan:
     >>> size = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
     >>> model = LlamaForCausalLM(LlamaConfig(**size, num_hidden_layers=1))
     >>> plan = hora_torch.plan(model, hora_torch.HoraConfig(r=2))
-    >>> plan.layers[0].sources["q"]
-    'attention.config.num_attention_heads=2, attention.head_dim=4'
+    >>> plan.layers[0].sources["q"].split(", ")[:2]
+    ['attention.config.num_attention_heads=2', 'attention.head_dim=4']
     >>> print(str(plan).splitlines()[0])
     HoRA adapts 1 of 1 attention modules
     """

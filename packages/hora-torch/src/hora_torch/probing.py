@@ -4,7 +4,7 @@ The context of an attention, what its output projection reads, is differentiated
 column of the context depends on the rows of q and k of one head, all of them, and on one row of v.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +25,7 @@ class Record:
 
 
 @contextmanager
-def recorded(model: nn.Module, attentions: Mapping[str, set[str]]) -> Iterator[dict[str, Record]]:
+def recorded(model: nn.Module, attentions: Mapping[str, set[str]]) -> Generator[dict[str, Record], None, None]:
     """Records of the calls of attention modules: path to the names of the children that are adapted."""
     records = {path: Record() for path in attentions}
     with ExitStack() as stack:

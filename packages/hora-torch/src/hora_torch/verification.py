@@ -1,6 +1,6 @@
 """Whether an adapted model does what its plan says, tried on one batch."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -133,7 +133,7 @@ class _Trial:
             yield Finding("has a weight of its own", name, "unknown" if detail else "ok", detail)
 
     @contextmanager
-    def prepared(self) -> Iterator[None]:
+    def prepared(self) -> Generator[None, None, None]:
         """Evaluation mode, no cache, and updates that are not zero; all is put back."""
         modes = [(module, module.training) for module in self.model.modules()]
         kept = [
