@@ -47,6 +47,10 @@ class UnknownRowsError(HoraError):
     """Nothing says, or sources disagree on, which rows of a module belong to which head."""
 
 
+class DisagreeError(UnknownRowsError):
+    """Sources disagree, so that nothing about the attention is certain."""
+
+
 class Rows(NamedTuple):
     """Rows ``start : start + width`` of a module, split evenly into heads; `source` says how that is known."""
 
@@ -139,7 +143,7 @@ class Attention:
         for fact in self._widths(role):
             said[fact] = _quotient(rows, parts * fact.value)
         if role in ("k", "v"):
-            said |= dict(self._from_query(role, rows))
+            said |= dict(self._from_query(role, rows, alone=not said))
         candidates: dict[int, list[_Fact]] = {}
         for fact, heads in said.items():
             if heads and rows % heads == 0:
@@ -147,8 +151,8 @@ class Attention:
         heads, facts = self._choose(own, f"{rows} output rows", candidates, list(said))
         return heads, ", ".join(map(str, facts))
 
-    def _from_query(self, role: str, rows: int) -> Iterator[tuple[_Fact, int | None]]:
-        """What the query says about a key or value: the number of groups, and for want of a width its own."""
+    def _from_query(self, role: str, rows: int, *, alone: bool) -> Iterator[tuple[_Fact, int | None]]:
+        """What the query says about a key or value: the groups, for want of a width its own, or `alone` its count."""
         name = next((child for child in self.widths if ROLE_OF.get(child) == "q"), None)
         if name is None:
             return
@@ -158,6 +162,9 @@ class Attention:
             return
         for fact in self._ask(("num_key_value_groups",)):
             yield fact, _quotient(query.heads, fact.value)
+            alone = False
+        for fact in self._counts(name, "q") if alone else ():
+            yield fact, fact.value
         if not self._widths(role):
             width = query.width // query.heads
             yield _Fact(width, f"the width of a head of {name}", _ATTENTION), _quotient(rows, width)
@@ -196,15 +203,15 @@ class Attention:
         if ranked and not tied and all(fact in ranked[0][1] for fact in close):
             return ranked[0]
         known = ", ".join(map(str, facts)) or "nothing"
-        contradicted = any(fact.level == _USER for fact in facts)
-        raise (HoraError if contradicted else UnknownRowsError)(
+        kind = DisagreeError if len(facts) > 1 else UnknownRowsError
+        raise (HoraError if any(fact.level == _USER for fact in facts) else kind)(
             f"the head count of {self._child(own)!r} must be known and divide its {what}, and all sources agree, got "
             f'{known}: pass num_heads and num_kv_heads, e.g. HoraConfig(num_heads={{"{own}": 1}}), or leave it out of '
             "target_modules"
         )
 
     def _counts(self, own: str, role: str | None) -> list[_Fact]:
-        """Head counts from every source; keys and values without one of their own have those of the query."""
+        """Head counts of a role from every source."""
         said = self.config.num_heads
         whole = not isinstance(said, Mapping)  # one number is that of all queries
         if isinstance(said, Mapping):
@@ -214,8 +221,9 @@ class Attention:
         found = [_Fact(value, f"HoraConfig.{name}", _USER) for value, name in users if value is not None]
         if role is None:
             return found
-        found += self._ask(_OWN_NAMES.get(role, ())[:1]) or self._ask(_COUNT_NAMES["q" if role == "q" else "kv"])
-        return found if found or role in ("q", "kv") else self._counts(own, "q")
+        return found + (
+            self._ask(_OWN_NAMES.get(role, ())[:1]) or self._ask(_COUNT_NAMES["q" if role == "q" else "kv"])
+        )
 
     def _widths(self, role: str | None) -> list[_Fact]:
         return [] if role is None else self._ask(_OWN_NAMES[role][1:]) or self._ask(_WIDTH_NAMES)

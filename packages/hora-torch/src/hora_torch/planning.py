@@ -16,7 +16,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from hora_torch.config import HoraConfig
-from hora_torch.heads import UnknownRowsError, identifier, matches
+from hora_torch.heads import DisagreeError, UnknownRowsError, identifier, matches
 from hora_torch.sites import Found, check_recorded, find_sites, is_candidate, not_in_use
 from hora_torch.targets import base_module, no_default, no_match, short_names, targets_of
 
@@ -165,8 +165,15 @@ def planned_layer(config: HoraConfig, module: str) -> LayerPlan | None:
 def _new_plan(model: nn.Module, names: Iterable[str], config: HoraConfig, default: bool, narrow: bool) -> Plan:
     names, left_out = list(names), {}
     found: dict[str, list[Found]] = {}
+    uncertain: set[str] = set()
+    references = _references(model)
     for name in names:
         layer = _layer_name(model, name)
+        if len(paths := references[model.get_submodule(name)]) > 1:
+            raise HoraError(
+                f"an adapted module stands in one place, {name!r} is one module with {paths}: adapting it would reach "
+                "one of them; give each place a module of its own, or leave them out with exclude_modules"
+            )
         try:
             if default and (reason := not_in_use(model, name)):
                 raise UnknownRowsError(reason)
@@ -175,7 +182,8 @@ def _new_plan(model: nn.Module, names: Iterable[str], config: HoraConfig, defaul
             if not default:
                 raise
             left_out[layer] = str(error)
-    layers = tuple(_layer_plan(name, sites, config) for name, sites in found.items() if sites)
+            uncertain |= {layer} if isinstance(error, DisagreeError) else set()
+    layers = tuple(_layer_plan(name, sites, config) for name, sites in found.items() if sites and name not in uncertain)
     if not layers and not config.exclude_modules and not config.modules_to_save:
         raise no_default(left_out) if default else no_match(model, config)
     if default and left_out:
@@ -251,6 +259,16 @@ def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Named modules of the model, without what is inside of adapters."""
     inside = tuple(f"{key}." for key, module in model.named_modules() if isinstance(module, BaseTunerLayer))
     return [(key, module) for key, module in model.named_modules() if key and not key.startswith(inside)]
+
+
+def _references(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Module to all paths under which modules refer to it."""
+    paths: dict[nn.Module, list[str]] = {}
+    for path, owner in model.named_modules():
+        for name, child in owner._modules.items():
+            if child is not None:
+                paths.setdefault(child, []).append(f"{path}.{name}" if path else name)
+    return paths
 
 
 def _matching(model: nn.Module, config: HoraConfig) -> list[str]:

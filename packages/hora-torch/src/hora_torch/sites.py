@@ -166,9 +166,9 @@ def _reads_weight(cls: type, own: str) -> bool:
 
 
 def _sources(cls: type) -> Iterator[str]:
-    """Source of the methods of a class, but for those that set initial values; nothing where there is none."""
+    """Source of the methods of a class that may compute, not those that set or rearrange its weights."""
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
         for name, method in vars(base).items():
-            if inspect.isfunction(method) and not re.search("init|reset", name):
+            if inspect.isfunction(method) and not re.search("init|reset|fuse", name):
                 with contextlib.suppress(OSError, TypeError):
                     yield inspect.getsource(method)
