@@ -61,6 +61,22 @@ def environment(session: nox.Session, name: str, *, packages=(), groups=(), cons
     return binaries
 
 
+def beside(session: nox.Session, binaries: Path, group: str) -> Path:
+    """Folder with the packages of a group alone, to be put on the path of an environment that has what they need.
+
+    They print when they are imported, and PEFT and Transformers import whatever they find.
+    """
+    folder = ROOT / ".nox" / f"{group}-{sys.version_info.major}.{sys.version_info.minor}"
+    requirements = nox.project.dependency_groups(PYPROJECT, group)
+    digest = hashlib.sha256(repr((sys.version, requirements, CONSTRAINTS.read_bytes())).encode()).hexdigest()
+    stamp = folder / "installed.sha256"
+    if not (stamp.exists() and stamp.read_text() == digest):
+        options = ("--quiet", "--no-deps", "--upgrade", "--target", str(folder), "--constraint", str(CONSTRAINTS))
+        run(session, binaries, "python", "-m", "pip", "install", *options, *requirements)
+        stamp.write_text(digest)
+    return folder
+
+
 def everything(session: nox.Session) -> Path:
     """Bin folder of the environment with all four packages and both frameworks."""
     return environment(session, "all", packages=PACKAGES, groups=("test", "integrations", "types"))
@@ -104,12 +120,19 @@ def docs(session):
 
 
 @nox.session(python=False)
-@nox.parametrize("scope", ["spec", "all"], ids=["spec", "all"])
+@nox.parametrize("scope", ["spec", "all", "libraries"], ids=["spec", "all", "libraries"])
 def tests(session, scope):
-    """Unit, golden, property and repository tests: hora-spec on its three dependencies, then all packages."""
+    """Unit, golden, property and repository tests: hora-spec on its three dependencies, all packages, hora-torch beside
+    the quantisers and optimisers that its users bring along.
+    """
     if scope == "spec":
         tools = environment(session, "spec", packages=("hora-spec",), groups=("test",))
         run(session, tools, "pytest", "packages/hora-spec", *session.posargs, env=TEST_ENV)
+    elif scope == "libraries":
+        tools = everything(session)
+        env = TEST_ENV | {"PYTHONPATH": str(beside(session, tools, "libraries"))}
+        paths = (f"packages/hora-torch/tests/test_{name}.py" for name in ("lifetime", "subclasses"))
+        run(session, tools, "pytest", *paths, *parallel(), *session.posargs, env=env)
     else:
         tools = everything(session)
         paths = ("packages", "tests", "--ignore=tests/parity")

@@ -2,6 +2,13 @@
 
 import contextlib
 import os
+import shutil
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -14,6 +21,7 @@ from hora_spec import (
     ProjectionShape,
     Site,
     directory,
+    export_lora,
     load_adapter,
     param_shapes,
     save_adapter,
@@ -74,10 +82,10 @@ class Faults:
         return wrapped
 
 
-def calls_of_a_save(path, monkeypatch):
+def calls_of_a_save(path, monkeypatch, one=None):
     with monkeypatch.context() as patch:
         faults = Faults(patch)
-        save_adapter(path, adapter(*NEW))
+        save_adapter(path, one or adapter(*NEW))
     return faults.log
 
 
@@ -131,15 +139,16 @@ def test_f3_a_failing_call_is_reported_and_cleaned_up(tmp_path, monkeypatch, ear
 
 
 def test_f3_every_file_is_durable_before_it_gets_its_name(tmp_path, monkeypatch):
-    log = [call for call in calls_of_a_save(tmp_path / "a", monkeypatch) if call[0] not in ("open", "close", "mkdir")]
+    log = [call for call in calls_of_a_save(tmp_path / "a", monkeypatch) if call[0] in ("write", "fsync", "replace")]
     (pending,) = {name for call, name in log if call == "write" and name.startswith(CONFIG)}
+    new = pending.replace(CONFIG, TENSORS)
     assert log == [
-        ("write", f"{TENSORS}.tmp"),
-        ("fsync", f"{TENSORS}.tmp"),
+        ("write", new),
+        ("fsync", new),
         ("write", pending),
         ("fsync", pending),
         ("fsync", "a"),
-        ("replace", f"{TENSORS}.tmp"),
+        ("replace", new),
         ("fsync", "a"),
         ("replace", pending),
         ("fsync", "a"),
@@ -173,7 +182,8 @@ def test_f3_a_reader_gets_one_adapter_while_another_is_written(tmp_path, monkeyp
 
 def test_f3_leftovers_of_a_crash_do_not_outlive_another_writer(tmp_path, monkeypatch):
     path, peft = tmp_path / "a", tmp_path / "peft"
-    save_adapter(path, adapter(*OLD))
+    for earlier in (path, peft):
+        save_adapter(earlier, adapter(*OLD))
     first = [call for call, _ in calls_of_a_save(peft, monkeypatch)].index("replace")
     with monkeypatch.context() as patch:
         Faults(patch, first + 1)  # tensors in place, config pending
@@ -185,6 +195,70 @@ def test_f3_leftovers_of_a_crash_do_not_outlive_another_writer(tmp_path, monkeyp
     for name in (TENSORS, CONFIG):  # PEFT writes both files in place
         (path / name).write_bytes((peft / name).read_bytes())
     assert identity(path) == (7.0, 8.0)
+
+
+@pytest.mark.skipif(directory.fcntl is None, reason="Windows cannot lock a directory")
+@pytest.mark.parametrize("at", range(3))
+def test_f3_writers_exclude_each_other(tmp_path, monkeypatch, at):
+    """A second writer starts while the first is between two of its steps, and waits."""
+    save_adapter(tmp_path, adapter(*OLD))
+    sync, other, calls = directory._sync, threading.Thread(target=save_adapter, args=(tmp_path, adapter(*NEW))), []
+
+    def interrupted(path):
+        calls.append(path)
+        if len(calls) == at + 1:
+            other.start()
+            other.join(0.2)
+            assert other.is_alive()
+        sync(path)
+
+    monkeypatch.setattr(directory, "_sync", interrupted)
+    save_adapter(tmp_path, adapter(5.0))
+    other.join(10)
+    assert identity(tmp_path) == NEW
+    assert sorted(os.listdir(tmp_path)) == [CONFIG, TENSORS]
+
+
+def test_f3_temporary_files_of_different_adapters_have_different_names(tmp_path, monkeypatch):
+    names = []
+    for i, one in enumerate((OLD, NEW)):
+        log = calls_of_a_save(tmp_path / str(i), monkeypatch, adapter(*one))
+        names += {name for call, name in log if call == "write"}
+    assert len(set(names)) == 4
+
+
+def test_f3_an_export_that_was_killed_can_be_repeated(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        faults = Faults(patch)
+        export_lora(adapter(*NEW), tmp_path / "count")
+    for at in range(len(faults.log)):
+        path = tmp_path / str(at)
+        with monkeypatch.context() as patch:
+            Faults(patch, at)
+            with pytest.raises(Crash):
+                export_lora(adapter(*OLD), path)
+        if (path / CONFIG).exists():  # whole, so never overwritten
+            with pytest.raises(HoraError, match="nothing is overwritten"):
+                export_lora(adapter(*NEW), path)
+            continue
+        export_lora(adapter(*NEW), path)
+        assert sorted(os.listdir(path)) == [CONFIG, TENSORS]
+
+
+@pytest.mark.parametrize("pending", [None, '{"peft_type": "HORA"}', "no JSON"])
+def test_f3_tensors_without_a_pending_lora_config_are_no_interrupted_export(tmp_path, pending):
+    (tmp_path / TENSORS).write_bytes(directory_of(adapter(*OLD), tmp_path / "other"))
+    shutil.rmtree(tmp_path / "other")
+    if pending:
+        (tmp_path / directory._pending((tmp_path / TENSORS).read_bytes())).write_text(pending)
+    with pytest.raises(HoraError, match="nothing is overwritten"):
+        export_lora(adapter(*NEW), tmp_path)
+
+
+def directory_of(one, path):
+    """Bytes of the tensors of an adapter."""
+    save_adapter(path, one)
+    return (path / TENSORS).read_bytes()
 
 
 def test_f3_an_earlier_adapter_is_replaced_and_other_files_stay(tmp_path):
@@ -227,3 +301,110 @@ def test_f3_a_file_is_no_directory(tmp_path):
     with pytest.raises(HoraError, match="got the file"):
         save_adapter(tmp_path / "file", adapter(*NEW))
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def fifo(path):
+    os.mkfifo(path)
+
+
+def listening(path):
+    """A socket; its address is relative, since such addresses are short."""
+    here = os.getcwd()
+    os.chdir(path.parent)
+    try:
+        with socket.socket(socket.AF_UNIX) as one:
+            one.bind(path.name)
+    finally:
+        os.chdir(here)
+
+
+def loop(path):
+    path.symlink_to(path)
+
+
+def device(path):
+    path.symlink_to("/dev/zero")
+
+
+def sparse(path):
+    with open(path, "wb") as file:
+        file.truncate(2**40)
+
+
+def sparse_with_a_header(path):
+    text = b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}'
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(2**40)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
+@pytest.mark.parametrize("make", [fifo, listening, os.mkdir, loop, device, sparse, sparse_with_a_header])
+def test_f5_only_regular_files_of_a_true_size_are_read(tmp_path, make):
+    for name in (CONFIG, TENSORS, "pending"):
+        save_adapter(tmp_path / name, adapter(*OLD))
+        tensors = (tmp_path / name / TENSORS).read_bytes()
+        path = tmp_path / name / (directory._pending(tensors) if name == "pending" else name)
+        path.unlink(missing_ok=True)
+        make(path)
+    code = """
+import sys, hora_spec
+for path in sys.argv[1:]:
+    try:
+        hora_spec.load_adapter(path)
+    except hora_spec.HoraError as error:
+        print(error)
+"""
+    command = [sys.executable, "-c", code, *sorted(tmp_path.iterdir())]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert len(found.stdout.splitlines()) == found.stdout.count("(spec F") == 3
+
+
+@pytest.mark.skipif(os.name == "nt" or not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read all")
+@pytest.mark.parametrize("name", [CONFIG, TENSORS, "."])
+def test_f5_a_file_without_permission_is_refused(tmp_path, name):
+    save_adapter(tmp_path, adapter(*OLD))
+    path = tmp_path / name
+    mode = stat.S_IMODE(path.stat().st_mode)
+    path.chmod(0)
+    try:
+        with pytest.raises(HoraError, match="permission"):
+            load_adapter(tmp_path)
+    finally:
+        path.chmod(mode)
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "denied"), OSError(5, "input/output error"), MemoryError()])
+@pytest.mark.parametrize("call", ["stat", "open", "fstat"])
+def test_f5_whatever_the_disk_says_is_a_hora_error(tmp_path, monkeypatch, call, error):
+    save_adapter(tmp_path, adapter(*OLD))
+
+    def failing(*args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, failing)
+        with pytest.raises(HoraError, match="spec F5"):
+            load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["a" * 5000, "a/" * 3000, "a\0b", "file/below"])
+def test_f1_a_path_that_cannot_be_is_refused(tmp_path, path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(HoraError):
+        load_adapter(f"{tmp_path}/{path}")
+
+
+def test_f5_a_file_that_keeps_changing_is_refused(tmp_path, monkeypatch):
+    save_adapter(tmp_path, adapter(*OLD))
+    read = directory._read_config
+
+    def rewritten(path):
+        shutil.copyfile(tmp_path / TENSORS, tmp_path / "copy")
+        os.replace(tmp_path / "copy", tmp_path / TENSORS)
+        return read(path)
+
+    monkeypatch.setattr(directory, "_read_config", rewritten)
+    with pytest.raises(HoraError, match="keeps changing"):
+        load_adapter(tmp_path)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import struct
 
@@ -91,6 +92,16 @@ def saved(tmp_path):
     return tmp_path / "adapter"
 
 
+@pytest.fixture
+def undigested(saved):
+    """As from a writer that knows no digests."""
+    edit(saved, lambda config: [config.pop(key) for key in DIGESTS])
+    return saved
+
+
+DIGESTS = ("hora_layers_sha256", "hora_tensors_sha256")
+
+
 def edit(directory, change):
     """Change the config of a directory."""
     config = json.loads((directory / CONFIG).read_text())
@@ -147,10 +158,10 @@ def test_f1_equal_tensors_give_equal_bytes(tmp_path):
     assert header["__metadata__"] == {"format": "pt"}
 
 
-def test_f1_bfloat16_of_whole_modules_is_read_exactly(saved):
+def test_f1_bfloat16_of_whole_modules_is_read_exactly(undigested):
     key, values = b"base_model.model.score.weight", np.array([1.5, -2.0, 3.140625], np.float32)
     bits = (values.view(np.uint32) >> 16).astype("<u2").tobytes()
-    tensors = {k: v for k, v in load_file(saved / TENSORS).items() if k.encode() != key}
+    tensors = {k: v for k, v in load_file(undigested / TENSORS).items() if k.encode() != key}
     header, data = {key.decode(): {"dtype": "BF16", "shape": [3], "data_offsets": [0, 6]}}, bits
     for name, value in tensors.items():
         dtype = {"float32": "F32", "int64": "I64"}[value.dtype.name]
@@ -158,8 +169,8 @@ def test_f1_bfloat16_of_whole_modules_is_read_exactly(saved):
         header[name] = {"dtype": dtype, "shape": list(value.shape), "data_offsets": offsets}
         data += value.tobytes()
     text = json.dumps(header).encode()
-    (saved / TENSORS).write_bytes(struct.pack("<Q", len(text)) + text + data)
-    np.testing.assert_array_equal(load_adapter(saved).modules["score.weight"], values, strict=True)
+    (undigested / TENSORS).write_bytes(struct.pack("<Q", len(text)) + text + data)
+    np.testing.assert_array_equal(load_adapter(undigested).modules["score.weight"], values, strict=True)
 
 
 def test_f2_the_config_describes_every_layer(saved):
@@ -208,6 +219,7 @@ def q(config, index=0):
         (lambda c: c.update(hora_layers=[3]), "JSON object, got 3"),
         (lambda c: layer(c).update(name=["x"]), "a layer has a name"),
         (lambda c: layer(c).update(name=""), "non-empty string"),
+        (lambda c: layer(c).update(name="\udc00"), "non-empty string"),
         (lambda c: layer(c).update(name="h.0.attn"), "unique, got 'h.0.attn' twice"),
         (lambda c: layer(c).update(leader="model.layers.1.attn.q_proj"), "one of its modules"),
         (lambda c: layer(c).update(projections=[]), "maps projections"),
@@ -219,7 +231,11 @@ def q(config, index=0):
         (lambda c: q(c).update(module="a..b"), "dotted path"),
         (lambda c: q(c).update(module="a b"), "dotted path"),
         (lambda c: q(c).update(module=""), "dotted path"),
-        (lambda c: q(c).update(parameter="weight\0"), "dotted path"),
+        (lambda c: q(c).update(module="a.\ud800"), "dotted path"),
+        (lambda c: q(c).update(parameter="weight\0"), "a letter first"),
+        (lambda c: q(c).update(parameter="__class__"), "a letter first"),
+        (lambda c: q(c).update(parameter="a.weight"), "a letter first"),
+        (lambda c: q(c).update(parameter=None), "a letter first"),
         (lambda c: q(c).update(weight_shape=[12, 8.0]), "integers"),
         (lambda c: q(c).update(weight_shape=[8, 12]), r"needs shape \(12, 8\), got \(8, 12\)"),
         (lambda c: q(c).update(num_heads=3), r"needs shape \(9, 8\)"),
@@ -232,9 +248,9 @@ def q(config, index=0):
         (lambda c: q(c).update(weight_shape=[1, 12, 8], layout={"pattern": "l (h k) d", "window": None}), "stacked"),
     ],
 )
-def test_f2_a_layer_table_that_makes_no_sense_is_refused(saved, change, match):
-    edit(saved, change)
-    refused(saved, match)
+def test_f2_a_layer_table_that_makes_no_sense_is_refused(undigested, change, match):
+    edit(undigested, change)
+    refused(undigested, match)
 
 
 def test_f2_two_layers_of_one_leader_are_refused(tmp_path):
@@ -259,9 +275,9 @@ def test_f2_two_layers_of_one_leader_are_refused(tmp_path):
         (lambda c: q(c)["layout"].pop("window"), r"missing \['window'\]"),
     ],
 )
-def test_f4_other_versions_and_fields_are_refused(saved, change, match):
-    edit(saved, change)
-    refused(saved, match)
+def test_f4_other_versions_and_fields_are_refused(undigested, change, match):
+    edit(undigested, change)
+    refused(undigested, match)
 
 
 @pytest.mark.parametrize(
@@ -273,29 +289,32 @@ def test_f4_other_versions_and_fields_are_refused(saved, change, match):
         (lambda t: t.update({A_Q: t[A_Q].astype(np.float64)}), "float32, got float64"),
         (lambda t: t.update({A_Q: t[A_Q].astype(np.float16)}), "float32, got float16"),
         (lambda t: t.update({A_Q: t[A_Q].astype(np.int32)}), "floating, got int32"),
+        (lambda t: t.update({A_Q: t[A_Q].view(np.int32)}), "floating, got int32"),
+        (lambda t: t.update({A_Q: t[A_Q].view(np.uint32)}), "floating, got uint32"),
         (lambda t: t[A_Q].fill(np.nan), "finite"),
+        (lambda t: t["base_model.model.score.weight"].fill(np.nan), "NaN in score.weight"),
         (lambda t: t[A_Q].fill(-np.inf), "finite"),
         (lambda t: t.update({A_Q.replace(".0.", ".7."): t[A_Q]}), "different adapters"),
         (lambda t: t.update({"score.weight": t[A_Q]}), "different adapters"),
         (lambda t: t.update({"base_model.model./etc": t[A_Q]}), "dotted path"),
     ],
 )
-def test_f5_tensors_that_do_not_fit_are_refused(saved, change, match):
-    tensors = load_file(saved / TENSORS)
+def test_f5_tensors_that_do_not_fit_are_refused(undigested, change, match):
+    tensors = load_file(undigested / TENSORS)
     change(tensors)
-    save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, saved / TENSORS)
-    refused(saved, match)
+    save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, undigested / TENSORS)
+    refused(undigested, match)
 
 
 A_Q = "base_model.model.model.layers.0.attn.q_proj.hora_hyper.a.q"
 
 
-def test_f5_a_pair_from_two_adapters_is_refused(saved, tmp_path):
+def test_f5_a_pair_from_two_adapters_is_refused(undigested, tmp_path):
     other = example()
     layers = other.layers | filled(*separate(1, SPEC.replace(rank=4)))
     save_adapter(tmp_path / "other", Adapter(layers))
-    (saved / TENSORS).write_bytes((tmp_path / "other" / TENSORS).read_bytes())
-    refused(saved, r"layer 'model.layers.1.attn': .* must have shape")
+    (undigested / TENSORS).write_bytes((tmp_path / "other" / TENSORS).read_bytes())
+    refused(undigested, r"layer 'model.layers.1.attn': .* must have shape")
 
 
 def test_f5_a_truncated_file_is_refused(saved):
@@ -328,24 +347,24 @@ def test_f5_a_header_that_lies_about_sizes_is_refused(saved):
         refused(saved, "truncated or damaged")
 
 
-def test_f5_no_damaged_header_gets_past_the_checks(saved):
-    data = (saved / TENSORS).read_bytes()
+def test_f5_no_damaged_header_gets_past_the_checks(undigested):
+    data = (undigested / TENSORS).read_bytes()
     size = struct.unpack("<Q", data[:8])[0]
     for i in range(0, 8 + size, 31):
         for byte in b'\0"9':
-            (saved / TENSORS).write_bytes(data[:i] + bytes([byte]) + data[i + 1 :])
+            (undigested / TENSORS).write_bytes(data[:i] + bytes([byte]) + data[i + 1 :])
             with contextlib.suppress(HoraError):
-                load_adapter(saved)
+                load_adapter(undigested)
 
 
-def test_f5_dtypes_that_numpy_lacks_are_refused(saved):
-    data = (saved / TENSORS).read_bytes().replace(b'"I64"', b'"C64"')
-    (saved / TENSORS).write_bytes(data)
-    refused(saved, "got C64 for base_model.model.norm.count")
+def test_f5_dtypes_that_numpy_lacks_are_refused(undigested):
+    data = (undigested / TENSORS).read_bytes().replace(b'"I64"', b'"C64"')
+    (undigested / TENSORS).write_bytes(data)
+    refused(undigested, "got C64 for base_model.model.norm.count")
 
 
-def test_f5_no_junk_in_the_layer_table_gets_past_the_checks(saved):
-    original = (saved / CONFIG).read_text()
+def test_f5_no_junk_in_the_layer_table_gets_past_the_checks(undigested):
+    original = (undigested / CONFIG).read_text()
     accepted = set()
     for path in paths(json.loads(original)["hora_layers"][:1]):
         for junk in (None, [], {}, True, -1, 2, 1.5, "x", [[]], 10**400):
@@ -355,9 +374,9 @@ def test_f5_no_junk_in_the_layer_table_gets_past_the_checks(saved):
             for key in parents:
                 node = node[key]
             node[last] = junk
-            (saved / CONFIG).write_text(json.dumps(config))
+            (undigested / CONFIG).write_text(json.dumps(config))
             try:
-                load_adapter(saved)
+                load_adapter(undigested)
             except HoraError:
                 continue
             accepted.add(path[-1])
@@ -372,6 +391,92 @@ def paths(node, prefix=()):
     for key, value in items:
         yield (*prefix, key)
         yield from paths(value, (*prefix, key))
+
+
+def test_f7_both_digests_are_those_of_the_text(saved):
+    config, tensors = json.loads((saved / CONFIG).read_text()), load_file(saved / TENSORS)
+    assert {config[key] for key in DIGESTS} == {layers_by_hand(config), tensors_by_hand(tensors)}
+    assert config["hora_tensors_sha256"] == tensors_by_hand(tensors)
+
+
+def layers_by_hand(config):
+    text = json.dumps(config["hora_layers"], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def tensors_by_hand(tensors):
+    names = {"float32": "F32", "float16": "F16", "int64": "I64"}
+    stream = b""
+    for name in sorted(tensors):
+        shape = ",".join(map(str, tensors[name].shape))
+        stream += f'["{name}","{names[str(tensors[name].dtype)]}",[{shape}]]\n'.encode() + tensors[name].tobytes()
+    return hashlib.sha256(stream).hexdigest()
+
+
+@pytest.mark.parametrize("torn", [CONFIG, TENSORS])
+def test_f7_a_torn_pair_of_equal_shapes_is_refused(saved, tmp_path, torn):
+    save_adapter(tmp_path / "other", example(seed=7))
+    (saved / torn).write_bytes((tmp_path / "other" / torn).read_bytes())
+    refused(saved, "a save was interrupted")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: layer(c)["spec"].update(alpha=5.0),
+        lambda c: layer(c)["spec"].update(activation="relu"),
+        lambda c: q(c).update(num_heads=2, head_dim=6),
+        lambda c: q(c).update(parameter="kernel"),
+        lambda c: q(c).update(weight_shape=[8, 12], layout={"pattern": "d (h k)", "window": None}),
+        lambda c: c["hora_layers"].reverse(),
+    ],
+)
+def test_f7_a_changed_layer_table_is_refused(saved, change):
+    edit(saved, change)
+    refused(saved, "hora_layers_sha256")
+
+
+def test_f7_a_value_that_changed_is_refused(saved):
+    data = bytearray((saved / TENSORS).read_bytes())
+    data[-1] ^= 1
+    (saved / TENSORS).write_bytes(data)
+    refused(saved, "hora_tensors_sha256")
+
+
+@pytest.mark.parametrize("junk", ["", "x", 3, True, [], {}])
+@pytest.mark.parametrize("key", DIGESTS)
+def test_f7_a_digest_that_is_none_is_refused(saved, key, junk):
+    edit(saved, lambda config: config.update({key: junk}))
+    refused(saved, key)
+
+
+@pytest.mark.parametrize("key", DIGESTS)
+def test_f7_absent_digests_are_not_missed(saved, key):
+    edit(saved, lambda config: config.pop(key))
+    assert_equal(load_adapter(saved), example())
+    edit(saved, lambda config: config.update({key: None}))
+    assert_equal(load_adapter(saved), example())
+
+
+def test_f7_the_digest_ignores_order_and_metadata_of_the_file(saved):
+    tensors = load_file(saved / TENSORS)
+    text = b'{"__metadata__": {"by": "me", "a": "b"}'
+    start = 0
+    for name, array in reversed(tensors.items()):
+        dtype = {"float32": "F32", "float16": "F16", "int64": "I64"}[str(array.dtype)]
+        offsets = [start, start := start + array.nbytes]
+        text += f', "{name}": {json.dumps({"dtype": dtype, "shape": array.shape, "data_offsets": offsets})}'.encode()
+    text += b"}"
+    body = b"".join(array.tobytes() for array in reversed(tensors.values()))
+    (saved / TENSORS).write_bytes(struct.pack("<Q", len(text)) + text + body)
+    assert_equal(load_adapter(saved), example())
+
+
+def test_f7_digests_belong_to_the_files_alone(saved, tmp_path):
+    adapter = load_adapter(saved)
+    assert not adapter.config.keys() & set(DIGESTS)
+    save_adapter(tmp_path / "other", dataclasses.replace(adapter, config=dict.fromkeys(DIGESTS, "stale")))
+    load_adapter(tmp_path / "other")
 
 
 def test_f1_absent_files_are_named(saved):
@@ -397,6 +502,8 @@ def test_f1_a_config_that_is_not_json_is_not_written(tmp_path):
         (lambda a: {"layers": {"": next(iter(a.layers.values()))}}, "non-empty string"),
         (lambda a: {"modules": {"../x": np.zeros(1)}}, "dotted path"),
         (lambda a: {"modules": {"a.hora_hyper.b_in": np.zeros(1)}}, "belong to a layer"),
+        (lambda a: {"modules": {"a.weight": np.full(2, np.nan)}}, "NaN in a.weight"),
+        (lambda a: {"modules": {"a.weight": np.array(["x"])}}, "arrays of numbers"),
         (lambda a: {"layers": with_params(a, lambda x: x.astype(np.float64))}, "float32, got float64"),
         (lambda a: {"layers": with_params(a, lambda x: x * np.float32(np.nan))}, "finite"),
         (lambda a: {"layers": with_params(a, lambda x: x[..., None])}, "must have shape"),

@@ -112,7 +112,11 @@ def test_exporting_needs_a_known_adapter(families, tmp_path):
 
 
 def saved(families, path):
+    """As from a writer that knows no digests, so that the checks behind them are seen."""
     adapted(families["llama"]).save_pretrained(path)
+    config = json.loads((path / "adapter_config.json").read_text())
+    del config["hora_tensors_sha256"], config["hora_layers_sha256"]
+    (path / "adapter_config.json").write_text(json.dumps(config))
     file = path / "adapter_model.safetensors"
     return file, load_file(file)
 
@@ -153,6 +157,51 @@ def test_a_non_finite_tensor_is_refused(families, tmp_path):
     save_file(tensors, file)
     with pytest.raises(HoraError, match="finite"):
         load(families, tmp_path)
+
+
+def test_integers_are_no_parameters(families, tmp_path):
+    file, tensors = saved(families, tmp_path)
+    key = next(key for key in tensors if key.endswith("b_in"))
+    for dtype in (torch.int32, torch.uint32):
+        save_file(tensors | {key: tensors[key].view(dtype)}, file)
+        with pytest.raises(HoraError, match="b_in must be floating, got"):
+            load(families, tmp_path)
+
+
+def test_nan_in_a_module_trained_whole_is_refused(families, tmp_path):
+    model = adapted(families["vit"], modules_to_save=["classifier"])
+    with torch.no_grad():
+        model.base_model.model.classifier.modules_to_save["default"].bias[0] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(HoraError, match=r"NaN in classifier\.bias"):
+        peft.PeftModel.from_pretrained(families["vit"].model(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("llama", {"layout": {"pattern": "d (h k)", "window": None}}),
+        ("llama", {"layout": {"pattern": "(h k) d", "window": [1, 0, 32]}}),
+        ("llama", {"parameter": "bias"}),
+        ("llama", {"parameter": "forward"}),
+        ("mha", {"parameter": "forward"}),
+        ("mha", {"parameter": "training"}),
+        ("mha", {"parameter": "out_proj"}),
+        ("mha", {"parameter": "weight"}),
+        ("mha", {"parameter": "q_proj_weight"}),
+    ],
+    ids=str,
+)
+def test_a_place_that_the_module_does_not_have_is_refused(families, name, change, tmp_path):
+    """The weight of q in the LLaMA is square, so that its shape tells nothing."""
+    adapted(families[name]).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    del config["hora_tensors_sha256"], config["hora_layers_sha256"]
+    for layer in config["hora_layers"]:
+        layer["projections"]["q"].update(change)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(HoraError, match="load the base model"):
+        peft.PeftModel.from_pretrained(families[name].model(), tmp_path)
 
 
 def test_another_spec_version_is_refused(families, tmp_path):

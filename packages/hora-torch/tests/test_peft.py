@@ -93,25 +93,6 @@ def test_copies_and_pickles_are_whole_and_independent(llama, inputs):
     assert torch.equal(logits(model, inputs), expected)
 
 
-def test_factors_are_kept_in_evaluation_until_a_parameter_changes(llama, inputs, monkeypatch):
-    model = adapted(llama)
-    expected = logits(model, inputs)
-    hypernet = next(iter(layers(model).values())).hora_hyper["default"]
-    kept = hypernet._kept["q"][1]
-    assert torch.equal(logits(model, inputs), expected)
-    assert hypernet._kept["q"][1] is kept
-    for change in (
-        lambda param: param.mul_(2),  # as an optimiser does
-        lambda param: setattr(param, "data", param.data * 2),  # as casting and loading may do
-    ):
-        before = logits(model, inputs)
-        with torch.no_grad():
-            change(hypernet.get_parameter("b_out.q"))
-        assert not torch.equal(logits(model, inputs), before)
-    with torch.inference_mode():
-        model(**inputs)
-
-
 def test_several_adapters_are_switched_and_disabled(llama, inputs):
     model = adapted(llama)
     base, one = logits(llama.model(), inputs), logits(model, inputs)

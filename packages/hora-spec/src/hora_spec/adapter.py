@@ -14,7 +14,9 @@ from hora_spec.layout import Layout
 from hora_spec.shapes import LayerShape, ProjectionShape, check_params, positive_int
 from hora_spec.spec import AdapterSpec
 
-_PATH = re.compile(r"[^\s./\\\x00-\x1f]+(\.[^\s./\\\x00-\x1f]+)*")
+_NAME = r"[^\s./\\\x00-\x1f\ud800-\udfff]+"  # lone surrogates cannot be written
+_PATH = re.compile(rf"{_NAME}(\.{_NAME})*")
+_PARAMETER = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,11 @@ class Site:
 
     def __post_init__(self) -> None:
         check_path("a module", self.module)
-        check_path("a parameter", self.parameter)
+        if not isinstance(self.parameter, str) or not _PARAMETER.fullmatch(self.parameter):
+            raise HoraError(
+                f"a parameter is named by letters, digits and underscores, a letter first, got {self.parameter!r}: was "
+                "the file edited? (spec F2)"
+            )
         shape = tuple(positive_int("an axis of weight_shape", size) for size in self.weight_shape)
         object.__setattr__(self, "weight_shape", shape)
         self.layout.check(shape, self.projection)
@@ -105,20 +111,24 @@ class Adapter:
 
 
 def check_adapter(adapter: Adapter) -> None:
-    """Raise unless names, places and parameters of an adapter fit each other (spec F2, F5)."""
+    """Raise unless names, places, parameters and whole modules of an adapter are sound (spec F2, F5)."""
     if not adapter.layers:
         raise HoraError("an adapter has at least one layer, got none: was anything adapted? (spec F2)")
     for name, layer in adapter.layers.items():
-        if not isinstance(name, str) or not name or "\0" in name:
-            raise HoraError(f"a layer name is a non-empty string without NUL, got {name!r} (spec I1)")
+        if not isinstance(name, str) or not name or re.search("[\0\ud800-\udfff]", name):
+            raise HoraError(
+                f"a layer name is a non-empty string without NUL or lone surrogates, got {name!r} (spec I1)"
+            )
         check_params(layer.spec, layer.shape, layer.params, name=name)
         for key, array in layer.params.items():
             if (dtype := np.asarray(array).dtype) != np.float32:
                 raise HoraError(f"layer {name!r}: {key} must be float32, got {dtype}: cast it (spec F5)")
     _check_sites([site for layer in adapter.layers.values() for site in layer.sites.values()])
     _check_leaders(adapter.layers)
-    for name in adapter.modules:
+    for name, array in adapter.modules.items():
         check_path("a tensor of a whole module", name)
+        if np.issubdtype(np.asarray(array).dtype, np.floating) and np.isnan(array).any():
+            raise HoraError(f"tensors of whole modules hold numbers, got NaN in {name}: training diverged (spec F5)")
         if ".hora_hyper." in name:
             raise HoraError(f"parameters of HoRA belong to a layer, got {name!r} among the modules (spec F5)")
 

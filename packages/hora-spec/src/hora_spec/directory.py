@@ -1,48 +1,38 @@
 """Two files that are read and replaced as one: tensors and config of an adapter directory (spec F1, F3).
 
-The config names nothing inside the tensor file, so that PEFT can write either; what keeps the pair together is the name
-of the pending config, which carries a digest of the tensors it belongs to. Once the tensors are in place, the
-adapter is the new one, whether or not the pending config has got its final name yet.
+Files cannot be renamed two at a time. Between the two renames the new config waits under a name that carries a digest
+of the tensor file it belongs to, and there a reader finds it. PEFT writes both files in place and knows no such name;
+what shows a pair that PEFT tore are the digests inside the config (spec F7).
 """
 
 import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import stat
+from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
-from safetensors import SafetensorError, deserialize
-from safetensors.numpy import save
+from typing import Any, BinaryIO
 
 from hora_spec.errors import HoraError
+from hora_spec.tensors import Stored, damaged, data_length, decode, header_length
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 
-_METADATA = {"format": "pt"}  # one key at most: safetensors writes several in random order
-_LEFTOVERS = (f"{TENSORS}.tmp", f"{CONFIG}.*.tmp")
-_DTYPES = {
-    "BOOL": "?",
-    "U8": "u1",
-    "I8": "i1",
-    "U16": "<u2",
-    "I16": "<i2",
-    "U32": "<u4",
-    "I32": "<i4",
-    "U64": "<u8",
-    "I64": "<i8",
-    "BF16": "<u2",
-    "F16": "<f2",
-    "F32": "<f4",
-    "F64": "<f8",
-}
+_CONFIG_LIMIT = 100_000_000
+_TRIES = 100
+_DIGITS = "[0-9a-f]" * 16
+_PENDING = f"{CONFIG}.{_DIGITS}.tmp"
+_LEFTOVERS = (_PENDING, f"{TENSORS}.{_DIGITS}.tmp", f"{TENSORS}.tmp")
 
 
-def read_pair(directory: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+def read_pair(directory: Path) -> tuple[dict[str, Any], list[Stored]]:
     """Config and tensors of one moment.
 
     Parameters
@@ -55,39 +45,74 @@ def read_pair(directory: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]
     config
         The JSON object of ``adapter_config.json``.
     tensors
-        Name to array, sorted by name. NumPy knows no bfloat16: such tensors come as float32, which is exact.
+        Sorted by name.
 
     Raises
     ------
     HoraError
-        If a file is absent, damaged or no adapter (spec F1, F5).
+        If a file is absent, damaged, no regular file, or cannot be read (spec F1, F5).
     """
-    if not directory.is_dir():
-        raise HoraError(f"an adapter is a directory, got {str(directory)!r}, which is none: check the path (spec F1)")
     try:
+        if not stat.S_ISDIR(os.stat(directory).st_mode):
+            raise NotADirectoryError
         text, data = _read_consistent(directory)
+        return _config(text, directory / CONFIG), decode(data, directory / TENSORS)
+    except HoraError:
+        raise
     except FileNotFoundError as error:
+        if not directory.is_dir():
+            raise _no_directory(directory) from error
         raise HoraError(
             f"an adapter directory holds {CONFIG} and {TENSORS}, {str(directory)!r} lacks "
             f"{Path(error.filename).name}: save the adapter again, as safetensors (spec F1)"
         ) from error
-    return _config(text, directory / CONFIG), _tensors(data, directory / TENSORS)
+    except NotADirectoryError as error:
+        raise _no_directory(directory) from error
+    except MemoryError as error:
+        raise HoraError(f"an adapter fits into memory, {str(directory)!r} does not: is it one? (spec F5)") from error
+    except (OSError, ValueError) as error:
+        raise HoraError(
+            f"the files of an adapter can be read, got {error} in {str(directory)!r}: check path and permissions "
+            "(spec F5)"
+        ) from error
 
 
-def write_pair(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> None:
+def write_pair(directory: Path, config: Mapping[str, Any], tensors: bytes, *, replace: bool) -> None:
     """Replace config and tensors of `directory` such that a crash leaves the old pair whole, or the new one (spec F3).
 
-    One writer at a time. Raises HoraError if `config` is not JSON, or a tensor has a dtype that safetensors lacks.
+    Parameters
+    ----------
+    directory
+        Made if absent; locked while it is written.
+    config
+        JSON values, ``peft_type`` among them.
+    tensors
+        Content of the tensor file.
+    replace
+        Whether an earlier adapter of the same ``peft_type`` may be replaced; an unfinished one always is.
+
+    Raises
+    ------
+    HoraError
+        If `config` is not JSON, or something else would be destroyed. Nothing has been written then.
     """
     try:
         text = json.dumps(config, indent=2, sort_keys=True).encode()
-        data = save({name: np.asarray(array, order="C") for name, array in tensors.items()}, metadata=_METADATA)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise HoraError(f"a config consists of JSON values: {error} (spec F1)") from error
-    except SafetensorError as error:
-        raise HoraError(f"tensors are arrays of numbers: {error} (spec F1)") from error
-    directory.mkdir(parents=True, exist_ok=True)
-    new_tensors, new_config = directory / f"{TENSORS}.tmp", directory / _pending(data)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise HoraError(
+            f"an adapter is a directory, got the file {str(directory)!r}: choose another path (spec F3)"
+        ) from error
+    with _locked(directory):
+        _check_target(directory, config["peft_type"], replace)
+        _replace(directory, text, tensors)
+
+
+def _replace(directory: Path, text: bytes, data: bytes) -> None:
+    new_tensors, new_config = directory / f"{TENSORS}.{_digits(data)}.tmp", directory / _pending(data)
     try:
         _write(new_tensors, data)
         _write(new_config, text)
@@ -102,55 +127,118 @@ def write_pair(directory: Path, config: Mapping[str, Any], tensors: Mapping[str,
     _sync(directory)
     os.replace(new_config, directory / CONFIG)
     _sync(directory)
-    for leftover in leftovers(directory):
+    for leftover in _leftovers(directory):
         leftover.unlink(missing_ok=True)
 
 
-def leftovers(directory: Path) -> set[Path]:
+@contextlib.contextmanager
+def _locked(directory: Path) -> Generator[None]:
+    """Keep other writers out; the lock ends with the process. Some file systems, and Windows, have none."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked child would hold it as long as it lives
+        os.close(descriptor)
+
+
+def _leftovers(directory: Path) -> set[Path]:
     """Temporary files of a writer that was interrupted."""
     return {path for pattern in _LEFTOVERS for path in directory.glob(pattern)}
 
 
-def check_target(directory: Path, peft_type: str | None = None) -> None:
-    """Raise if writing into `directory` could destroy anything but an adapter of type `peft_type` (spec F3)."""
-    if not directory.exists():
+def _check_target(directory: Path, peft_type: str, replace: bool) -> None:
+    """Raise if writing could destroy anything but an adapter of type `peft_type` (spec F3)."""
+    others = sorted(path.name for path in set(directory.iterdir()) - _leftovers(directory))
+    if not others or (replace and peft_type in _types(directory)):
         return
-    if not directory.is_dir():
-        raise HoraError(f"an adapter is a directory, got the file {str(directory)!r}: choose another path (spec F3)")
-    others = sorted(path.name for path in set(directory.iterdir()) - leftovers(directory))
-    if others and (peft_type is None or peft_type not in _types(directory)):
-        held = "something else than an earlier adapter" if peft_type else "something"
-        raise HoraError(
-            f"nothing is overwritten silently, {str(directory)!r} holds {held} ({', '.join(others[:3])}"
-            f"{', ...' if len(others) > 3 else ''}): choose an empty directory (spec F3)"
-        )
+    if others == [TENSORS] and _unfinished(directory) == peft_type:
+        return
+    held = "something else than an earlier adapter" if replace else "something"
+    raise HoraError(
+        f"nothing is overwritten silently, {str(directory)!r} holds {held} ({', '.join(others[:3])}"
+        f"{', ...' if len(others) > 3 else ''}): choose an empty directory (spec F3)"
+    )
 
 
-def _types(directory: Path) -> set[Any]:
+def _types(directory: Path) -> set[str | None]:
     """PEFT types of the configs in a directory, pending ones included."""
-    types = set()
-    for path in (directory / CONFIG, *directory.glob(_LEFTOVERS[1])):
-        with contextlib.suppress(OSError, HoraError):
-            types.add(str(_config(path.read_bytes(), path).get("peft_type")))
-    return types
+    return {_type(path) for path in (directory / CONFIG, *directory.glob(_PENDING))}
+
+
+def _unfinished(directory: Path) -> str | None:
+    """PEFT type of the pending config that belongs to the tensors in place."""
+    with contextlib.suppress(HoraError):
+        return _type(directory / _pending(_read_tensors(directory / TENSORS)))
+    return None
+
+
+def _type(path: Path) -> str | None:
+    with contextlib.suppress(FileNotFoundError, HoraError):
+        return str(_config(_read_config(path), path).get("peft_type"))
+    return None
 
 
 def _pending(data: bytes) -> str:
-    return f"{CONFIG}.{hashlib.sha256(data).hexdigest()[:16]}.tmp"
+    return f"{CONFIG}.{_digits(data)}.tmp"
+
+
+def _digits(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _read_consistent(directory: Path) -> tuple[bytes, bytes]:
     """Config and tensors; again if the tensors were replaced in between."""
-    while True:
+    for _ in range(_TRIES):
         before = os.stat(directory / TENSORS)
-        data = (directory / TENSORS).read_bytes()
+        data = _read_tensors(directory / TENSORS)
         try:
-            text = (directory / _pending(data)).read_bytes()
+            text = _read_config(directory / _pending(data))
         except FileNotFoundError:
-            text = (directory / CONFIG).read_bytes()
+            text = _read_config(directory / CONFIG)
         after = os.stat(directory / TENSORS)
         if (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns):
             return text, data
+    raise HoraError(f"an adapter is read while nobody writes it, {directory} keeps changing: try again later (spec F5)")
+
+
+def _read_config(path: Path) -> bytes:
+    with _open_regular(path) as file:
+        text = file.read(_CONFIG_LIMIT + 1)
+    if len(text) > _CONFIG_LIMIT:
+        raise HoraError(f"{path} must be JSON of at most {_CONFIG_LIMIT} bytes, got more: it is none (spec F5)")
+    return text
+
+
+def _read_tensors(path: Path) -> bytes:
+    """The whole file, once its header and its size agree."""
+    with _open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(8)
+        length = header_length(start, path)
+        header = file.read(min(length, size))
+        if size != 8 + length + data_length(header, path):
+            raise damaged(path, f"it has {size} bytes, its header announces another number")
+        return start + header + file.read()
+
+
+@contextlib.contextmanager
+def _open_regular(path: Path) -> Generator[BinaryIO]:
+    """A file to read; never waits, as opening a FIFO would."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _BINARY)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise HoraError(f"{path} must be a regular file, got none: save the adapter again (spec F5)")
+        with open(descriptor, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(descriptor)
 
 
 def _config(text: bytes, path: Path) -> dict[str, Any]:
@@ -163,30 +251,16 @@ def _config(text: bytes, path: Path) -> dict[str, Any]:
     return config
 
 
-def _tensors(data: bytes, path: Path) -> dict[str, NDArray[Any]]:
-    try:
-        entries = sorted(deserialize(data), key=lambda entry: entry[0])
-    except SafetensorError as error:
-        raise HoraError(
-            f"{path} must be a whole safetensors file: {error}; it is truncated or damaged, copy or save it again "
-            "(spec F5)"
-        ) from error
-    return {name: _array(name, entry, path) for name, entry in entries}
+def _no_directory(path: Path) -> HoraError:
+    return HoraError(f"an adapter is a directory, got {str(path)!r}, which is none: check the path (spec F1)")
 
 
-def _array(name: str, entry: Mapping[str, Any], path: Path) -> NDArray[Any]:
-    dtype, data = entry["dtype"], entry["data"]
-    if dtype not in _DTYPES:
-        raise HoraError(f"tensors are of {', '.join(_DTYPES)}, got {dtype} for {name} in {path}: cast it (spec F5)")
-    array = np.frombuffer(data, _DTYPES[dtype])
-    if dtype == "BF16":
-        array = (array.astype(np.uint32) << 16).view(np.float32)
-    return array.reshape(entry["shape"])
+_BINARY = getattr(os, "O_BINARY", 0)  # Windows translates line ends otherwise
 
 
 def _write(path: Path, data: bytes) -> None:
-    binary = getattr(os, "O_BINARY", 0)  # Windows translates line ends otherwise
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | binary, 0o666)
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, 0o666)
     try:
         view = memoryview(data)
         while view:

@@ -1,18 +1,23 @@
-"""Adapters on disk: PEFT adapter directories that explain themselves (spec F1 to F5)."""
+"""Adapters on disk: PEFT adapter directories that explain themselves (spec F1 to F7)."""
 
 import dataclasses
+import hashlib
+import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hora_spec.adapter import Adapter, AdapterLayer, Site, check_adapter
-from hora_spec.directory import check_target, read_pair, write_pair
+from hora_spec.directory import read_pair, write_pair
 from hora_spec.errors import HoraError
 from hora_spec.layout import Layout, Window
 from hora_spec.shapes import ProjectionShape, param_shapes
 from hora_spec.spec import AdapterSpec
+from hora_spec.tensors import Stored, decode, encode, tensors_digest, to_numpy
 
 SPEC_VERSION = 1
 """Version of the specification, written as ``hora_spec_version``."""
@@ -21,7 +26,10 @@ PEFT_TYPE = "HORA"
 PREFIX = "base_model.model."
 """What PEFT puts before every path in the base model."""
 
-_RESERVED = ("peft_type", "hora_spec_version", "hora_layers")
+LAYERS_DIGEST, TENSORS_DIGEST = "hora_layers_sha256", "hora_tensors_sha256"
+_REQUIRED = ("peft_type", "hora_spec_version", "hora_layers")
+RESERVED = (*_REQUIRED, LAYERS_DIGEST, TENSORS_DIGEST)
+"""Keys of the config that follow from the adapter."""
 
 
 def load_adapter(directory: str | os.PathLike[str]) -> Adapter:
@@ -40,10 +48,34 @@ def load_adapter(directory: str | os.PathLike[str]) -> Adapter:
     Raises
     ------
     HoraError
-        If anything is absent, damaged, of another version, or does not fit (spec F1, F2, F4, F5).
+        If anything is absent, damaged, of another version, or does not fit (spec F1, F2, F4, F5, F7).
     """
-    config, tensors = read_pair(Path(directory))
+    return adapter_of(*read_pair(Path(directory)))
+
+
+def adapter_of(config: Mapping[str, Any], stored: Sequence[Stored], *, any_float: bool = False) -> Adapter:
+    """The adapter that a config and tensors describe, fully validated (spec F1, F2, F4, F5, F7).
+
+    Parameters
+    ----------
+    config, stored
+        As `hora_spec.directory.read_pair` returns them.
+    any_float
+        Take parameters of any floating dtype, rounded to float32, as frameworks do that cast what they load.
+
+    Raises
+    ------
+    HoraError
+        As `load_adapter`.
+    """
     _check_version(config)
+    check_digests(config, stored)
+    tensors = {tensor.name: to_numpy(tensor) for tensor in stored}
+    if any_float:
+        tensors = {
+            name: a.astype(np.float32) if ".hora_hyper." in name and a.dtype.kind == "f" else a
+            for name, a in tensors.items()
+        }
     entries = config["hora_layers"]
     if not isinstance(entries, list):
         raise HoraError(f"hora_layers must be a list of layers, got {type(entries).__name__} (spec F2)")
@@ -58,7 +90,7 @@ def load_adapter(directory: str | os.PathLike[str]) -> Adapter:
             "tensors are of different adapters (spec F5)"
         )
     modules = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
-    adapter = Adapter(layers, {key: value for key, value in config.items() if key not in _RESERVED}, modules)
+    adapter = Adapter(layers, {key: value for key, value in config.items() if key not in RESERVED}, modules)
     check_adapter(adapter)
     return adapter
 
@@ -69,7 +101,7 @@ def save_adapter(directory: str | os.PathLike[str], adapter: Adapter) -> None:
     Parameters
     ----------
     directory
-        New, empty, or holding an earlier HoRA adapter, which is replaced; other files in it stay. One writer at a time.
+        New, empty, or holding an earlier HoRA adapter, which is replaced; other files in it stay.
     adapter
         The adapter. Keys that PEFT needs and ``adapter.config`` lacks follow from the layers.
 
@@ -80,18 +112,49 @@ def save_adapter(directory: str | os.PathLike[str], adapter: Adapter) -> None:
         Nothing has been written then.
     """
     check_adapter(adapter)
-    check_target(Path(directory), PEFT_TYPE)
+    tensors = {PREFIX + name: value for name, value in adapter.modules.items()}
+    for layer in adapter.layers.values():
+        tensors |= {_prefix(layer) + name: value for name, value in layer.params.items()}
+    data = encode(tensors)
+    layers = [layer_to_json(name, layer.spec, layer.sites) for name, layer in adapter.layers.items()]
     config = {
         **_peft_keys(adapter.layers),
         **adapter.config,
         "peft_type": PEFT_TYPE,
         "hora_spec_version": SPEC_VERSION,
-        "hora_layers": [layer_to_json(name, layer.spec, layer.sites) for name, layer in adapter.layers.items()],
+        "hora_layers": layers,
+        LAYERS_DIGEST: layers_digest(layers),
+        TENSORS_DIGEST: tensors_digest(decode(data, Path(directory))),
     }
-    tensors = {PREFIX + name: value for name, value in adapter.modules.items()}
-    for layer in adapter.layers.values():
-        tensors |= {_prefix(layer) + name: value for name, value in layer.params.items()}
-    write_pair(Path(directory), config, tensors)
+    write_pair(Path(directory), config, data, replace=True)
+
+
+def layers_digest(layers: Any) -> str:
+    """SHA-256 of ``hora_layers``, keys sorted and without white space (spec F7)."""
+    try:
+        return hashlib.sha256(json.dumps(layers, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise HoraError(f"hora_layers consists of JSON values: {error} (spec F2)") from error
+
+
+def check_digests(config: Mapping[str, Any], tensors: Iterable[Stored]) -> None:
+    """Raise unless the digests in a config, where it has any, are those of its layers and tensors (spec F7)."""
+    if config.get(LAYERS_DIGEST) not in (None, layers_digest(config.get("hora_layers"))):
+        raise HoraError(
+            f"{LAYERS_DIGEST} is the digest of hora_layers, got that of another table: the config is damaged or was "
+            f"edited; save the adapter again, or remove {LAYERS_DIGEST} if the change was meant (spec F7)"
+        )
+    if config.get(TENSORS_DIGEST) not in (None, tensors_digest(tensors)):
+        raise torn_pair()
+
+
+def torn_pair() -> HoraError:
+    """The error for tensors that are not those the config was written with."""
+    return HoraError(
+        f"{TENSORS_DIGEST} is the digest of the tensors, got that of others: a save was interrupted or is under way, a "
+        f"file is damaged, or config and tensors are of different adapters; save the adapter again, or remove "
+        f"{TENSORS_DIGEST} from the config if the change was meant (spec F7)"
+    )
 
 
 def layer_to_json(name: str, spec: AdapterSpec, sites: Mapping[str, Site]) -> dict[str, Any]:
@@ -176,7 +239,7 @@ def _integers(values: Any, what: str, count: int | None = None) -> list[int]:
 def _check_version(config: Mapping[str, Any]) -> None:
     if (got := config.get("peft_type")) != PEFT_TYPE:
         raise HoraError(f"a HoRA adapter has peft_type {PEFT_TYPE!r}, got {got!r}: it is another method's (spec F1)")
-    if missing := [key for key in _RESERVED if config.get(key) is None]:
+    if missing := [key for key in _REQUIRED if config.get(key) is None]:
         raise HoraError(f"the config of an adapter holds {missing}, which are absent: save it again (spec F2)")
     if (version := config["hora_spec_version"]) != SPEC_VERSION or type(version) is not int:
         raise HoraError(

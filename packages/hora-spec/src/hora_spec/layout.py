@@ -81,6 +81,16 @@ class Layout:
     def _canonical(self) -> str:
         return ("l " if self.stacked else "") + ("hk d" if "hk" in self.axes else "(h k) d")
 
+    @property
+    def row_axis(self) -> int:
+        """Axis of a stored matrix along which its output rows lie: 0 for ``(h k) d``, 1 for ``d (h k)``."""
+        return self.axes.index("hk")
+
+    @property
+    def rows(self) -> slice:
+        """Output rows that are the projection's, in the (rows, embed) form of a stored matrix."""
+        return slice(None) if self.window is None else slice(self.window.start, self.window.stop)
+
     def index(self) -> tuple[slice, ...]:
         """Index of the window in the stored weight; ``weight[layout.index()]`` is the projection's part (spec L2)."""
         if self.window is None:

@@ -11,10 +11,11 @@ from numpy.typing import DTypeLike, NDArray
 
 from hora_spec import reference
 from hora_spec.adapter import Adapter, AdapterLayer, Site, check_adapter
-from hora_spec.directory import check_target, write_pair
+from hora_spec.directory import write_pair
 from hora_spec.errors import HoraError
 from hora_spec.files import PREFIX, pattern
 from hora_spec.spec import AdapterSpec
+from hora_spec.tensors import encode
 
 _ADAPTABLE = {"weight", "kernel", "in_proj_weight"}
 _CARRIED = ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "modules_to_save", "peft_version")
@@ -88,7 +89,7 @@ def export_lora(adapter: Adapter, directory: str | os.PathLike[str], *, dtype: D
     adapter
         The adapter; modules that were trained whole travel along.
     directory
-        A new or empty directory.
+        New, empty, or left by an export that was interrupted.
     dtype
         Float16, float32 or float64: the LoRA tensors are computed in float64 and rounded once.
 
@@ -99,11 +100,10 @@ def export_lora(adapter: Adapter, directory: str | os.PathLike[str], *, dtype: D
         written then.
     """
     modules = to_lora(adapter)
-    check_target(Path(directory))
     tensors: dict[str, NDArray[Any]] = {PREFIX + name: value for name, value in adapter.modules.items()}
     for path, module in modules.items():
         tensors |= {f"{PREFIX}{path}.{name}": _cast(path, value, dtype) for name, value in _tensors(module).items()}
-    write_pair(Path(directory), _config(modules, adapter.config), tensors)
+    write_pair(Path(directory), _config(modules, adapter.config), encode(tensors), replace=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,7 +9,7 @@ from hora_spec import HoraError
 from torch import Tensor, nn
 
 from hora_torch.layer import BASE, HoraLayer
-from hora_torch.linear import add_branches, low_rank_linear
+from hora_torch.linear import Branch, add_branches, has_hooks, low_rank_linear
 
 _PARTS = ("q", "k", "v")
 
@@ -53,7 +53,10 @@ class HoraMultiheadAttention(nn.Module, HoraLayer):
                 average_attn_weights=average_attn_weights,
                 is_causal=is_causal,
             )
+        if query.is_nested:
+            return self._padded(query, key, value, need_weights, adapter_names), None
         base, batched = self.get_base_layer(), query.dim() == 3
+        self._check_plain(base)
         inputs = (query, key, value)
         if not batched:
             inputs = tuple(x.unsqueeze(0) for x in inputs)
@@ -82,10 +85,37 @@ class HoraMultiheadAttention(nn.Module, HoraLayer):
             return output.squeeze(0), None if weights is None else weights.squeeze(0)
         return output if base.batch_first else output.transpose(0, 1), weights
 
+    def _padded(
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, adapter_names: Sequence[str] | None
+    ) -> Tensor:
+        """Self-attention over sequences of different length, as ``nn.TransformerEncoder`` passes padded batches."""
+        if not (query is key is value) or need_weights:
+            raise HoraError(
+                "nested tensors are for self-attention without its weights, got a cross-attention or need_weights: "
+                "pass padded tensors with key_padding_mask"
+            )
+        lengths = [len(row) for row in query.unbind()]
+        x = torch.nested.to_padded_tensor(query, 0.0)
+        padding = torch.arange(x.shape[1], device=x.device) >= torch.tensor(lengths, device=x.device)[:, None]
+        y, _ = self(x, x, x, key_padding_mask=padding, need_weights=False, adapter_names=adapter_names)
+        return torch.nested.nested_tensor([row[:length] for row, length in zip(y, lengths, strict=True)])
+
+    def _check_plain(self, base: nn.MultiheadAttention) -> None:
+        """The attention is computed here from the weights, so nothing may stand between them and the module."""
+        if torch.compiler.is_compiling():
+            return
+        weights = [base.in_proj_weight, base.out_proj.weight]
+        odd = [type(w).__name__ for w in weights if type(w) not in (nn.Parameter, Tensor, type(None))]
+        if odd or has_hooks(base) or has_hooks(base.out_proj):
+            raise HoraError(
+                f"an adapted nn.MultiheadAttention computes with plain weights, got {odd or 'hooks'} (offloaded, "
+                "quantised or sharded): keep it whole on one device, or merge the adapter first"
+            )
+
     def _project(self, inputs: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
         """Projected query, key and value; one product when they are one tensor and one weight."""
         passes = [(name, self._drops(name)) for name in names]
-        branches = [self.branches(name, keep_rate=1 - rate) for name, rate in passes]
+        branches = [self._branches_of_call(name, 1 - rate) for name, rate in passes]
         base, dim = self.get_base_layer(), self.get_base_layer().embed_dim
         if not any(rate for _, rate in passes) and inputs[0] is inputs[1] is inputs[2] and base._qkv_same_embed_dim:
             every = [branch for found in branches for branch in found.values()]
@@ -97,9 +127,7 @@ class HoraMultiheadAttention(nn.Module, HoraLayer):
         for part, x in zip(_PARTS, inputs, strict=True):
             weight, bias = self._weight(part)
             own = [
-                (found[part]._replace(start=0, stop=dim), rate)
-                for found, (_, rate) in zip(branches, passes, strict=True)
-                if part in found
+                (_alone(found[part]), rate) for found, (_, rate) in zip(branches, passes, strict=True) if part in found
             ]
             kept = [branch for branch, rate in own if not rate]
             y = low_rank_linear(x, weight, bias, kept) if kept else nn.functional.linear(x, weight, bias)
@@ -118,11 +146,10 @@ class HoraMultiheadAttention(nn.Module, HoraLayer):
         for part, x in zip(_PARTS, inputs, strict=True):
             y = nn.functional.linear(x, *self._weight(part))
             for name in names:
-                branch = self.branches(name).get(part) if name != BASE else None
+                branch = self._branches_of_call(name).get(part) if name != BASE else None
                 if branch is not None:
                     index = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-                    branch = branch._replace(start=0, stop=y.shape[-1])
-                    y = y.index_copy(0, index, add_branches(y[index], x[index], [branch]))
+                    y = y.index_copy(0, index, add_branches(y[index], x[index], [_alone(branch)]))
             result.append(y)
         return result
 
@@ -178,6 +205,11 @@ class HoraMultiheadAttention(nn.Module, HoraLayer):
 
     def __repr__(self) -> str:
         return "hora." + super().__repr__()
+
+
+def _alone(branch: Branch) -> Branch:
+    """The branch of a projection that is computed apart from the others of its weight."""
+    return branch._replace(start=0, stop=branch.stop - branch.start)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,11 +1,19 @@
 """``HoraConfig``: what a user of PEFT writes instead of ``LoraConfig``."""
 
-from dataclasses import dataclass, field
+import copy
+import os
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 from hora_spec import SPEC_VERSION, AdapterSpec, HoraError
+from hora_spec.files import LAYERS_DIGEST, check_digests, layers_digest
 from peft import PeftConfig
 from peft.utils import PeftType
+
+from hora_torch.saving import check_directory, read_checked, written_digest
+
+PLAIN_ORDERS = ("q k v", "k v", "q k")
+"""Orders in which the rows of a fused weight can be adapted."""
 
 
 @dataclass
@@ -29,6 +37,10 @@ class HoraConfig(PeftConfig):
         Which parts of a fused weight (``qkv``, ``c_attn``, ``in_proj``) are adapted.
     num_heads, num_kv_heads
         Head counts, when the model does not tell: one number, or for `num_heads` a mapping from module name to number.
+        A count that contradicts the model is an error.
+    row_order
+        Order of the rows of fused weights whose attention class is not known, by module name: ``"q k v"``, ``"k v"`` or
+        ``"q k"``, each part all heads of one kind.
     route
         ``"auto"``, ``"branch"`` or ``"merge"``, see `hora_torch.functional.hora_linear`.
     seed
@@ -38,12 +50,15 @@ class HoraConfig(PeftConfig):
     bias
         ``"none"``, ``"all"`` or ``"hora_only"``: which biases of the base model are trained too.
     hora_spec_version, hora_layers
-        Written on injection: version of the spec, and names, shapes and layouts of all adapted layers.
+        Of an adapter: version of the spec, and names, shapes and layouts of its layers, which a model must fit.
+        Injection writes them into its own copy of the config; None plans a new adapter.
+    hora_layers_sha256, hora_tensors_sha256
+        Digests that files carry: of their layers, and of their tensors until these are loaded (spec F7).
 
     Raises
     ------
     HoraError
-        If a value is outside its domain, or was written by another version of the spec.
+        If a value is outside its domain, was written by another version of the spec, or is not what a digest says.
     """
 
     r: int = 8
@@ -67,23 +82,25 @@ class HoraConfig(PeftConfig):
     fused_projections: tuple[str, ...] = ("q", "v")
     num_heads: int | dict[str, int] | None = None
     num_kv_heads: int | None = None
+    row_order: dict[str, str] | None = None
     route: str = "auto"
     seed: int = 0
     init_weights: bool = True
     bias: str = "none"
     hora_spec_version: int = SPEC_VERSION
     hora_layers: list[dict[str, Any]] | None = None
+    hora_layers_sha256: InitVar[str | None] = None
+    hora_tensors_sha256: str | None = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, hora_layers_sha256: str | None) -> None:
         super().__post_init__()
         self.peft_type = PeftType.HORA
-        # layers of an adapter on disk, which is always written for inference; injection writes hora_layers anew
-        self.recorded = self.hora_layers if self.inference_mode else None
         if self.hora_spec_version != SPEC_VERSION:
             raise HoraError(
                 f"this version reads adapters of spec version {SPEC_VERSION}, got {self.hora_spec_version}: "
                 "use a matching hora-torch (spec F4)"
             )
+        check_digests({"hora_layers": self.hora_layers, LAYERS_DIGEST: hora_layers_sha256}, ())
         self.spec()
         if not 0 <= self.hora_dropout < 1:
             raise HoraError(f"hora_dropout must be in [0, 1), got {self.hora_dropout!r}")
@@ -93,6 +110,8 @@ class HoraConfig(PeftConfig):
         self.fused_projections = tuple(self.fused_projections)
         if not self.fused_projections or set(self.fused_projections) - {"q", "k", "v"}:
             raise HoraError(f"fused_projections are some of 'q', 'k', 'v', got {self.fused_projections!r}")
+        if odd := set((self.row_order or {}).values()) - set(PLAIN_ORDERS):
+            raise HoraError(f"row_order is one of {PLAIN_ORDERS} for each name, got {sorted(odd)}")
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
@@ -117,7 +136,38 @@ class HoraConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values; sets become sorted lists, so equal configs write equal files."""
-        return {
+        values = {
             key: sorted(value) if isinstance(value, set) else list(value) if isinstance(value, tuple) else value
             for key, value in super().to_dict().items()
         }
+        return values if self.hora_layers is None else values | {LAYERS_DIGEST: layers_digest(self.hora_layers)}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """The config of an adapter; a local directory is checked whole, tensors included, before a model changes.
+
+        Raises
+        ------
+        HoraError
+            If the directory is damaged or does not hold what its config describes (spec F1 to F7).
+        """
+        directory = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        if os.path.isdir(directory):
+            check_directory(directory)
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """The JSON object of a file; a HoraError if the tensors beside it are not its own (spec F7)."""
+        return read_checked(path_json_file) or super().from_json_file(path_json_file, **kwargs)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write ``adapter_config.json``; PEFT, which has just written the tensors, gets their digest into it (spec F7).
+
+        PEFT is known by the keyword ``auto_mapping_dict``. Others, such as Transformers, write the tensors later: the
+        digest of what lies there would be wrong, so there is none.
+        """
+        written = copy.copy(self)
+        written.hora_tensors_sha256 = written_digest(save_directory) if "auto_mapping_dict" in kwargs else None
+        super(HoraConfig, written).save_pretrained(save_directory, **kwargs)
+        self.hora_tensors_sha256 = None  # that of a file read earlier, which this config may have left behind

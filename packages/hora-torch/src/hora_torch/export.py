@@ -1,12 +1,16 @@
 """From a model to an adapter in memory, and from there to LoRA."""
 
 import os
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import align_module_device
 from hora_spec import Adapter, AdapterLayer, HoraError, layer_from_json
 from hora_spec import export_lora as write_lora
+from hora_spec.files import RESERVED
 from numpy.typing import DTypeLike
 from peft.utils import get_peft_model_state_dict
 from torch import nn
@@ -29,23 +33,20 @@ def to_adapter(model: nn.Module, adapter_name: str | None = None) -> Adapter:
     HoraError
         If there is no such adapter.
     """
-    name = _adapter_name(model, adapter_name)
+    name = adapter_name_of(model, adapter_name)
     config = model.peft_config[name]
-    tensors = {
-        key.removeprefix("base_model.model."): value
-        for key, value in get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).items()
-    }
+    with _onloaded(model, name):
+        state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        tensors = {key.removeprefix("base_model.model."): _numpy(key, value) for key, value in state.items()}
     layers = {}
     for entry in config.hora_layers:
         layer_name, spec, sites = layer_from_json(entry)
         prefix = f"{entry['leader']}.hora_hyper."
         params = {key: tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
-        params = {key.removeprefix(prefix): value.detach().cpu().float().numpy() for key, value in params.items()}
+        params = {key.removeprefix(prefix): value.astype(np.float32) for key, value in params.items()}
         layers[layer_name] = AdapterLayer(spec, sites, params)
-    keys: dict[str, Any] = config.to_dict()
-    for key in ("hora_layers", "hora_spec_version", "peft_type"):
-        keys.pop(key)
-    return Adapter(layers, keys, {key: _numpy(value) for key, value in tensors.items()})
+    keys = {key: value for key, value in config.to_dict().items() if key not in RESERVED}
+    return Adapter(layers, keys, tensors)
 
 
 def export_lora(
@@ -76,7 +77,8 @@ def export_lora(
     write_lora(to_adapter(model, adapter_name), directory, dtype=dtype)
 
 
-def _adapter_name(model: nn.Module, adapter_name: str | None) -> str:
+def adapter_name_of(model: nn.Module, adapter_name: str | None) -> str:
+    """The named adapter of a model, or its only one."""
     names = sorted(
         {name for module in model.modules() if isinstance(module, HoraLayer) for name in module.hora_attached}
     )
@@ -87,6 +89,19 @@ def _adapter_name(model: nn.Module, adapter_name: str | None) -> str:
     return adapter_name
 
 
-def _numpy(tensor: torch.Tensor) -> Any:
+@contextmanager
+def _onloaded(model: nn.Module, adapter_name: str) -> Generator[None, None, None]:
+    """The hypernetworks of an adapter in memory, where accelerate offloads them."""
+    with ExitStack() as stack:
+        for layer in model.modules():
+            if isinstance(layer, HoraLayer) and adapter_name in layer.hora_hyper:
+                for module in layer.hora_hyper[adapter_name].modules():
+                    stack.enter_context(align_module_device(module))
+        yield
+
+
+def _numpy(name: str, tensor: torch.Tensor) -> Any:
+    if tensor.is_meta:
+        raise HoraError(f"the tensors of an adapter are in memory, {name} is offloaded: load it without offloading")
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

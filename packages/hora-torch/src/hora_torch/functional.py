@@ -4,7 +4,7 @@ The same functions, names and argument order as `hora_spec.reference`, vectorise
 Axes: h heads, k head_dim, d embed, r rank, m hidden, e head_embed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -18,8 +18,10 @@ __all__ = ["Factors", "delta", "factor_a", "factor_b", "factors", "hora_linear"]
 Params = Mapping[str, Tensor]
 
 
-def factors(spec: AdapterSpec, layer: LayerShape, params: Params) -> dict[str, Factors]:
-    """Factors of every projection of a layer (spec G1 to G6).
+def factors(
+    spec: AdapterSpec, layer: LayerShape, params: Params, projections: Iterable[str] | None = None
+) -> dict[str, Factors]:
+    """Factors of the projections of a layer (spec G1 to G6).
 
     Parameters
     ----------
@@ -27,6 +29,8 @@ def factors(spec: AdapterSpec, layer: LayerShape, params: Params) -> dict[str, F
         Method and shapes.
     params
         Canonical name to tensor, shapes as in `hora_spec.param_shapes`.
+    projections
+        Names of the wanted ones, by default all.
 
     Returns
     -------
@@ -34,7 +38,8 @@ def factors(spec: AdapterSpec, layer: LayerShape, params: Params) -> dict[str, F
         Projection to ``Factors(a, b)``: a (rank, embed), or (heads, rank, embed) when free per head; b (heads,
         head_dim, rank).
     """
-    return {p: Factors(factor_a(spec, params, p), factor_b(spec, layer, params, p)) for p in layer}
+    wanted = layer if projections is None else projections
+    return {p: Factors(factor_a(spec, params, p), factor_b(spec, layer, params, p)) for p in wanted}
 
 
 def delta(spec: AdapterSpec, layer: LayerShape, params: Params) -> dict[str, Tensor]:

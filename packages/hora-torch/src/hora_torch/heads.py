@@ -1,15 +1,20 @@
-"""The names other libraries give to attention, and the head counts they keep; translated here and nowhere else."""
+"""Which output rows of a module belong to which heads, and how that is known.
+
+The names that other libraries give to projections and head counts are translated here, and the orders of fused rows in
+`row_order`, nowhere else. A name proves nothing: whatever knows a count or a width is asked, what they say is compared
+with the rows, and sources that disagree are an error that shows them.
+"""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple
 
 from hora_spec import HoraError
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from hora_torch.config import HoraConfig
+from hora_torch.config import PLAIN_ORDERS, HoraConfig
+from hora_torch.row_order import row_order
 
 ROLES = {
     "q": ("q_proj", "query", "q", "q_lin", "to_q", "wq", "query_proj", "q_attn", "linear_q"),
@@ -18,72 +23,227 @@ ROLES = {
 }
 """Names of separate projections in transformers, timm and common code."""
 
-FUSED = ("qkv", "qkv_proj", "c_attn", "Wqkv", "to_qkv")
-"""Names of one Linear or Conv1D whose output is q, then k, then v, each ``[head][head_dim]``."""
-
-_INTERLEAVED = ("CodeGenAttention",)
-"""Attention classes with such a name for another order, beside timm's ``head_first`` and GPT-BigCode's many heads."""
-
-_NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
-_NUM_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv", "kv_heads")
-_HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim", "d_kv", "head_size")
 ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
+
+FUSED = ("qkv", "qkv_proj", "c_attn", "Wqkv", "to_qkv", "query_key_value", "kv", "kv_proj", "to_kv", "qk")
+"""Names of modules that may hold several projections; the class of their attention tells whether and how."""
+
+_GATED = "[head][q gate]"  # rows of a head still lie together
+
+_COUNT_NAMES = {
+    "q": ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads"),
+    "kv": ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv", "kv_heads"),
+}
+_WIDTH_NAMES = ("head_dim", "attention_head_size", "key_value_proj_dim", "d_kv", "head_size")
+_OWN_NAMES = {  # count and width of one role alone, in linear and latent attention; they go before the others
+    "q": ("num_k_heads", "qk_head_dim", "head_k_dim"),
+    "k": ("num_k_heads", "qk_head_dim", "head_k_dim"),
+    "v": ("num_v_heads", "v_head_dim", "head_v_dim"),
+}
+_USER, _ATTENTION = 0, 1  # levels of sources: after these the attention's config, then the model's
+
+
+class UnknownRowsError(HoraError):
+    """Nothing says, or sources disagree on, which rows of a module belong to which head."""
+
+
+class DisagreeError(UnknownRowsError):
+    """Sources disagree, so that nothing about the attention is certain."""
+
+
+class Rows(NamedTuple):
+    """Rows ``start : start + width`` of a module, split evenly into heads; `source` says how that is known."""
+
+    role: str
+    start: int
+    width: int
+    heads: int
+    source: str
+
+
+class _Fact(NamedTuple):
+    """A number, and who says it: the lower the level, the closer to the attention."""
+
+    value: int
+    source: str
+    level: int
+
+    def __str__(self) -> str:
+        return f"{self.source}={self.value}"
 
 
 @dataclass(frozen=True, slots=True)
-class Heads:
-    """Head counts of one attention module."""
+class Attention:
+    """One attention module and what knows its heads.
 
-    query: int | None
-    key_value: int | None
-    head_dim: int | None
-    explicit: bool
+    Parameters
+    ----------
+    module
+        The module that owns the projections.
+    path
+        Where it is in the model; empty for the model itself.
+    widths
+        Output rows of each child that is a linear map.
+    model_config
+        The model's config, asked for a module that has none of its own.
+    config
+        What the user says.
+    """
 
-    @classmethod
-    def find(cls, model: nn.Module, attention: nn.Module, name: str, config: HoraConfig) -> Self:
-        """From the config of the adapter, else the attention module, its config, or the model's."""
-        own_role = ROLE_OF.get(name.rpartition(".")[2]) or name.rpartition(".")[2] in FUSED
-        sources: list[Any] = [attention, getattr(attention, "config", None)]
-        if own_role:
-            sources.append(getattr(model, "config", None))
-        query = _first(sources, _NUM_HEADS) if own_role else None
-        key_value = _first(sources, _NUM_KV_HEADS) or query
-        explicit = config.num_heads
-        if isinstance(explicit, Mapping):
-            explicit = next((count for key, count in explicit.items() if matches(key, name)), None)
-        if explicit is not None:
-            query, key_value = explicit, config.num_kv_heads or explicit
-        return cls(query, config.num_kv_heads or key_value, _first(sources[:2], _HEAD_DIM), explicit is not None)
+    module: nn.Module
+    path: str
+    widths: Mapping[str, int]
+    model_config: Any
+    config: HoraConfig
 
-    def of(self, role: str | None) -> int | None:
-        """Head count of a projection that plays `role`."""
-        return self.key_value if role in ("k", "v") else self.query
+    def order(self, own: str) -> str | None:
+        """Order in which the rows of the child `own` belong to q, k and v; None for a single projection.
 
-    def split(self, name: str, own: str, rows: int, cross: bool) -> list[tuple[str, int, int, int]]:
-        """Name, start, width and head count of each part of a fused projection of `rows` rows."""
-        query, key_value = self.query or 0, self.key_value or 0
-        parts = {"q": query, "k": key_value, "v": key_value}
-        if own == "c_attn" and cross:  # GPT-2: the query has a projection of its own
-            del parts["q"]
-        total = sum(parts.values())
-        head_dim, rest = divmod(rows, total)
-        if rest or (self.head_dim and self.head_dim != head_dim):
-            raise HoraError(
-                f"{name!r} has {rows} output rows, which are not {parts} heads of width {self.head_dim or head_dim} in "
-                "the order q, k, v: pass num_heads and num_kv_heads, or leave it out of target_modules"
+        Raises
+        ------
+        UnknownRowsError
+            If the child is known to hold several projections in another order, or is called as if it did.
+        """
+        path, kind = self._child(own), type(self.module).__name__
+        said = next((order for key, order in (self.config.row_order or {}).items() if matches(key, path)), None)
+        order = said or row_order(self.module, own)
+        if order is None and own in FUSED and own not in ROLE_OF:
+            raise UnknownRowsError(
+                f"the order of fused rows is known per attention class, {kind} is not known and the name {path!r} "
+                f'proves nothing: pass HoraConfig(row_order={{"{own}": "q k v"}}) if it is all of q, then k, then v, '
+                "or leave it out of target_modules"
             )
-        starts, start = [], 0
-        for part, count in parts.items():
-            starts.append((part, start, count * head_dim, count))
-            start += count * head_dim
-        return starts
+        if order not in (None, _GATED, *PLAIN_ORDERS):
+            raise UnknownRowsError(
+                f"a fused weight is adapted when its rows are all of q, then k, then v, got {order} in {path!r} of "
+                f"{kind}: leave it out of target_modules"
+            )
+        return None if order == _GATED and own not in ROLE_OF else order
 
+    def rows(self, own: str) -> list[Rows]:
+        """The projections that the child `own` holds.
 
-def is_interleaved(attention: nn.Module, module: nn.Module, own: str) -> bool:
-    """Whether the rows of a fused weight come in another order than all of q, then k, then v."""
-    if own == "c_attn" and not isinstance(module, Conv1D):
-        return not getattr(attention, "multi_query", False)
-    return bool(getattr(attention, "head_first", False)) or type(attention).__name__ in _INTERLEAVED
+        Raises
+        ------
+        HoraError
+            If what the user says contradicts the model.
+        UnknownRowsError
+            If the order of the rows or the head counts are not known, or sources disagree.
+        """
+        order = self.order(own)
+        if order in PLAIN_ORDERS:
+            return self._fused(own, order.split())
+        role, width = ROLE_OF.get(own), self.widths[own]
+        heads, source = self._separate(own, role, width, 2 if order == _GATED else 1)
+        return [Rows(role or identifier(own), 0, width, heads, source)]
+
+    def _separate(self, own: str, role: str | None, rows: int, parts: int) -> tuple[int, str]:
+        """Heads of a projection with a weight of its own, whose heads are `parts` times as wide as their width."""
+        said: dict[_Fact, int | None] = {fact: fact.value for fact in self._counts(own, role)}
+        for fact in self._widths(role):
+            said[fact] = _quotient(rows, parts * fact.value)
+        if role in ("k", "v"):
+            said |= dict(self._from_query(role, rows, alone=not said))
+        candidates: dict[int, list[_Fact]] = {}
+        for fact, heads in said.items():
+            if heads and rows % heads == 0:
+                candidates.setdefault(heads, []).append(fact)
+        heads, facts = self._choose(own, f"{rows} output rows", candidates, list(said))
+        return heads, ", ".join(map(str, facts))
+
+    def _from_query(self, role: str, rows: int, *, alone: bool) -> Iterator[tuple[_Fact, int | None]]:
+        """What the query says about a key or value: the groups, for want of a width its own, or `alone` its count."""
+        name = next((child for child in self.widths if ROLE_OF.get(child) == "q"), None)
+        if name is None:
+            return
+        try:
+            query = self.rows(name)[0]
+        except UnknownRowsError:
+            return
+        for fact in self._ask(("num_key_value_groups",)):
+            yield fact, _quotient(query.heads, fact.value)
+            alone = False
+        for fact in self._counts(name, "q") if alone else ():
+            yield fact, fact.value
+        if not self._widths(role):
+            width = query.width // query.heads
+            yield _Fact(width, f"the width of a head of {name}", _ATTENTION), _quotient(rows, width)
+
+    def _fused(self, own: str, parts: Sequence[str]) -> list[Rows]:
+        rows, widths = self.widths[own], self._widths("q")
+        query = self._counts(own, "q")
+        key_value = self._counts(own, "kv") or query
+        query = query if "q" in parts else []
+        candidates: dict[tuple[int, int], list[_Fact]] = {}
+        for q in {fact.value for fact in query} or {0}:
+            for kv in {fact.value for fact in key_value}:
+                width = _quotient(rows, sum(q if part == "q" else kv for part in parts))
+                if width:
+                    agree = [fact for fact in query if fact.value == q]
+                    agree += [fact for fact in key_value if fact.value == kv]
+                    agree += [fact for fact in widths if fact.value == width]
+                    candidates[q, kv] = list(dict.fromkeys(agree))
+        what = f"{rows} output rows in the order {' '.join(parts)}"
+        facts = list(dict.fromkeys([*query, *key_value, *widths]))
+        (q, kv), facts = self._choose(own, what, candidates, facts)
+        counts = [q if part == "q" else kv for part in parts]
+        width, start, result = rows // sum(counts), 0, []
+        for part, count in zip(parts, counts, strict=True):
+            result.append(Rows(part, start, count * width, count, ", ".join(map(str, facts))))
+            start += count * width
+        return result
+
+    def _choose(
+        self, own: str, what: str, candidates: Mapping[Any, list[_Fact]], facts: Sequence[_Fact]
+    ) -> tuple[Any, list[_Fact]]:
+        """The candidate that most sources confirm; the user and the attention itself must be among those that do."""
+        ranked = sorted(candidates.items(), key=lambda item: -len(item[1]))
+        close = [fact for fact in facts if fact.level <= _ATTENTION]
+        tied = len(ranked) > 1 and len(ranked[0][1]) == len(ranked[1][1])
+        if ranked and not tied and all(fact in ranked[0][1] for fact in close):
+            return ranked[0]
+        known = ", ".join(map(str, facts)) or "nothing"
+        kind = DisagreeError if len(facts) > 1 else UnknownRowsError
+        raise (HoraError if any(fact.level == _USER for fact in facts) else kind)(
+            f"the head count of {self._child(own)!r} must be known and divide its {what}, and all sources agree, got "
+            f'{known}: pass num_heads and num_kv_heads, e.g. HoraConfig(num_heads={{"{own}": 1}}), or leave it out of '
+            "target_modules"
+        )
+
+    def _counts(self, own: str, role: str | None) -> list[_Fact]:
+        """Head counts of a role from every source."""
+        said = self.config.num_heads
+        whole = not isinstance(said, Mapping)  # one number is that of all queries
+        if isinstance(said, Mapping):
+            said = next((count for key, count in said.items() if matches(key, self._child(own))), None)
+        users = [(said, "num_heads")] if role in ("q", None) or (role != "kv" and not whole) else []
+        users += [(self.config.num_kv_heads, "num_kv_heads")] if role not in ("q", None) else []
+        found = [_Fact(value, f"HoraConfig.{name}", _USER) for value, name in users if value is not None]
+        if role is None:
+            return found
+        return found + (
+            self._ask(_OWN_NAMES.get(role, ())[:1]) or self._ask(_COUNT_NAMES["q" if role == "q" else "kv"])
+        )
+
+    def _widths(self, role: str | None) -> list[_Fact]:
+        return [] if role is None else self._ask(_OWN_NAMES[role][1:]) or self._ask(_WIDTH_NAMES)
+
+    def _ask(self, names: Sequence[str]) -> list[_Fact]:
+        """What the attention module, its config, or else the model's, call by one of `names`."""
+        sources = [("attention", self.module)]
+        own = getattr(self.module, "config", None)
+        sources.append(("attention.config", own) if own is not None else ("model.config", self.model_config))
+        facts = []
+        for level, (source, holder) in enumerate(sources, _ATTENTION):
+            facts += [
+                _Fact(value, f"{source}.{name}", level)
+                for name in names
+                if type(value := getattr(holder, name, None)) is int and value > 0
+            ]
+        return facts
+
+    def _child(self, own: str) -> str:
+        return f"{self.path}.{own}" if self.path else own
 
 
 def matches(key: str, module: str) -> bool:
@@ -91,10 +251,11 @@ def matches(key: str, module: str) -> bool:
     return re.match(rf"(.*\.)?({key})$", module) is not None
 
 
-def _first(sources: Iterable[Any], names: tuple[str, ...]) -> int | None:
-    for source in sources:
-        for name in names:
-            value = getattr(source, name, None)
-            if isinstance(value, int) and value > 0:
-                return value
-    return None
+def identifier(name: str) -> str:
+    """A module name as the name of a projection."""
+    name = re.sub(r"\W", "_", name)
+    return f"_{name}" if name[:1].isdigit() else name
+
+
+def _quotient(number: int, divisor: int) -> int | None:
+    return None if number % divisor else number // divisor

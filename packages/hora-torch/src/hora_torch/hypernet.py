@@ -1,17 +1,21 @@
 """The hypernetwork of one layer: the module that owns its parameters and returns factors."""
 
-from typing import Any
+from collections.abc import Iterable
 
 import torch
-from hora_spec import AdapterSpec, Factors, LayerShape, init_params, param_shapes
+from hora_spec import AdapterSpec, Factors, HoraError, LayerShape, init_params, param_shapes
 from torch import Tensor, nn
 
-from hora_torch.functional import factor_a, factor_b
-from hora_torch.linear import autocast_enabled
+from hora_torch.functional import factors
+from hora_torch.linear import autocast_enabled, has_hooks
+from hora_torch.sharding import is_sharded
 
 
 class _Bank(nn.Module):
-    """Parameters of one kind, one per projection: ``a_out.q``, ``a_out.v``."""
+    """Parameters of one kind, one per projection, handed out by being called: ``b_out.q``, ``b_out.v``."""
+
+    def forward(self, projection: str) -> Tensor:
+        return owned(self, getattr(self, projection))
 
 
 class HoraHypernet(nn.Module):
@@ -28,15 +32,15 @@ class HoraHypernet(nn.Module):
 
     Notes
     -----
-    Parameters carry the canonical names of `hora_spec.param_shapes`, float32. Every parameter is used inside
-    ``forward``, where sharding hooks gather it. Without gradients, in evaluation, factors are generated once and kept
-    until a parameter changes.
+    Parameters carry the canonical names of `hora_spec.param_shapes`, float32, so that paths in a model are paths in a
+    file. Each belongs to a module that is called whenever factors are generated, this one or one of its banks:
+    whatever moves, gathers or casts the parameters of a called module then works. Nothing is kept between calls.
     """
 
     def __init__(self, spec: AdapterSpec, layer: LayerShape, *, name: str, seed: int = 0) -> None:
         super().__init__()
         self.spec, self.layer, self.name, self.seed = spec, layer, name, seed
-        self._kept: dict[str, tuple[Any, Factors]] = {}
+        self.awaits: set[str] = set()
         self._keys = tuple(key.partition(".")[::2] for key in param_shapes(spec, layer))
         for key, shape in param_shapes(spec, layer).items():
             kind, _, projection = key.partition(".")
@@ -64,47 +68,69 @@ class HoraHypernet(nn.Module):
                 elif key.startswith("b."):
                     param.normal_(std=0.25)
 
+    def await_values(self, *, needed: bool) -> None:
+        """The parameters are those of a file that is yet to be read; if `needed`, nothing is computed before."""
+        self.awaits = set(self.params())
+        with torch.no_grad():
+            for param in self.parameters() if needed else ():
+                param.fill_(torch.nan)
+
     def params(self) -> dict[str, Tensor]:
         """Canonical name to parameter, in canonical order."""
-        own, modules = self._parameters, self._modules
         return {
-            f"{kind}.{p}" if p else kind: modules[kind]._parameters[p] if p else own[kind] for kind, p in self._keys
+            f"{kind}.{p}" if p else kind: getattr(getattr(self, kind), p) if p else getattr(self, kind)
+            for kind, p in self._keys
         }
 
-    def forward(self, projection: str) -> Factors:
-        """Factors of one projection, at least float32 whatever the autocast state."""
-        params = self.params()
-        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
-            return self._generate(projection, params)
-        state = tuple((param.data_ptr(), param.dtype, _version(param)) for param in params.values())
-        kept = self._kept.get(projection)
-        if kept is None or kept[0] != state:
-            kept = self._kept[projection] = (state, self._generate(projection, params))
-        return kept[1]
+    def forward(self, projections: Iterable[str] | None = None) -> dict[str, Factors]:
+        """Factors of the named projections, by default of all, at least float32 whatever the autocast state.
 
-    def _generate(self, projection: str, params: dict[str, Tensor]) -> Factors:
-        params = {
-            key: param.float() if param.dtype in (torch.bfloat16, torch.float16) else param
-            for key, param in params.items()
-            if "." not in key or key.endswith(f".{projection}")
-        }
+        Raises
+        ------
+        HoraError
+            If the parameters are sharded and were not gathered for this call, or await values that were not loaded.
+        """
+        wanted = tuple(self.layer if projections is None else projections)
+        params = {}
+        for kind, projection in self._keys:
+            if not projection:
+                params[kind] = self._usable(kind, getattr(self, kind))
+            elif projection in wanted:
+                key = f"{kind}.{projection}"
+                params[key] = self._usable(key, self._modules[kind](projection))
+        if self.awaits:
+            self._check_arrived(params)
         param = next(iter(params.values()))
         if autocast_enabled(param):
             with torch.autocast(param.device.type, enabled=False):
-                return self._factors(projection, params)
-        return self._factors(projection, params)
+                return factors(self.spec, self.layer, params, wanted)
+        return factors(self.spec, self.layer, params, wanted)
 
-    def _factors(self, projection: str, params: dict[str, Tensor]) -> Factors:
-        return Factors(factor_a(self.spec, params, projection), factor_b(self.spec, self.layer, params, projection))
+    def _usable(self, key: str, param: Tensor) -> Tensor:
+        """The parameter in 32 bits or more, and not a tensor that a hook frees as soon as this call ends."""
+        if is_sharded(param):
+            raise HoraError(
+                f"the parameters of {self.name!r} are gathered when its factors are generated, {key} is sharded: wrap "
+                "the whole attention block, not its projections, in fully_shard, or unshard() it first"
+            )
+        if param.dtype in (torch.bfloat16, torch.float16):
+            return param.float()
+        return owned(self, param)
+
+    def _check_arrived(self, params: dict[str, Tensor]) -> None:
+        missing = [key for key in self.awaits & params.keys() if not torch.isfinite(params[key]).all()]
+        if missing:
+            raise HoraError(
+                f"an adapter that its config describes has its values from a file, {sorted(missing)} of {self.name!r} "
+                "were not loaded or are not finite: load the adapter again, or for a new one write a new HoraConfig"
+            )
+        self.awaits -= params.keys()
 
     def extra_repr(self) -> str:
         """Spec and shapes."""
         return f"{self.spec}, {self.layer}"
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": {}}
 
-
-def _version(param: Tensor) -> Any:
-    """What tells that a parameter was written to; inference tensors do not count writes, so nothing is kept."""
-    return object() if param.is_inference() else param._version
+def owned(module: nn.Module, param: Tensor) -> Tensor:
+    """The parameter, or a copy where it may be freed or changed while its value is in use: by a hook, or by time."""
+    return param.clone() if has_hooks(module) or not torch.is_grad_enabled() else param

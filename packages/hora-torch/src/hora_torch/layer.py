@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hora_spec import HoraError, Site
+from hora_spec import Factors, HoraError, Site
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -14,9 +14,12 @@ from transformers.pytorch_utils import Conv1D
 from hora_torch.config import HoraConfig
 from hora_torch.functional import stacked
 from hora_torch.hypernet import HoraHypernet
-from hora_torch.linear import Branch, add_branches, low_rank_linear
-from hora_torch.merging import merged_weight
-from hora_torch.targets import LayerPlan, out_in
+from hora_torch.lifetime import kept
+from hora_torch.linear import Branch, add_branches, has_hooks, low_rank_linear
+from hora_torch.merging import Addition, mergeable, merged_weight, value_of, write
+from hora_torch.planning import LayerPlan
+from hora_torch.sharding import check_rows_alone, is_sharded, of_this_process
+from hora_torch.targets import out_in
 
 BASE = "__base__"
 """PEFT's name for the base model in ``adapter_names``."""
@@ -24,13 +27,13 @@ BASE = "__base__"
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """What one adapter adds to one module. The leader owns the layer's hypernetwork."""
+    """What one adapter adds to one module. The leader owns the layer's hypernetwork; None is the module itself."""
 
     sites: Mapping[str, Site]
     scaling: float
     dropout: float
     route: str
-    leader: "HoraLayer"
+    leader: "HoraLayer | None"
 
 
 class HoraLayer(BaseTunerLayer):
@@ -62,7 +65,6 @@ class HoraLayer(BaseTunerLayer):
     ) -> None:
         """Attach an adapter; without a leader this module becomes the leader and owns the hypernetwork."""
         if leader is None:
-            leader = self
             hypernet = HoraHypernet(plan.spec, plan.shape, name=plan.name, seed=config.seed)
             if not config.init_weights:
                 hypernet.randomize()
@@ -85,48 +87,71 @@ class HoraLayer(BaseTunerLayer):
 
     def hypernet(self, adapter_name: str) -> HoraHypernet:
         """The hypernetwork that generates this module's factors."""
-        return self.hora_attached[adapter_name].leader.hora_hyper[adapter_name]
+        leader = self.hora_attached[adapter_name].leader
+        if leader is not None and "_is_replica" in self.__dict__:
+            raise HoraError(
+                "nn.DataParallel copies modules, not what they know of each other, and the projections of a layer "
+                "share a hypernetwork: start one process per device (torchrun, accelerate launch), or show one device "
+                "alone (CUDA_VISIBLE_DEVICES=0)"
+            )
+        return (self if leader is None else leader).hora_hyper[adapter_name]
 
     def branches(self, adapter_name: str, *, keep_rate: float = 1.0) -> dict[str, Branch]:
-        """Branches of one adapter by projection, for inputs of which `keep_rate` survive dropout."""
-        attached, hypernet = self.hora_attached[adapter_name], self.hypernet(adapter_name)
-        scaling = attached.scaling / keep_rate
-        return {p: Branch(*stacked(hypernet(p)), scaling, *_columns(site)) for p, site in attached.sites.items()}
+        """Branches of one adapter by projection, generated now; inputs of which `keep_rate` survive dropout."""
+        attached = self.hora_attached[adapter_name]
+        return _branches(attached, self.hypernet(adapter_name)(attached.sites), keep_rate)
+
+    def _branches_of_call(self, adapter_name: str, keep_rate: float = 1.0) -> dict[str, Branch]:
+        """As `branches`; those of the open scope, if there is one, made from one generation for the whole layer."""
+        hypernet = self.hypernet(adapter_name)
+        store = kept(hypernet) if keep_rate == 1 else None
+        if store is None:
+            return self.branches(adapter_name, keep_rate=keep_rate)
+        if self not in store:
+            if hypernet not in store:
+                store[hypernet] = hypernet()
+            store[self] = _branches(self.hora_attached[adapter_name], store[hypernet], keep_rate)
+        return store[self]
 
     def get_delta_weight(self, adapter_name: str) -> Tensor | dict[str, Tensor]:
         """Dense update in the stored form of the weight, zero outside the adapted windows.
 
         A module with several adapted parameters returns one tensor per parameter name.
         """
+        shapes = {site.parameter: site.weight_shape for site in self.hora_attached[adapter_name].sites.values()}
         deltas = {}
         with torch.no_grad():
             for parameter, additions in self._additions([adapter_name]).items():
-                zero = torch.zeros_like(self._stored(parameter).data, dtype=torch.float32)
+                zero = torch.zeros(shapes[parameter], device=additions[0][1].device)
                 deltas[parameter] = merged_weight(zero, additions)
         return next(iter(deltas.values())) if len(deltas) == 1 else deltas
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Replace the base weight by ``W + delta`` of the named, by default the active, adapters.
 
-        The sum is computed in float32 from the unmerged weight and rounded once; the unmerged weight is kept.
+        The sum is computed in float32 from the unmerged weight and rounded once; the unmerged weight is kept. Of a
+        distributed weight each process merges its own part.
 
         Raises
         ------
         HoraError
-            If the result is not finite (`safe_merge` checks every entry) or the base is quantised.
+            If the result is not finite (`safe_merge` checks every entry), or the base is quantised or computed. Nothing
+            has changed then.
         """
-        names = check_adapters_to_merge(self, adapter_names)
-        names = [name for name in names if name in self.hora_attached]
-        if not names:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        if not isinstance(names, str):  # PEFT's check refuses one
+            names = [name for name in names if name in self.hora_attached]
+        if not names or not (names := check_adapters_to_merge(self, names)):
             return
+        base, merged = self.get_base_layer(), {}
         with torch.no_grad():
-            merged = {
-                parameter: merged_weight(self._original(parameter), additions, check=safe_merge, name=names[0])
-                for parameter, additions in self._additions([*self.merged_adapters, *names]).items()
-            }
-        for parameter, value in merged.items():
-            self._originals.setdefault(parameter, self._stored(parameter).data)
-            self._stored(parameter).data = value
+            for parameter, additions in self._additions([*self.merged_adapters, *names]).items():
+                stored = mergeable(base, parameter)
+                original = self._originals.get(parameter, stored.data)
+                merged[stored] = parameter, merged_weight(original, additions, check=safe_merge, name=names[0])
+            for stored, (parameter, value) in merged.items():
+                self._originals.setdefault(parameter, value_of(stored))
+                write(stored, value)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -134,30 +159,35 @@ class HoraLayer(BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        for parameter, original in self._originals.items():
-            stored = self._stored(parameter)
-            stored.data = original.to(stored.device, stored.dtype)
+        base = self.get_base_layer()
+        with torch.no_grad():
+            for parameter, original in self._originals.items():
+                stored = mergeable(base, parameter)
+                write(stored, original.to(stored.device, stored.dtype))
         self._originals.clear()
         self.merged_adapters.clear()
+
+    def restore_merged(self, names: Sequence[str]) -> None:
+        """Go back to the state in which exactly the adapters `names` were merged."""
+        if list(names) == self.merged_adapters:
+            return
+        self.unmerge()
+        if names:
+            self.merge(adapter_names=list(names))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """A HoRA delta has low rank; `hora_torch.export_lora` converts without loss."""
         return True
 
-    def _additions(self, adapter_names: Sequence[str]) -> dict[str, list[tuple[Any, Tensor, Tensor, float]]]:
-        additions: dict[str, list[tuple[Any, Tensor, Tensor, float]]] = {}
+    def _additions(self, adapter_names: Sequence[str]) -> dict[str, list[Addition]]:
+        """What adapters add to each stored weight, from factors that are generated now."""
+        additions: dict[str, list[Addition]] = {}
         for name in adapter_names:
             branches = self.branches(name)
             for p, site in self.hora_attached[name].sites.items():
                 branch = branches[p]
                 additions.setdefault(site.parameter, []).append((site.layout, branch.a, branch.b, branch.scaling))
         return additions
-
-    def _stored(self, parameter: str) -> nn.Parameter:
-        return getattr(self.get_base_layer(), parameter)
-
-    def _original(self, parameter: str) -> Tensor:
-        return self._originals.get(parameter, self._stored(parameter).data)
 
     def _working(self) -> list[str]:
         """Active adapters that touch this module and are not merged or disabled."""
@@ -190,10 +220,31 @@ class HoraLayer(BaseTunerLayer):
         """Device alone: parameters stay float32, since rounding them to a bf16 base would change the start."""
         if adapter_name not in self.hora_hyper:
             return
-        hypernet = self.hora_hyper[adapter_name]
-        target = device or next(self.get_base_layer().parameters()).device
+        hypernet, base = self.hora_hyper[adapter_name], self.get_base_layer()
+        target = device or next(base.parameters()).device
+        if target.type == "meta":  # offloaded: where accelerate runs it
+            target = getattr(getattr(base, "_hf_hook", None), "execution_device", None) or "cpu"
         if not any(param.is_meta for param in hypernet.parameters()):
             hypernet.to(target)
+
+
+def tied_weights(model: nn.Module, adapter_names: Sequence[str] | None = None) -> dict[str, list[str]]:
+    """Adapted layers whose weight is also that of other modules: path of the layer to all names of its weight.
+
+    Counted are the named, by default the active, adapters of each layer.
+    """
+    owners: dict[nn.Parameter, set[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(param, set()).add(name)
+    tied = {}
+    for name, layer in model.named_modules():
+        names = (adapter_names or layer.active_adapters) if isinstance(layer, HoraLayer) else ()
+        for attached in [layer.hora_attached[key] for key in names if key in layer.hora_attached]:
+            for parameter in {site.parameter for site in attached.sites.values()}:
+                stored = layer.get_base_layer()._parameters.get(parameter)
+                if stored is not None and not stored.is_meta and len(owners.get(stored, ())) > 1:
+                    tied[name] = sorted(owners[stored])
+    return tied
 
 
 class HoraLinear(nn.Module, HoraLayer):
@@ -220,15 +271,30 @@ class HoraLinear(nn.Module, HoraLayer):
                 route = self.hora_attached[names[0]].route
                 result = low_rank_linear(x, weight, self.base_layer.bias, branches, keep=keep, route=route)
             else:
-                result = add_branches(result, x, branches, keep=keep)
+                result = self._add(result, x, branches, keep)
         return result
+
+    def _add(self, result: Tensor, x: Tensor, branches: list[Branch], keep: Tensor | None = None) -> Tensor:
+        """Branches on the output of the base layer; under tensor parallelism those of this process's rows."""
+        base = self.get_base_layer()
+        weight = getattr(base, "weight", None)
+        if is_sharded(weight):
+            if is_sharded(result) or is_sharded(x):
+                raise HoraError(
+                    f"{type(base).__name__} takes and returns local tensors when its weight is sharded, got a DTensor: "
+                    "leave use_local_output of ColwiseParallel at True"
+                )
+            axis = int(isinstance(base, Conv1D))
+            check_rows_alone(weight, axis, type(base).__name__)
+            x, branches = of_this_process(x, branches, weight, axis, result.shape[-1])
+        return add_branches(result, x, branches, keep=keep)
 
     def _passes(self, x: Tensor, names: Sequence[str]) -> list[tuple[Tensor | None, list[Branch]]]:
         """Branches that share a dropout mask: all without dropout, then one adapter at a time."""
         passes: list[tuple[Tensor | None, list[Branch]]] = []
         for name in names:
             rate = self._drops(name)
-            branches = list(self.branches(name, keep_rate=1 - rate).values())
+            branches = list(self._branches_of_call(name, 1 - rate).values())
             if rate:
                 passes.append((torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - rate), branches))
             elif passes:
@@ -244,7 +310,7 @@ class HoraLinear(nn.Module, HoraLayer):
             if name == BASE or name not in self.hora_attached:
                 continue
             index = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-            part = add_branches(result[index], x[index], list(self.branches(name).values()))
+            part = self._add(result[index], x[index], list(self._branches_of_call(name).values()))
             result = result.index_copy(0, index, part)
         return result
 
@@ -252,19 +318,14 @@ class HoraLinear(nn.Module, HoraLayer):
         return "hora." + super().__repr__()
 
 
-def _columns(site: Site) -> tuple[int, int]:
-    """The output columns of the module that belong to the projection."""
-    window = site.layout.window
-    return (0, site.projection.weight_shape[0]) if window is None else (window.start, window.stop)
+def _branches(attached: Attachment, factors: Mapping[str, Factors], keep_rate: float) -> dict[str, Branch]:
+    branches = {}
+    for p, site in attached.sites.items():
+        start, stop, _ = site.layout.rows.indices(site.weight_shape[site.layout.row_axis])
+        branches[p] = Branch(*stacked(factors[p]), attached.scaling / keep_rate, start, stop)
+    return branches
 
 
 def is_plain(base: nn.Module) -> bool:
-    """Whether calling `base` does nothing but ``x W^T + bias``: no subclass, no hooks, no replaced forward."""
-    return (
-        type(base) in (nn.Linear, Conv1D)
-        and not base._forward_hooks
-        and not base._forward_pre_hooks
-        and not base._backward_hooks
-        and not base._backward_pre_hooks
-        and "forward" not in base.__dict__
-    )
+    """Whether calling `base` does nothing but ``x W^T + bias`` on plain tensors: no subclass, no hooks."""
+    return type(base) in (nn.Linear, Conv1D) and type(base.weight) in (nn.Parameter, Tensor) and not has_hooks(base)

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+from hora_spec import HoraError
 from torch import Tensor, nn
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 Route = Literal["auto", "branch", "merge"]
 
@@ -81,18 +82,40 @@ def low_rank_linear(
         last = first + branch.a.shape[0]
         windows.append(_Window(branch.start, branch.stop, first, last, branch.scaling))
         first = last
-    a = (branches[0].a if len(branches) == 1 else torch.cat([branch.a for branch in branches])).to(x.dtype)
-    bs = [branch.b.to(x.dtype) for branch in branches]
-    if _merges(route, x, keep):
+    if is_transformed():
+        return add_branches(nn.functional.linear(x, weight, bias), x, branches, keep=keep)
+    a = branches[0].a if len(branches) == 1 else torch.cat([branch.a for branch in branches])
+    a, bs = a.to(x.device, x.dtype), [branch.b.to(x.device, x.dtype) for branch in branches]
+    merges = _merges(route, x, keep)
+    if not _records_gradients(x, weight, bias, a, *bs):
+        if merges:
+            return nn.functional.linear(x, _merged_weight(weight, windows, a, bs), bias)
+        return _branched(x, weight, bias, keep, windows, a, bs)[0]
+    if merges:
         return _Merged.apply(x, weight, bias, tuple(windows), a, *bs)
     return _Branched.apply(x, weight, bias, keep, tuple(windows), a, *bs)[0]
 
 
 def add_branches(y: Tensor, x: Tensor, branches: Sequence[Branch], *, keep: Tensor | None = None) -> Tensor:
-    """Every branch added to the output `y` of any base layer, for quantised and hooked ones."""
+    """Every branch added to the output `y` of any base layer, in operations that every transform of torch knows.
+
+    For base layers that compute by themselves (quantised, hooked, sharded), and under transforms.
+
+    Raises
+    ------
+    HoraError
+        If `y` is not the output for `x` with all columns that the branches need.
+    """
+    last = max(branch.stop for branch in branches)
+    if y.shape[:-1] != x.shape[:-1] or y.shape[-1] < last:
+        raise HoraError(
+            f"a base layer maps {tuple(x.shape)} to {(*x.shape[:-1], '>= ' + str(last))}, got {tuple(y.shape)}: its "
+            "output is gathered or sharded in a way that adapters cannot follow"
+        )
     rows = _kept(x, keep)
     for a, b, scaling, start, stop in branches:
-        addition = scaling * nn.functional.linear(nn.functional.linear(rows, a.to(x.dtype)), b.to(x.dtype))
+        a, b = (factor.to(x.device, x.dtype) for factor in (a, b))
+        addition = scaling * nn.functional.linear(nn.functional.linear(rows, a), b)
         y = y + nn.functional.pad(addition, (start, y.shape[-1] - stop)).to(y.dtype)
     return y
 
@@ -103,6 +126,17 @@ def autocast_enabled(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its class says: hooks, or a forward that was replaced."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
 def _merges(route: Route, x: Tensor, keep: Tensor | None) -> bool:
     """Never in 16 bits, where W + delta rounds small deltas away, nor with dropout, which acts on the branch alone."""
     if keep is not None or route == "branch" or x.dtype not in (torch.float32, torch.float64):
@@ -110,13 +144,49 @@ def _merges(route: Route, x: Tensor, keep: Tensor | None) -> bool:
     return route == "merge" or (x.dtype == torch.float32 and x.numel() > x.shape[-1] ** 2)
 
 
-class _Branched(Function):
-    """Branch route. ``u = A x^T``, (R, n), is an output so that second derivatives flow through it."""
+def is_transformed() -> bool:
+    """Whether torch.func, forward-mode differentiation or a tracer looks at single operations."""
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch._C._are_functorch_transforms_active()  # also what Function.apply asks
+        or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+    )
 
-    generate_vmap_rule = True
+
+def _records_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _branched(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    keep: Tensor | None,
+    windows: Sequence[_Window],
+    a: Tensor,
+    bs: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """``y`` and ``u = A x^T``, (R, n)."""
+    y = nn.functional.linear(x, weight, bias)
+    u = a @ _rows(_kept(x, keep)).T
+    columns = y.view(-1, y.shape[-1])
+    for (start, stop, first, last, scaling), b in zip(windows, bs, strict=True):
+        columns[:, start:stop].addmm_(u[first:last].T, b.T, alpha=scaling)
+    return y, u
+
+
+class _Branched(Function):
+    """Branch route. ``u``, (R, n), is an output so that second derivatives flow through it.
+
+    Forward and its context are one function: with a separate ``setup_context``, torch 2.13 inspects the signature in
+    every call, which takes longer than a token.
+    """
 
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -125,19 +195,11 @@ class _Branched(Function):
         a: Tensor,
         *bs: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        y = nn.functional.linear(x, weight, bias)
-        u = a @ _rows(_kept(x, keep)).T
-        columns = y.view(-1, y.shape[-1])
-        for (start, stop, first, last, scaling), b in zip(windows, bs, strict=True):
-            columns[:, start:stop].addmm_(u[first:last].T, b.T, alpha=scaling)
-        return y, u
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, _, keep, windows, a, *bs = inputs
+        y, u = _branched(x, weight, bias, keep, windows, a, bs)
         ctx.windows = windows
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, keep, output[1], a, *bs)
+        ctx.save_for_backward(x, weight, keep, u, a, *bs)
+        return y, u
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -170,10 +232,9 @@ class _Branched(Function):
 class _Merged(Function):
     """Merge-forward route: one dense product each way, gradients of the factors through the low rank."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -181,13 +242,9 @@ class _Merged(Function):
         a: Tensor,
         *bs: Tensor,
     ) -> Tensor:
-        return nn.functional.linear(x, _merged_weight(weight, windows, a, bs), bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, windows, a, *bs = inputs
         ctx.windows = windows
         ctx.save_for_backward(x, weight, a, *bs)
+        return nn.functional.linear(x, _merged_weight(weight, windows, a, bs), bias)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:

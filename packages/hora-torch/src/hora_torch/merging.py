@@ -4,14 +4,19 @@ from collections.abc import Sequence
 
 import torch
 from hora_spec import HoraError, Layout
-from torch import Tensor
+from torch import Tensor, nn
+
+from hora_torch.sharding import is_sharded, part_of_weight
+
+Addition = tuple[Layout, Tensor, Tensor, float]
+"""Layout, a (rank, embed), b (rows of the layout, rank) and scaling of one delta."""
 
 _CHUNK_BYTES = 1 << 20  # float32 working rows that stay in cache
 
 
 def merged_weight(
     weight: Tensor,
-    additions: Sequence[tuple[Layout, Tensor, Tensor, float]],
+    additions: Sequence[Addition],
     *,
     check: bool = False,
     name: str = "default",
@@ -21,9 +26,10 @@ def merged_weight(
     Parameters
     ----------
     weight
-        The stored weight, (rows, embed) or for a Conv1D (embed, rows), floating; unchanged.
+        The stored weight, (rows, embed) or for a Conv1D (embed, rows), floating; unchanged. Of a distributed tensor
+        the part of this process is merged and returned.
     additions
-        Layout, a (rank, embed), b (window rows, rank) and scaling of each.
+        Layout, a (rank, embed), b (rows, rank) and scaling of each.
     check
         Look at every entry of the result; otherwise only where the factors cannot exclude an overflow.
     name
@@ -32,7 +38,7 @@ def merged_weight(
     Returns
     -------
     Tensor
-        Of weight's shape and dtype.
+        Of weight's shape and dtype, on its device.
 
     Raises
     ------
@@ -44,7 +50,11 @@ def merged_weight(
             f"only a floating base of 16 bits or more can be merged into, got {weight.dtype}: load the base in its "
             "full dtype, or serve the adapter as LoRA with hora_torch.export_lora (spec M1)"
         )
+    if is_sharded(weight):
+        additions = [_part(addition, weight) for addition in additions]
+        weight = weight.to_local()
     limit = 0.0
+    additions = [(layout, a.to(weight.device), b.to(weight.device), scaling) for layout, a, b, scaling in additions]
     for _, a, b, scaling in additions:
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise HoraError(f"{_broken(name)}: only a finite delta can be merged, its factors are not (spec M3)")
@@ -53,7 +63,7 @@ def merged_weight(
     merged = weight.clone() if weight.dtype == working else torch.empty_like(weight)
     if weight.dtype == working:
         for layout, a, b, scaling in additions:
-            _as_rows(merged, layout)[_rows(layout)].addmm_(b.to(working), a.to(working), alpha=scaling)
+            _as_rows(merged, layout)[layout.rows].addmm_(b.to(working), a.to(working), alpha=scaling)
     else:
         _merge_in_chunks(weight, merged, additions, working)
     unsafe = limit > torch.finfo(working).max / 4 or weight.dtype == torch.float16
@@ -64,29 +74,69 @@ def merged_weight(
     return merged
 
 
+def mergeable(module: nn.Module, parameter: str) -> nn.Parameter:
+    """The stored weight ``module.parameter``, if a sum can be written into it.
+
+    Raises
+    ------
+    HoraError
+        If it is no plain parameter: writing into quantised and computed weights fails, or is lost without an error.
+    """
+    stored = module._parameters.get(parameter)
+    if stored is None or not (type(stored) is nn.Parameter or is_sharded(stored)):
+        kind = type(getattr(module, parameter, None)).__name__
+        raise HoraError(
+            f"only a plain parameter can be merged into, got a {kind} as {parameter} of {type(module).__name__}: load "
+            "the base in its full dtype, or serve the adapter as LoRA with hora_torch.export_lora (spec M1)"
+        )
+    if stored.is_meta:
+        raise HoraError(
+            f"only a weight that is here can be merged into, {parameter} of {type(module).__name__} is offloaded: load "
+            "the base without offloading (spec M1)"
+        )
+    return stored
+
+
+def write(stored: nn.Parameter, value: Tensor) -> None:
+    """Make `value` the value of a parameter, without touching the tensor that held it unless that is distributed."""
+    if is_sharded(stored):
+        stored.data.to_local().copy_(value)
+        return
+    stored.data = value
+    if stored.data_ptr() != value.data_ptr():
+        raise HoraError(f"a merged weight is written into its parameter, {type(stored)} kept its own value (spec M1)")
+
+
+def value_of(stored: nn.Parameter) -> Tensor:
+    """What `write` takes to bring a parameter back to its present value."""
+    return stored.data.to_local().clone() if is_sharded(stored) else stored.data
+
+
+def _part(addition: Addition, weight: Tensor) -> Addition:
+    layout, a, b, scaling = addition
+    start, stop, _ = layout.rows.indices(weight.shape[layout.row_axis])
+    b = nn.functional.pad(b, (0, 0, start, weight.shape[layout.row_axis] - stop))
+    return Layout(layout.pattern), *part_of_weight(a, b, weight, layout.row_axis), scaling
+
+
 def _broken(name: str) -> str:
     return f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
 
 
-def _rows(layout: Layout) -> slice:
-    """Rows of the projection in the canonical (rows, embed) view of the stored weight."""
-    return slice(None) if layout.window is None else slice(layout.window.start, layout.window.stop)
-
-
 def _as_rows(weight: Tensor, layout: Layout) -> Tensor:
-    return weight.T if layout.axes[0] == "d" else weight
+    return weight.T if layout.row_axis else weight
 
 
 def _merge_in_chunks(
     weight: Tensor,
     merged: Tensor,
-    additions: Sequence[tuple[Layout, Tensor, Tensor, float]],
+    additions: Sequence[Addition],
     working: torch.dtype,
 ) -> None:
     """Rows pass through a small float32 buffer, so that the sum costs hardly more than copying the weight."""
     source, target = (_as_rows(tensor, additions[0][0]) for tensor in (weight, merged))
     step = max(1, _CHUNK_BYTES // (4 * source.shape[1]))
-    factors = [(_rows(layout), a.to(working), b.to(working), scaling) for layout, a, b, scaling in additions]
+    factors = [(layout.rows, a.to(working), b.to(working), scaling) for layout, a, b, scaling in additions]
     for first in range(0, source.shape[0], step):
         last = min(first + step, source.shape[0])
         buffer = source[first:last].to(working)

@@ -1,5 +1,7 @@
 """``HoraModel``: HoRA as PEFT sees it."""
 
+import copy
+import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -7,15 +9,18 @@ from typing import Any
 
 import torch
 from hora_spec import HoraError
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils.constants import DUMMY_TARGET_MODULES
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from hora_torch.attention import HoraMultiheadAttention
 from hora_torch.config import HoraConfig
-from hora_torch.layer import BASE, HoraLayer, HoraLinear
-from hora_torch.targets import LayerPlan, base_module, default_targets, no_match, plan, targets_of
+from hora_torch.hypernet import HoraHypernet
+from hora_torch.layer import BASE, HoraLayer, HoraLinear, tied_weights
+from hora_torch.lifetime import during_call
+from hora_torch.planning import make_plan, planned_layer
+from hora_torch.saving import check_loaded
+from hora_torch.targets import base_module
 
 
 class HoraModel(BaseTuner):
@@ -25,6 +30,12 @@ class HoraModel(BaseTuner):
     tuner_layer_cls = HoraLayer
     target_module_mapping: Mapping[str, list[str]] = {}
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        # PEFT passes one config only where there is no PeftModel, which would check what it loads: Transformers' and
+        # diffusers' own loading, where a tensor that is missing is a line in a log
+        self._loads_unchecked = isinstance(peft_config, HoraConfig)
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -33,43 +44,37 @@ class HoraModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Plan the layers of one adapter, then let PEFT visit the targets.
+        """Plan the layers of one adapter, then let PEFT visit the targets; on failure the model is as it was.
 
         The keys of a `state_dict`, if given, choose the targets instead of ``target_modules``: they name the leaders,
-        and the projections of each leader name the other targets of its layer.
+        and the projections of each leader name the other targets of its layer. The config of the adapter becomes a copy
+        of the given one that describes its layers.
         """
-        self._chosen = None if state_dict is None else targets_of(model, state_dict)
-        if self._chosen is not None:
-            state_dict = {f"{name}.{self.prefix}hyper": torch.empty(0) for name in self._chosen}
-        self._plans: dict[str, LayerPlan] = {}
-        self._leaders: dict[str, HoraLayer] = {}
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        del self._chosen, self._plans, self._leaders
+        config = copy.copy(self.peft_config[adapter_name])
+        plan = make_plan(model, config, state_dict)
+        config.target_modules = plan.target_modules
+        config.hora_layers = [layer.to_json() for layer in plan.layers]
+        given, self.peft_config[adapter_name] = self.peft_config[adapter_name], config
+        if state_dict is not None:
+            modules = [module for layer in plan.layers for module in layer.modules]
+            state_dict = {f"{name}.{self.prefix}hyper": torch.empty(0) for name in modules}
+        trained = [(param, param.requires_grad) for param in model.parameters()]
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except BaseException:
+            self.peft_config[adapter_name] = given
+            _withdraw(model, adapter_name)
+            for param, requires_grad in trained:
+                param.requires_grad_(requires_grad)
+            raise
+        if given.hora_layers is not None:
+            for hypernet in _hypernets(model, adapter_name):
+                hypernet.await_values(needed=self._loads_unchecked)
+        if plan.left_out:
+            warnings.warn(f"{plan.headline()} (hora_torch.plan says which and why)", stacklevel=2)
 
     def _prepare_adapter_config(self, peft_config: HoraConfig, model_config: dict[str, Any]) -> HoraConfig:
-        if peft_config.target_modules is None:
-            peft_config.target_modules = default_targets(self.model, peft_config)
-            if not peft_config.target_modules:
-                raise no_match(self.model, peft_config)
         return peft_config
-
-    def _prepare_model(self, peft_config: HoraConfig, model: nn.Module) -> None:
-        if peft_config.target_modules == DUMMY_TARGET_MODULES:
-            return
-        names = self._chosen
-        if names is None:
-            _maybe_include_all_linear_layers(peft_config, model)
-            inside = tuple(f"{key}." for key, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-            names = [
-                key
-                for key, _ in model.named_modules()
-                if key and not key.startswith(inside) and self._check_target_module_exists(peft_config, key)
-            ]
-        if not names and not peft_config.exclude_modules and not peft_config.modules_to_save:
-            raise no_match(model, peft_config)
-        plans = plan(model, names, peft_config)
-        self._plans = {module: layer for layer in plans for module in layer.modules}
-        peft_config.hora_layers = [layer.to_json() for layer in plans]
 
     def _create_and_replace(
         self,
@@ -80,17 +85,17 @@ class HoraModel(BaseTuner):
         parent: nn.Module,
         current_key: str,
     ) -> None:
-        layer_plan = self._plans.get(current_key)
-        if layer_plan is None:  # a fused module of which no part is adapted
+        plan = planned_layer(peft_config, current_key)
+        if plan is None:  # a fused module of which no part is adapted
             return
-        sites = {p: site for p, site in layer_plan.sites.items() if site.module == current_key}
+        sites = {p: site for p, site in plan.sites.items() if site.module == current_key}
         layer = target
         if not isinstance(target, HoraLayer):
             kind = HoraMultiheadAttention if isinstance(base_module(target), nn.MultiheadAttention) else HoraLinear
             layer = kind(target)
             layer._active_adapter = self.active_adapter
-        layer.update_layer(adapter_name, layer_plan, sites, self._leaders.get(layer_plan.name), peft_config)
-        self._leaders.setdefault(layer_plan.name, layer)
+        leader = None if plan.leader == current_key else self.model.get_submodule(plan.leader)
+        layer.update_layer(adapter_name, plan, sites, leader, peft_config)
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
         if layer is not target:
@@ -101,11 +106,45 @@ class HoraModel(BaseTuner):
         """Adapters move to the base's device when they are attached, and an adapted module holds its base unchanged."""
         setattr(parent, child_name, new_module)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for module in model.modules():
-            if module.__dict__.pop("_hora_restores_qkv_bias", False):
-                module.qkv_bias_separate = False
+    def _layers(self) -> dict[str, HoraLayer]:
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, HoraLayer)}
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base: all layers, or on failure none.
+
+        Raises
+        ------
+        HoraError
+            If a merge is refused, or an adapted weight is also the weight of another module, which would change too.
+        """
+        for name, owners in tied_weights(self.model, adapter_names).items():
+            raise HoraError(
+                f"an adapted weight that is merged belongs to one module, that of {name!r} is tied: {owners[:4]}: give "
+                "the modules weights of their own, or serve the adapter as LoRA with hora_torch.export_lora (spec M3)"
+            )
+        before = {layer: list(layer.merged_adapters) for layer in self._layers().values()}
+        try:
+            super().merge_adapter(adapter_names, safe_merge=safe_merge)
+        except BaseException:
+            for layer, names in before.items():
+                with onload_layer(layer):
+                    layer.restore_merged(names)
+            raise
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        """Merge every layer before the first one is unloaded, so that a refusal leaves a working adapted model."""
+        if merge:
+            self.merge_adapter(adapter_names, safe_merge)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="All adapters are already merged")
+            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        _restore_module_forward(model)
         return model
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -120,10 +159,11 @@ class HoraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None, None, None]:
-        """Pass ``adapter_names`` of a mixed batch on to every adapted module."""
+        """One generation of factors for the call; ``adapter_names`` of a mixed batch go to every adapted module."""
         names = kwargs.pop("adapter_names", None)
         if names is None:
-            yield
+            with during_call():
+                yield
             return
         if self.training:
             raise HoraError("Cannot pass `adapter_names` when the model is in training mode: call model.eval() first")
@@ -144,7 +184,8 @@ class HoraModel(BaseTuner):
             if isinstance(module, (HoraLayer, AuxiliaryTrainingWrapper))
         ]
         try:
-            yield
+            with during_call():
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -161,24 +202,60 @@ class HoraModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: HoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Checkpoint keys become model keys; what does not fit is refused before the model changes (spec F5)."""
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        marker = f".{cls.prefix}hyper."
-        expected = {key: value for key, value in model.state_dict().items() if f"{marker}{adapter_name}." in key}
-        missing = sorted(expected.keys() - remapped.keys())
-        extra = sorted(key for key in remapped.keys() - expected.keys() if marker in key)
-        if missing or extra:
-            raise HoraError(
-                f"a checkpoint holds exactly the parameters of the adapter, missing {missing[:3]}, extra {extra[:3]}: "
-                "config and tensors are of different adapters, or the file is damaged (spec F5)"
-            )
-        for key, value in expected.items():
-            given = remapped[key]
-            if given.shape != value.shape:
-                raise HoraError(f"{key} must have shape {tuple(value.shape)}, got {tuple(given.shape)} (spec F5)")
-            if not given.is_meta and not torch.isfinite(given).all():
-                raise HoraError(f"{key} must be finite, got NaN or infinity: training diverged (spec F5)")
+        """Checkpoint keys become model keys; what does not fit is refused before the model changes (spec F5).
+
+        An adapter that was injected for this checkpoint alone leaves the model again.
+        """
+        try:
+            check_loaded(model, config, adapter_name, state_dict)
+            remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+            _check_fits(model, adapter_name, remapped)
+        except HoraError:
+            hypernets = _hypernets(model, adapter_name)
+            if hypernets and all(hypernet.awaits for hypernet in hypernets):
+                _withdraw(model, adapter_name)
+                model.peft_config.pop(adapter_name, None)
+            raise
         return remapped
+
+
+def _hypernets(model: nn.Module, adapter_name: str) -> list[HoraHypernet]:
+    layers = [module for module in model.modules() if isinstance(module, HoraLayer)]
+    return [layer.hora_hyper[adapter_name] for layer in layers if adapter_name in layer.hora_hyper]
+
+
+def _check_fits(model: nn.Module, adapter_name: str, given: Mapping[str, Tensor]) -> None:
+    """Raise unless tensors are the parameters of an adapter, exactly and finite."""
+    marker = ".hora_hyper."
+    expected = {key: value for key, value in model.state_dict().items() if f"{marker}{adapter_name}." in key}
+    missing = sorted(expected.keys() - given.keys())
+    extra = sorted(key for key in given.keys() - expected.keys() if marker in key)
+    if missing or extra:
+        raise HoraError(
+            f"a checkpoint holds exactly the parameters of the adapter, missing {missing[:3]}, extra {extra[:3]}: "
+            "config and tensors are of different adapters, or the file is damaged (spec F5)"
+        )
+    for key, value in expected.items():
+        if given[key].shape != value.shape:
+            raise HoraError(f"{key} must have shape {tuple(value.shape)}, got {tuple(given[key].shape)} (spec F5)")
+        if not given[key].is_meta and not torch.isfinite(given[key]).all():
+            raise HoraError(f"{key} must be finite, got NaN or infinity: training diverged (spec F5)")
+
+
+def _withdraw(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter out of the model, with every module that was wrapped for it alone."""
+    for name, module in list(model.named_modules()):
+        parent_name, _, own = name.rpartition(".")
+        if isinstance(module, HoraLayer) and adapter_name in module.hora_attached:
+            module.delete_adapter(adapter_name)
+            if not module.hora_attached:
+                setattr(model.get_submodule(parent_name), own, module.base_layer)
+        elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            if len(module.modules_to_save) == 1:
+                setattr(model.get_submodule(parent_name), own, module.original_module)
+            else:
+                module.delete_adapter(adapter_name, [])
+    _restore_module_forward(model)
 
 
 def _add_adapter_names(
@@ -192,3 +269,11 @@ def _use_module_forward(attention: nn.Module) -> None:
     if getattr(attention, "qkv_bias_separate", None) is False and getattr(attention, "q_bias", None) is not None:
         attention.qkv_bias_separate = True
         attention._hora_restores_qkv_bias = True
+
+
+def _restore_module_forward(model: nn.Module) -> None:
+    """Undo `_use_module_forward` where no adapter is left."""
+    for module in model.modules():
+        adapted = any(isinstance(child, HoraLayer) for child in module.children())
+        if not adapted and module.__dict__.pop("_hora_restores_qkv_bias", False):
+            module.qkv_bias_separate = False

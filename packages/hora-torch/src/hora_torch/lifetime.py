@@ -1,0 +1,125 @@
+"""How long generated factors live: one call, or as long as a scope that somebody opened."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from hora_spec import HoraError
+from torch import Tensor, nn
+
+from hora_torch.hypernet import HoraHypernet
+from hora_torch.linear import is_transformed
+
+
+class _Scope:
+    """What is kept for the hypernetworks of one model, or of any model, while the scope is open."""
+
+    def __init__(self, members: frozenset[HoraHypernet] | None, outer: "_Scope | None") -> None:
+        self.members, self.outer = members, outer
+        self.open = True
+        self.kept: dict[HoraHypernet, tuple[list[Tensor], dict[Any, Any]]] = {}
+
+    def covers(self, hypernet: HoraHypernet) -> bool:
+        return self.open and (self.members is None or hypernet in self.members)
+
+    def close(self) -> None:
+        """A task that inherited the scope and outlives it finds it closed."""
+        self.open = False
+        self.kept.clear()
+
+
+_SCOPE: ContextVar[_Scope | None] = ContextVar("hora_torch_scope", default=None)
+
+
+def kept(hypernet: HoraHypernet) -> dict[Any, Any] | None:
+    """What the outermost scope of this thread that covers `hypernet` keeps for it; None where nothing may be kept.
+
+    Nothing is kept while gradients are recorded, since a graph belongs to one call, nor while operations are traced or
+    transformed; what was made from other parameter objects, as `torch.func.functional_call` lends them, is left alone.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or is_transformed():
+        return None
+    scope, found = _SCOPE.get(), None
+    while scope is not None:
+        found = scope if scope.covers(hypernet) else found
+        scope = scope.outer
+    if found is None:
+        return None
+    params = list(hypernet.params().values())
+    before, store = found.kept.setdefault(hypernet, (params, {}))
+    same = all(one is other or other.is_meta for one, other in zip(before, params, strict=True))
+    return store if same else None
+
+
+@contextmanager
+def during_call() -> Generator[None, None, None]:
+    """The scope of one call of a model, ``generate`` with all its steps included."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    with _opened(None):
+        yield
+
+
+@contextmanager
+def cached_factors(model: nn.Module) -> Generator[None, None, None]:
+    """Generate the factors of `model` once, and keep them until the block ends.
+
+    For decoding loops of your own, and wherever an adapted model is called many times without being trained;
+    ``PeftModel.generate`` does it by itself. Outside such a block nothing is kept between calls. Merging, export and
+    calls that record gradients never use kept factors; other threads do not see them.
+
+    Parameters
+    ----------
+    model
+        A ``PeftModel``, or a model into which adapters were injected.
+
+    Raises
+    ------
+    HoraError
+        On leaving the block, if a parameter of a used adapter was changed inside: later calls did not see it.
+
+    Examples
+    --------
+    >>> import torch, peft, hora_torch
+    >>> config = hora_torch.HoraConfig(r=2, target_modules=["0"], num_heads=2)
+    >>> model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config)
+    >>> with torch.no_grad(), hora_torch.cached_factors(model):
+    ...     outputs = [model(torch.ones(1, 4)) for _ in range(3)]
+    """
+    members = frozenset(module for module in model.modules() if isinstance(module, HoraHypernet))
+    before = {hypernet: _values(hypernet) for hypernet in members}
+    with _opened(members) as scope:
+        yield
+        changed = [hypernet.name for hypernet in scope.kept if _changed(before[hypernet], _values(hypernet))]
+    if changed:
+        raise HoraError(
+            f"parameters stay as they are inside cached_factors, those of {sorted(changed)[:3]} were changed: end the "
+            "block before training, loading or editing, and open it again"
+        )
+
+
+@contextmanager
+def _opened(members: frozenset[HoraHypernet] | None) -> Generator[_Scope, None, None]:
+    scope = _Scope(members, _SCOPE.get())
+    token = _SCOPE.set(scope)
+    try:
+        yield scope
+    finally:
+        scope.close()
+        _SCOPE.reset(token)
+
+
+def _values(hypernet: HoraHypernet) -> dict[str, Tensor]:
+    return {key: param.detach().clone() for key, param in hypernet.named_parameters() if not param.is_meta}
+
+
+def _changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
+    """Whether a value differs; parameters that are elsewhere by now (offloaded, sharded anew) cannot be compared."""
+    return any(
+        type(value) is type(before[key]) and value.shape == before[key].shape and not torch.equal(value, before[key])
+        for key, value in after.items()
+        if key in before
+    )

@@ -1,0 +1,174 @@
+"""From a target module to the places of its projections, and whether adapting it would act."""
+
+import contextlib
+import functools
+import inspect
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from hora_spec import HoraError, Layout, ProjectionShape, Site, Window
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hora_torch.config import PLAIN_ORDERS, HoraConfig
+from hora_torch.heads import FUSED, ROLE_OF, Attention, Rows, UnknownRowsError
+from hora_torch.row_order import row_order
+from hora_torch.sharding import check_rows_alone, is_sharded
+from hora_torch.targets import base_module, is_supported, out_in
+
+_MULTIHEAD_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_OF_MULTIHEAD = "the shape of nn.MultiheadAttention"
+
+
+class Found(NamedTuple):
+    """A projection that a target holds, and how its rows and heads are known."""
+
+    role: str
+    site: Site
+    source: str
+
+
+def find_sites(model: nn.Module, name: str, config: HoraConfig) -> Iterator[Found]:
+    """Places of the projections that the target `name` holds and `config` adapts.
+
+    Raises
+    ------
+    HoraError
+        If the module cannot be adapted, or what is known of its rows and heads is not enough or contradictory.
+    """
+    module = base_module(model.get_submodule(name))
+    if isinstance(module, nn.MultiheadAttention):
+        yield from _of_multihead(name, module, config)
+        return
+    parent_name, _, own = name.rpartition(".")
+    parent = base_module(model.get_submodule(parent_name))
+    if not is_supported(module) or isinstance(parent, nn.MultiheadAttention):
+        raise HoraError(
+            f"targets are Linear, Conv1D and MultiheadAttention modules, got {type(module).__name__} at {name!r}"
+            + (": its forward is never called, target the MultiheadAttention" if is_supported(module) else "")
+        )
+    if _is_bypassed(parent, own):
+        raise UnknownRowsError(
+            f"an adapted module is called by its attention, {type(parent).__name__} reads {own}.weight past it, so "
+            f"that nothing would be trained: leave {name!r} out of target_modules"
+        )
+    attention = _attention(model, parent_name, config)
+    order, rows = attention.order(own), attention.rows(own)
+    for found in rows:
+        if order not in PLAIN_ORDERS or found.role in config.fused_projections:
+            yield Found(found.role, _site(name, module, found, whole=len(rows) == 1), found.source)
+
+
+def is_candidate(model: nn.Module, name: str) -> bool:
+    """Whether a module looks like one that is adapted by default: an attention, a query, a value, or both fused."""
+    module = base_module(model.get_submodule(name))
+    if isinstance(module, nn.MultiheadAttention):
+        return True
+    parent_name, _, own = name.rpartition(".")
+    parent = base_module(model.get_submodule(parent_name))
+    if not is_supported(module) or isinstance(parent, nn.MultiheadAttention):
+        return False
+    return ROLE_OF.get(own) in ("q", "v") or own in FUSED or row_order(parent, own) in PLAIN_ORDERS
+
+
+def not_in_use(model: nn.Module, name: str) -> str | None:
+    """Why a default target may be idle: its attention holds both fused and separate projections."""
+    parent_name, _, own = name.rpartition(".")
+    parent = base_module(model.get_submodule(parent_name))
+    names = {child for child, module in parent.named_children() if is_supported(base_module(module))}
+    fused = {child for child in names & set(FUSED) if child not in ROLE_OF and "q" in (row_order(parent, child) or "")}
+    separate = {child for child in names if ROLE_OF.get(child) == "q"}
+    if isinstance(parent, nn.MultiheadAttention) or not (fused and separate):
+        return None
+    uses_fused = getattr(parent, "fused_projections", None)  # of diffusers
+    if uses_fused is None or uses_fused != (own in FUSED and own not in ROLE_OF):
+        return (
+            f"{type(parent).__name__} at {parent_name!r} has {sorted(fused | separate)}, of which it uses some: name "
+            "the right ones in target_modules"
+        )
+    return None
+
+
+def check_recorded(model: nn.Module, site: Site) -> None:
+    """Raise unless the model holds the weight that a loaded adapter was trained on (spec F5)."""
+    module = base_module(model.get_submodule(site.module))
+    weights = _MULTIHEAD_WEIGHTS if isinstance(module, nn.MultiheadAttention) else ("weight",)
+    weight = getattr(module, site.parameter, None) if is_supported(module) and site.parameter in weights else None
+    if weight is None:
+        raise HoraError(
+            f"the adapter has {site.parameter!r} of {site.module!r}, which {type(module).__name__} lacks: load the "
+            "base model the adapter was trained on (spec F5)"
+        )
+    shape, transposed = out_in(module), isinstance(module, Conv1D)
+    if isinstance(module, nn.MultiheadAttention):
+        shape = tuple(weight.shape)
+    shape = shape[::-1] if transposed else shape
+    axes = {site.layout.row_axis, site.layout.row_axis if site.layout.window is None else site.layout.window.axis}
+    if shape != site.weight_shape or axes != {int(transposed)}:
+        raise HoraError(
+            f"{site.module}.{site.parameter} must have shape {site.weight_shape} and rows as in {site.layout}, got "
+            f"{tuple(shape)} and rows along axis {int(transposed)}: load the base model the adapter was trained on "
+            "(spec F5)"
+        )
+
+
+def _attention(model: nn.Module, path: str, config: HoraConfig) -> Attention:
+    module = base_module(model.get_submodule(path))
+    widths = {
+        child: out_in(base)[0]
+        for child, part in module.named_children()
+        if is_supported(base := base_module(part)) and not isinstance(base, nn.MultiheadAttention)
+    }
+    return Attention(module, path, widths, getattr(model, "config", None), config)
+
+
+def _site(name: str, module: nn.Module, rows: Rows, *, whole: bool) -> Site:
+    width, embed = out_in(module)
+    axis = int(isinstance(module, Conv1D))
+    shape, pattern = ((embed, width), "d (h k)") if axis else ((width, embed), "(h k) d")
+    weight = module._parameters.get("weight")
+    if weight is not None and is_sharded(weight):
+        check_rows_alone(weight, axis, name)
+    window = None if whole else Window(axis, rows.start, rows.start + rows.width)
+    projection = ProjectionShape(rows.heads, rows.width // rows.heads, embed)
+    return Site(name, "weight", shape, Layout(pattern, window), projection)
+
+
+def _of_multihead(name: str, module: nn.MultiheadAttention, config: HoraConfig) -> Iterator[Found]:
+    dim = module.embed_dim
+    widths = {"q": dim, "k": module.kdim, "v": module.vdim}
+    for index, (part, embed) in enumerate(widths.items()):
+        if part not in config.fused_projections:
+            continue
+        projection = ProjectionShape(module.num_heads, dim // module.num_heads, embed)
+        if module._qkv_same_embed_dim:
+            layout = Layout("(h k) d", Window(0, index * dim, (index + 1) * dim))
+            site = Site(name, "in_proj_weight", (3 * dim, dim), layout, projection)
+        else:
+            site = Site(name, f"{part}_proj_weight", (dim, embed), Layout(), projection)
+        yield Found(part, site, _OF_MULTIHEAD)
+
+
+def _is_bypassed(attention: nn.Module, own: str) -> bool:
+    """Whether the code of an attention computes with the weight of a child instead of calling it.
+
+    timm's BEiT, EVA and Swin v2 do so unless told otherwise (``qkv_bias_separate``), which `HoraModel` does.
+    """
+    return not hasattr(attention, "qkv_bias_separate") and _reads_weight(type(attention), own)
+
+
+@functools.cache
+def _reads_weight(cls: type, own: str) -> bool:
+    asked = r"(dtype|device|shape|size|ndim|dim|numel|is_|requires_grad|data_ptr)"  # without computing
+    reads = re.compile(rf"self\.{re.escape(own)}\.weight\b(?!\.{asked})")
+    return any(reads.search(source) for source in _sources(cls))
+
+
+def _sources(cls: type) -> Iterator[str]:
+    """Source of the methods of a class that may compute, not those that set or rearrange its weights."""
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        for name, method in vars(base).items():
+            if inspect.isfunction(method) and not re.search("init|reset|fuse", name):
+                with contextlib.suppress(OSError, TypeError):
+                    yield inspect.getsource(method)

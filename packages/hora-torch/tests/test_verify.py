@@ -1,0 +1,151 @@
+"""``verify`` passes what is right, names what is wrong, and leaves the model as it was."""
+
+import dataclasses
+
+import hora_torch
+import peft
+import pytest
+import torch
+from hora_spec import HoraError, Layout, ProjectionShape, Window
+from hora_torch.layer import HoraLayer
+from torch import nn
+
+from .oracle import adapted, assert_unchanged, snapshot
+
+
+def verdicts(report, verdict):
+    return {(finding.question, finding.place) for finding in report.of(verdict)}
+
+
+def test_every_family_is_found_right_and_left_as_it_was(family):
+    model = adapted(family)
+    before = snapshot(model)
+    report = hora_torch.verify(model, family.inputs())
+    assert_unchanged(model, before)
+    assert report.ok, str(report)
+    assert not [finding for finding in report.of("unknown") if "rows" in finding.question], str(report)
+
+
+def test_a_new_adapter_is_verified_before_its_first_step(families):
+    family = families["llama"]
+    model = peft.get_peft_model(family.model(), hora_torch.HoraConfig(r=2)).train()
+    before = snapshot(model)
+    assert hora_torch.verify(model, family.inputs()).ok
+    assert_unchanged(model, before)
+
+
+def with_sites(model, change):
+    """The same model with other places for its projections, as a wrong plan would have them."""
+    for layer in model.modules():
+        if isinstance(layer, HoraLayer):
+            attached = layer.hora_attached["default"]
+            sites = {p: change(p, site) for p, site in attached.sites.items()}
+            layer.hora_attached["default"] = dataclasses.replace(attached, sites=sites)
+    return model
+
+
+def shifted(by):
+    def change(p, site):
+        window = site.layout.window
+        layout = Layout(site.layout.pattern, Window(window.axis, window.start + by[p], window.stop + by[p]))
+        return dataclasses.replace(site, layout=layout)
+
+    return change
+
+
+def of_heads(factor):
+    def change(p, site):
+        shape = site.projection
+        shape = ProjectionShape(int(shape.num_heads * factor), int(shape.head_dim / factor), shape.embed_dim)
+        return dataclasses.replace(site, projection=shape)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("timm-vit", shifted({"q": 0, "v": -32})),  # k's rows taken for v's
+        ("timm-vit", shifted({"q": 32, "v": -64})),
+        ("timm-vit", shifted({"q": 4, "v": 0})),  # half a head off
+        ("gpt2", shifted({"q": 0, "v": -32})),
+        ("phi3", shifted({"q": 16, "v": -16})),
+        ("llama", of_heads(2)),
+        ("llama", of_heads(0.5)),
+        ("timm-vit", of_heads(2)),
+        ("bert", of_heads(0.5)),
+    ],
+)
+def test_wrong_rows_and_heads_are_named(families, name, change):
+    model = with_sites(adapted(families[name]), change)
+    report = hora_torch.verify(model, families[name].inputs())
+    assert {question for question, _ in verdicts(report, "wrong")} == {"adapts the rows of its heads"}, str(report)
+    with pytest.raises(HoraError, match="planned head"):
+        report.require()
+
+
+class Bypass(nn.Module):
+    """An attention that computes with one weight past its module, in code that a plan cannot read."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.head_dim = 2, 4
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        weight = getattr(self.q_proj, "weight")  # noqa: B009 - as code does that a plan cannot see through
+        q, k, v = nn.functional.linear(x, weight), self.k_proj(x), self.v_proj(x)
+        q, k, v = (y.unflatten(-1, (2, 4)).transpose(-2, -3) for y in (q, k, v))
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2)
+
+
+def small(**kwargs):
+    return hora_torch.HoraConfig(r=2, hidden_dim=4, head_embed_dim=3, init_weights=False, **kwargs)
+
+
+def test_a_module_that_is_passed_by_is_named():
+    model = peft.get_peft_model(nn.Sequential(Bypass()), small())
+    report = hora_torch.verify(model, torch.randn(1, 5, 8))
+    assert ("computes the same merged", "the model") in verdicts(report, "wrong"), str(report)
+    assert "does not call" in str(report)
+
+
+def test_weights_that_are_tied_are_named():
+    base = nn.Sequential(Bypass(), Bypass())
+    base[1].v_proj.weight = base[0].v_proj.weight
+    model = peft.get_peft_model(base, small(target_modules=["v_proj"]))
+    report = hora_torch.verify(model, torch.randn(1, 5, 8))
+    assert len([finding for finding in report.of("unknown") if "own" in finding.question]) == 2
+
+
+def test_merging_that_loses_the_update_is_wrong(families, monkeypatch):
+    monkeypatch.setattr("hora_torch.layer.write", lambda stored, value: None)
+    report = hora_torch.verify(adapted(families["llama"]), families["llama"].inputs())
+    assert ("computes the same merged", "the model") in verdicts(report, "wrong")
+
+
+def test_a_base_that_changes_in_unmerging_is_wrong(families, monkeypatch):
+    from hora_torch import layer
+
+    write = layer.write
+    monkeypatch.setattr("hora_torch.layer.write", lambda stored, value: write(stored, value + 1e-6))
+    report = hora_torch.verify(adapted(families["llama"]), families["llama"].inputs())
+    assert ("is restored by unmerging", "the model") in verdicts(report, "wrong")
+
+
+def test_what_cannot_be_verified_is_an_error(families):
+    family = families["llama"]
+    model = adapted(family)
+    model.merge_adapter()
+    with pytest.raises(HoraError, match="unmerge first"):
+        hora_torch.verify(model, family.inputs())
+    with pytest.raises(HoraError, match="active adapters"):
+        hora_torch.verify(family.model(), family.inputs())
+
+
+def test_an_exception_of_the_model_leaves_it_as_it_was(families):
+    model = adapted(families["llama"]).train()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="input_ids"):
+        hora_torch.verify(model, {"nothing": 1})
+    assert_unchanged(model, before)
