@@ -67,7 +67,23 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 _USUAL = frozenset(
-    ["q_proj", "v_proj", "query", "value", "q", "v", "q_lin", "v_lin", "to_q", "to_v", "wq", "wv", "Wq", "Wv", "q_attn", "query_proj", "value_proj", "linear_q", "linear_v", "query_layer", "value_layer", "q_head", "v_head", "projection_query", "projection_value", "qkv", "qkv_proj", "c_attn", "Wqkv", "query_key_value", "att_proj", "to_qkv", "to_kv", "kv", "kv_proj", "qk", "query_key", "q_b_proj", "kv_b_proj", "in_proj_qkv", "in_proj_qkvz", "qkv_linear"]
+    (
+        *("q_proj", "v_proj", "query", "value", "q", "v", "q_lin", "v_lin", "to_q", "to_v", "wq", "wv", "Wq", "Wv"),
+        *(
+            "query_proj",
+            "value_proj",
+            "linear_q",
+            "linear_v",
+            "query_layer",
+            "value_layer",
+            "q_head",
+            "v_head",
+            "q_attn",
+        ),
+        *("projection_query", "projection_value", "qkv", "qkv_proj", "qkv_linear", "c_attn", "Wqkv", "query_key_value"),
+        *("att_proj", "to_qkv", "to_kv", "kv", "kv_proj", "qk", "query_key", "q_b_proj", "kv_b_proj", "in_proj_qkv"),
+        "in_proj_qkvz",
+    )
 )
 
 
