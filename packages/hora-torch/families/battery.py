@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from family import Family, noise, outputs, usual_targets
+from family import Family, outputs, usual_targets
 from hora_spec import HoraError, Site, layer_from_json
-from hora_torch import HoraConfig, HoraLayer, export_lora
-from oracle import Call, Part, attend, reach, verdict
+from hora_torch import HoraConfig, HoraLayer, export_lora, plan, verify
 from peft import LoraConfig, PeftModel, get_peft_model
+from rows import Layers, Question, part, rows_and_heads, summary
 from torch import Tensor, nn
 
 OK = "ok"
@@ -31,20 +31,22 @@ def examine(family: Family) -> dict[str, Any]:
     targets = family.targets or usual_targets(base)
     lora = {"lora": _answer(lambda: _lora(base, None)), "lora_named": _answer(lambda: _lora(base, targets))}
     answers = {"built": OK, "model": type(base).__name__, **lora}
-    trials = []
+    trials: list[Trial] = []
     for key, names in {"default": None, "named": list(targets)}.items():
-        answers[key], model = _inject(base, names) if names != [] else ("none", None)
-        if answers[key].startswith("error") and answers["lora_named"].startswith("error"):
-            answers[key] = f"refused: PEFT fails itself, {answers[key].removeprefix('error: ')}"
-        if model is not None:
-            trials.append(Trial(family, base, inputs, expected, model))
+        answers[key], layers, model = _inject(base, names)
+        if layers:
+            asked = Question(family, base, inputs, layers)
             answers |= {
-                f"{key}_adapts": trials[-1].summary(),
-                f"{key}_rows": _answer(lambda: rows_and_heads(trials[-1])),
+                f"{key}_adapts": summary(layers),
+                f"{key}_rows": _answer(lambda asked=asked: rows_and_heads(asked)),
             }
-    if not trials:
-        return answers
-    return answers | {name: _answer(lambda check=check: check(trials[0])) for name, check in CHECKS.items()}
+        if model is not None:
+            trials.append(Trial(family, base, inputs, expected, layers, model))
+        elif answers[key].startswith("error") and answers["lora_named"].startswith("error"):
+            answers[key] = f"refused: PEFT fails itself, {answers[key].removeprefix('error: ')}"
+    if answers["default"] == OK and (left_out := plan(base, HoraConfig(**SETTINGS)).left_out):
+        answers["left_out"] = {"modules": len(left_out), "why": next(iter(left_out.values()))[:300]}
+    return answers | {name: _answer(lambda check=check: check(trials[0])) for name, check in CHECKS.items() if trials}
 
 
 def _answer(check: Callable[[], str | None]) -> str:
@@ -63,19 +65,26 @@ def _lora(base: nn.Module, targets: tuple[str, ...] | None) -> str:
         return "none"
     try:
         get_peft_model(copy.deepcopy(base), LoraConfig(r=4, target_modules=None if targets is None else list(targets)))
-    except ValueError as error:
-        return f"refused: {_describe(error)}"
+    except ValueError:
+        return "refused"
     return OK
 
 
-def _inject(base: nn.Module, targets: list[str] | None) -> tuple[str, PeftModel | None]:
+def _inject(base: nn.Module, targets: list[str] | None) -> tuple[str, Layers, PeftModel | None]:
+    """An answer, the planned sites and the adapted model, as far as it comes."""
+    if targets == []:
+        return "none", {}, None
+    layers: Layers = {}
     try:
-        model = get_peft_model(copy.deepcopy(base), HoraConfig(**SETTINGS, target_modules=targets, init_weights=False))
+        config = HoraConfig(**SETTINGS, target_modules=targets, init_weights=False)
+        layers = {layer.name: layer.sites for layer in plan(base, config).layers}
+        model = get_peft_model(copy.deepcopy(base), config).eval()
+        recorded = {name: sites for name, _, sites in map(layer_from_json, model.peft_config["default"].hora_layers)}
+        return OK if recorded == layers else "WRONG: injection is not what was planned", layers, model
     except HoraError as error:
-        return f"refused: {error}"[:400], None
+        return f"refused: {error}"[:400], layers, None
     except Exception as error:  # told apart from PEFT's own failures by LoraConfig beside it
-        return f"error: {_describe(error)}", None
-    return OK, model.eval()
+        return f"error: {_describe(error)}", layers, None
 
 
 @dataclass
@@ -86,6 +95,7 @@ class Trial:
     base: nn.Module
     inputs: Mapping[str, Any]
     expected: Tensor
+    layers: Layers
     _model: PeftModel = field(repr=False)
 
     @property
@@ -111,24 +121,11 @@ class Trial:
         """Outputs of the adapted model."""
         return self.run(self._model)
 
-    @cached_property
-    def layers(self) -> dict[str, Mapping[str, Site]]:
-        """Sites by projection, by layer."""
-        return {name: sites for name, _, sites in map(layer_from_json, self.config.hora_layers)}
-
     def sites(self) -> Iterator[tuple[str, str, Site]]:
         """Layer, projection and site of all projections."""
         for layer, sites in self.layers.items():
             for projection, site in sites.items():
                 yield layer, projection, site
-
-    def summary(self) -> str:
-        """Modules and heads, as ``q_proj: q 4x8``."""
-        found = {
-            f"{site.module.rpartition('.')[2]}: {name} {site.projection.num_heads}x{site.projection.head_dim}": None
-            for _, name, site in self.sites()
-        }
-        return ", ".join(found)
 
     def differs(self, found: Tensor, expected: Tensor) -> str | None:
         """Nothing where two outputs agree up to a thousandth of what the adapter changes, else what is wrong."""
@@ -137,55 +134,6 @@ class Trial:
         if error <= bound:
             return None
         return "WRONG: as if there were no adapter" if error > 0.9 * change else f"WRONG: off by {error / change:.1%}"
-
-
-def rows_and_heads(trial: Trial) -> str | None:
-    """Whether each adapted row belongs to the projection and the head that it is said to belong to."""
-    answers, unlike = [_expected_heads(trial) or OK], trial.family.unlike_attention
-    for layer, sites in trial.layers.items():
-        parts = [_part(name, site) for name, site in sites.items()]
-        embed = next(iter(sites.values())).projection.embed_dim
-        answers.append(f"unseen: {unlike}" if unlike else _seen(trial, "" if layer == "." else layer, parts, embed))
-    return min(answers, key=_severity)
-
-
-def _seen(trial: Trial, layer: str, parts: list[Part], embed: int) -> str:
-    """By the inputs of the family, else by a call of the attention module alone."""
-    base, weights = trial.base, {part.weight for part in parts}
-    owner = base.get_submodule(layer)
-    alone = [noise(2, 5, embed), noise(2, 4, 4, embed)]
-    calls: list[Call] = [lambda model: outputs(model, trial.inputs)]
-    calls += [lambda _, hidden=hidden: attend(owner, hidden) for hidden in alone]
-    answer = "unseen: it cannot be called alone"
-    for call in calls:
-        try:
-            found = reach(base, call, layer, weights)
-        except (TypeError, RuntimeError, ValueError, AttributeError, KeyError, IndexError):
-            continue  # called alone, with arguments that are guessed
-        if found:
-            answer = verdict(found, parts)
-        if not answer.startswith("unseen"):
-            break
-    return answer
-
-
-def _severity(answer: str) -> int:
-    return ("WRONG", "unseen", OK).index(answer.partition(":")[0])
-
-
-def _part(projection: str, site: Site) -> Part:
-    start = site.layout.window.start if site.layout.window else 0
-    role = projection if projection in ("q", "k", "v") else None
-    shape = site.projection
-    return Part(role, f"{site.module}.{site.parameter}", start, shape.num_heads, shape.head_dim)
-
-
-def _expected_heads(trial: Trial) -> str | None:
-    for role, expected in trial.family.heads.items():
-        found = {(s.projection.num_heads, s.projection.head_dim) for _, name, s in trial.sites() if name == role}
-        if not found <= expected:
-            return f"WRONG: {role} has {sorted(expected)} heads x width, adapted as {sorted(found - expected)}"
-    return None
 
 
 def _start(trial: Trial) -> str | None:
@@ -245,7 +193,7 @@ def _merged(trial: Trial) -> str | None:
 def _other_rows(trial: Trial, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> str | None:
     expected: dict[str, set[int]] = {}
     for _, name, site in trial.sites():
-        rows = _part(name, site).rows
+        rows = part(name, site).rows
         expected.setdefault(f"{site.module}.{site.parameter}", set()).update(range(rows.start, rows.stop))
     transposed = {f"{s.module}.{s.parameter}" for _, _, s in trial.sites() if s.layout.pattern.startswith("d")}
     shared = {before[name].data_ptr() for name in expected if name in before}
@@ -295,6 +243,12 @@ def _exported(trial: Trial) -> str | None:
         torch.backends.mha.set_fastpath_enabled(True)
 
 
+def _verified(trial: Trial) -> str | None:
+    """What a user would ask: `hora_torch.verify` finds nothing wrong that is right."""
+    wrong = verify(trial.model(), trial.inputs).of("wrong")
+    return f"WRONG: {wrong[0].place}, {wrong[0].question}: {wrong[0].detail}" if wrong else None
+
+
 def _distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
 
@@ -307,4 +261,5 @@ CHECKS: dict[str, Callable[[Trial], str | None]] = {
     "unmerged": _unmerged,
     "loaded": _loaded,
     "exported": _exported,
+    "verified": _verified,
 }

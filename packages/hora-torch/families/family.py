@@ -81,13 +81,15 @@ _USUAL = frozenset(
             "q_attn",
         ),
         *("projection_query", "projection_value", "qkv", "qkv_proj", "qkv_linear", "c_attn", "Wqkv", "query_key_value"),
-        *("att_proj", "to_qkv", "to_kv", "kv", "kv_proj", "qk", "query_key", "q_b_proj", "kv_b_proj", "in_proj_qkv"),
-        "in_proj_qkvz",
+        *("att_proj", "to_qkv", "to_kv", "kv", "kv_proj", "qk", "query_key", "q_b_proj"),
     )
 )
+
+
+_RARE = frozenset(("kv_b_proj", "in_proj_qkv", "in_proj_qkvz", "qkv_opreact"))
 
 
 def usual_targets(model: nn.Module) -> tuple[str, ...]:
     """Names that people give to projections for q and v, as far as the model has them."""
     found = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")}
-    return tuple(sorted(_USUAL & found))
+    return tuple(sorted(_USUAL & found or _RARE & found))

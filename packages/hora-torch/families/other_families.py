@@ -3,9 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-import diffusers
 import torch
-from diffusers.models.attention_processor import FusedAttnProcessor2_0
 from family import Family, Heads, noise
 from torch import Tensor, nn
 
@@ -73,6 +71,8 @@ class Interleaved(SelfAttention):
 
 def unet(**settings: Any) -> nn.Module:
     """A small denoising network with cross-attention."""
+    import diffusers
+
     return diffusers.UNet2DConditionModel(
         sample_size=8,
         layers_per_block=1,
@@ -88,6 +88,8 @@ def unet(**settings: Any) -> nn.Module:
 
 def fused_unet() -> nn.Module:
     """The same with q, k and v in one projection beside the separate ones."""
+    from diffusers.models.attention_processor import FusedAttnProcessor2_0
+
     model = unet()
     model.fuse_qkv_projections()
     model.set_attn_processor(FusedAttnProcessor2_0())
@@ -96,6 +98,8 @@ def fused_unet() -> nn.Module:
 
 def dit() -> nn.Module:
     """A diffusion transformer."""
+    import diffusers
+
     return diffusers.DiTTransformer2DModel(
         num_attention_heads=4,
         attention_head_dim=8,
@@ -111,6 +115,8 @@ def dit() -> nn.Module:
 
 def flux() -> nn.Module:
     """A Flux transformer."""
+    import diffusers
+
     return diffusers.FluxTransformer2DModel(
         patch_size=1,
         in_channels=4,
@@ -126,6 +132,8 @@ def flux() -> nn.Module:
 
 def sd3() -> nn.Module:
     """A Stable Diffusion 3 transformer."""
+    import diffusers
+
     return diffusers.SD3Transformer2DModel(
         sample_size=8,
         patch_size=1,

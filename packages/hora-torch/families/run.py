@@ -1,93 +1,73 @@
-"""Build every family, run the battery on it and write results.json and the table of the documentation.
+"""Build every family, run the battery on it, and write results.json and docs/guide/families.md.
 
-    python run.py [NAME ...] [--seconds 120] [--workers 2]
+    python run.py [NAME ...] [--workers 2] [--seconds 120] [--page]
 
-Each family runs in a process of its own, forked after the libraries are imported: a crash or a run out of time becomes
-a row. With names, only these rows are replaced.
+Each family runs alone, so that a crash or a run out of time becomes a row. With names only these rows are replaced;
+with --page only the page is written. The exit status says whether anything is wrong.
 """
 
 import argparse
+import importlib
 import json
-import multiprocessing
-import os
-import time
+import sys
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from battery import examine
-from catalogue import FAMILIES
-from tiny import NoModelError
+ROOT = Path(__file__).parents[3]
+sys.path.insert(0, str(ROOT))
+importlib.import_module("conftest")  # prepares torchvision, which others import
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results.json"
+import torch  # noqa: E402
+from battery import examine  # noqa: E402
+from catalogue import FAMILIES  # noqa: E402
+from isolation import each_alone  # noqa: E402
+from table import faults, page  # noqa: E402
+from tiny import NoModelError  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results.json"
+PAGE = ROOT / "docs/guide/families.md"
+LIBRARIES = ("torch", "transformers", "timm", "diffusers", "peft")
 
 
-def main() -> None:
-    """Run, write, print what is wrong."""
+def main() -> int:
+    """Run, write, and say what is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="families; all without")
-    parser.add_argument("--seconds", type=float, default=120.0, help="time for one family")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--seconds", type=float, default=120.0, help="time of one family")
+    parser.add_argument("--page", action="store_true", help="write the page from the results there are")
     options = parser.parse_args()
 
-    names = options.names or list(FAMILIES)
-    rows = json.loads(options.results.read_text()) if options.names and options.results.exists() else {}
-    for name, row in examined(names, options.workers, options.seconds):
-        print(f"{name}: {row}", flush=True)
-        rows[name] = row
-    ordered = {name: rows[name] for name in FAMILIES if name in rows and rows[name]["built"] != "none"}
-    options.results.write_text(json.dumps(ordered, indent=0, sort_keys=False) + "\n")
+    rows = json.loads(RESULTS.read_text())["families"] if (options.names or options.page) and RESULTS.exists() else {}
+    if not options.page:
+        rows |= run(options.names or list(FAMILIES), options.workers, options.seconds)
+        ordered = {name: rows[name] for name in FAMILIES if rows.get(name)}
+        results = {"versions": {name: version(name) for name in LIBRARIES}, "families": ordered}
+        RESULTS.write_text(json.dumps(results, indent=0) + "\n")
+    PAGE.write_text(page(json.loads(RESULTS.read_text())))
+    return sum(bool(faults(row)) for row in rows.values())
 
 
-def examined(names: list[str], workers: int, seconds: float):
-    """Name and row of each family, as they are done."""
-    context = multiprocessing.get_context("fork")
-    waiting, running = list(reversed(names)), {}
-    while waiting or running:
-        while waiting and len(running) < workers:
-            name = waiting.pop()
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_examine, args=(name, sender))
-            process.start()
-            sender.close()
-            running[name] = process, receiver, time.monotonic() + seconds
-        multiprocessing.connection.wait([receiver for _, receiver, _ in running.values()], timeout=1.0)
-        for name, (process, receiver, deadline) in list(running.items()):
-            if receiver.poll() or not process.is_alive():
-                yield name, _received(receiver, process)
-            elif time.monotonic() > deadline:
-                process.kill()
-                yield name, {"built": f"crashed: no answer within {seconds:.0f} s"}
-            else:
-                continue
-            process.join()
-            del running[name]
+def run(names: list[str], workers: int, seconds: float) -> dict[str, dict[str, Any]]:
+    """Rows by family; those that are no models of their own are left out."""
+    rows = {}
+    for name, answer in each_alone(_row, names, workers=workers, seconds=seconds):
+        rows[name] = {"built": f"no: {answer}"} if isinstance(answer, Exception) else answer
+        print(f"[{len(rows)}/{len(names)}] {name}: {'; '.join(faults(rows[name])) or 'ok'}", flush=True)
+    return rows
 
 
-def _received(receiver: Any, process: Any) -> dict[str, Any]:
-    try:
-        return receiver.recv()
-    except EOFError:
-        process.join()
-        return {"built": f"crashed: exit status {process.exitcode}"}
-
-
-def _examine(name: str, sender: Any) -> None:
+def _row(name: str) -> dict[str, Any]:
+    """Answers for one family, without those that are ``"ok"``."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
     try:
-        row = examine(FAMILIES[name]())
+        return {key: answer for key, answer in examine(FAMILIES[name]()).items() if answer != "ok"}
     except NoModelError:
-        row = {"built": "none"}
-    except Exception as error:
-        row = {"built": f"no: {type(error).__name__}: {error}"[:300].replace("\n", " ")}
-    sender.send(row)
+        return {}
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(min(main(), 1))

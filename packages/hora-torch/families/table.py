@@ -13,6 +13,7 @@ CHECKS = {
     "unmerged": "unmerging restores every bit",
     "loaded": "saved and loaded, the outputs are equal",
     "exported": "exported as LoRA and loaded by plain PEFT, the outputs are equal",
+    "verified": "`hora_torch.verify` finds nothing wrong",
 }
 """Columns after rows and heads, and what each says."""
 
@@ -25,8 +26,9 @@ SECTIONS = {
 RED = '<span style="color: #c00">**{}**</span>'
 
 
-def page(results: Mapping[str, Row], versions: Mapping[str, str]) -> str:
-    """The whole page."""
+def page(results: Mapping[str, Any]) -> str:
+    """The whole page, from the versions of the libraries and the rows by family."""
+    versions, results = results["versions"], results["families"]
     built = {name: row for name, row in results.items() if _answer(row, "built") == "ok"}
     seen = {name: row for name, row in built.items() if _is_attention(row)}
     lines = [_HEAD.format(versions=", ".join(f"{name} {version}" for name, version in versions.items()))]
@@ -65,7 +67,7 @@ def _legend() -> str:
 def _summary(built: Mapping[str, Row], seen: Mapping[str, Row]) -> Iterable[str]:
     default = [name for name, row in seen.items() if _answer(row, "default") == "ok"]
     named = [name for name, row in seen.items() if name not in default and _answer(row, "named") == "ok"]
-    wrong = {name: faults for name, row in seen.items() if (faults := _faults(row))}
+    wrong = {name: found for name, row in seen.items() if (found := faults(row))}
     yield "| | families |"
     yield "|---|---|"
     yield f"| built | {len(built)} |"
@@ -75,7 +77,7 @@ def _summary(built: Mapping[str, Row], seen: Mapping[str, Row]) -> Iterable[str]
     yield f"| refused, with the reason | {len(seen) - len(default) - len(named)} |"
     yield f"| {RED.format('WRONG') if wrong else 'wrong'} | {len(wrong)} |"
     yield ""
-    yield from (f"- {RED.format(name)}: {'; '.join(faults)}" for name, faults in wrong.items())
+    yield from (f"- {RED.format(name)}: {'; '.join(found)}" for name, found in wrong.items())
 
 
 def _header() -> list[str]:
@@ -108,14 +110,18 @@ def _remarks(row: Row) -> str:
     keys = ("default", "named", "default_rows", "named_rows", *CHECKS)
     found = [_answer(row, key) for key in keys if key in row and row[key] != "none"]
     texts = [text.removeprefix("unseen: ").removeprefix("refused: ") for text in found if text != "ok"]
+    if "left_out" in row:
+        texts.append(f"left out: {row['left_out']['modules']}, {row['left_out']['why']}")
     return "; ".join(dict.fromkeys(_short(text) for text in texts)).replace("|", "\\|")
 
 
 def _short(text: str) -> str:
+    text = text.removeprefix("Please specify `target_modules`: ")
     return text if len(text) <= 160 else text[:157] + "..."
 
 
-def _faults(row: Row) -> list[str]:
+def faults(row: Row) -> list[str]:
+    """What must not be."""
     keys = ("default", "named", "default_rows", "named_rows", *CHECKS)
     found = [(key, _answer(row, key)) for key in keys if key in row]
     return [f"{key}, {_short(text)}" for key, text in found if text.startswith(("WRONG", "error"))]

@@ -136,6 +136,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lilt": {"hidden_size": 48, "num_attention_heads": 4},
     "longcat_flash": {"head_dim": 4},
     "luke": {"entity_vocab_size": 8, "entity_emb_size": 16},
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
     "reformer": {
         "is_decoder": True,
         "attn_layers": ["local", "lsh"],
