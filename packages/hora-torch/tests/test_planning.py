@@ -171,12 +171,18 @@ def test_planning_changes_nothing_and_injection_does_what_it_says(family):
 
 
 def test_one_config_serves_two_models(families):
-    config = HoraConfig(r=2)
-    for name in ("llama", "bert", "timm-vit"):
+    """What injection wrote about the first binds nobody; what a file says binds."""
+    config = HoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    for name in ("llama", "mistral", "vit"):
         model = peft.get_peft_model(families[name].model(), config)
-        assert model.peft_config["default"] is not config
-    assert config.hora_layers is None
-    assert config.target_modules is None
+        assert model.peft_config["default"] is config
+        assert config.hora_layers == [
+            layer.to_json() for layer in hora_torch.plan(families[name].model(), config).layers
+        ]
+    described = HoraConfig(r=2, target_modules=["q_proj", "v_proj"], hora_layers=config.hora_layers)
+    for name in ("llama", "mistral"):
+        with pytest.raises(HoraError, match="base model"):
+            peft.get_peft_model(families[name].model(), described)
 
 
 def test_an_attention_that_reads_weights_past_the_module_is_refused():

@@ -50,8 +50,8 @@ class HoraConfig(PeftConfig):
     bias
         ``"none"``, ``"all"`` or ``"hora_only"``: which biases of the base model are trained too.
     hora_spec_version, hora_layers
-        Of an adapter: version of the spec, and names, shapes and layouts of its layers, which a model must fit.
-        Injection writes them into its own copy of the config; None plans a new adapter.
+        Version of the spec, and names, shapes and layouts of all adapted layers. Written on injection; given to the
+        constructor, as by a file, they describe an adapter that a model must fit (``given_layers``).
     hora_layers_sha256, hora_tensors_sha256
         Digests that files carry: of their layers, and of their tensors until these are loaded (spec F7).
 
@@ -95,6 +95,7 @@ class HoraConfig(PeftConfig):
     def __post_init__(self, hora_layers_sha256: str | None) -> None:
         super().__post_init__()
         self.peft_type = PeftType.HORA
+        self.given_layers = self.hora_layers  # injection writes hora_layers anew
         if self.hora_spec_version != SPEC_VERSION:
             raise HoraError(
                 f"this version reads adapters of spec version {SPEC_VERSION}, got {self.hora_spec_version}: "

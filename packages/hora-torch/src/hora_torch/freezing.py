@@ -46,6 +46,7 @@ def freeze(model: nn.Module, adapter_name: str | None = None) -> None:
         leader.hora_hyper[name] = hypernet
     config, specs = model.peft_config[name], {hypernet.name: hypernet.spec for hypernet in frozen.values()}
     config.hora_layers = [entry | {"spec": specs[entry["name"]].to_dict()} for entry in config.hora_layers]
+    config.given_layers = config.hora_layers
     for key, value in _free(config.spec()).items():
         setattr(config, key, value)
 

@@ -1,6 +1,5 @@
 """``HoraModel``: HoRA as PEFT sees it."""
 
-import copy
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,14 +46,13 @@ class HoraModel(BaseTuner):
         """Plan the layers of one adapter, then let PEFT visit the targets; on failure the model is as it was.
 
         The keys of a `state_dict`, if given, choose the targets instead of ``target_modules``: they name the leaders,
-        and the projections of each leader name the other targets of its layer. The config of the adapter becomes a copy
-        of the given one that describes its layers.
+        and the projections of each leader name the other targets of its layer.
         """
-        config = copy.copy(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name]
         plan = make_plan(model, config, state_dict)
+        before = config.target_modules, config.hora_layers
         config.target_modules = plan.target_modules
         config.hora_layers = [layer.to_json() for layer in plan.layers]
-        given, self.peft_config[adapter_name] = self.peft_config[adapter_name], config
         if state_dict is not None:
             modules = [module for layer in plan.layers for module in layer.modules]
             state_dict = {f"{name}.{self.prefix}hyper": torch.empty(0) for name in modules}
@@ -62,12 +60,12 @@ class HoraModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except BaseException:
-            self.peft_config[adapter_name] = given
+            config.target_modules, config.hora_layers = before
             _withdraw(model, adapter_name)
             for param, requires_grad in trained:
                 param.requires_grad_(requires_grad)
             raise
-        if given.hora_layers is not None:
+        if config.given_layers is not None:
             for hypernet in _hypernets(model, adapter_name):
                 hypernet.await_values(needed=self._loads_unchecked)
         if plan.left_out:

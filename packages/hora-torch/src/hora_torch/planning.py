@@ -142,16 +142,16 @@ def make_plan(model: nn.Module, config: HoraConfig, leaders: Mapping[str, Any] |
     if config.target_modules == DUMMY_TARGET_MODULES:
         return Plan((), {}, config.target_modules)
     config = copy.copy(config)
-    default = config.target_modules is None and leaders is None and config.hora_layers is None
+    default = config.target_modules is None and leaders is None and config.given_layers is None
     if default:
         config.target_modules = short_names(model, [name for name, _ in _modules(model) if is_candidate(model, name)])
-    elif config.target_modules is None and config.hora_layers is not None:
-        config.target_modules = {site["module"] for e in config.hora_layers for site in e["projections"].values()}
+    elif config.target_modules is None and config.given_layers is not None:
+        config.target_modules = {site["module"] for e in config.given_layers for site in e["projections"].values()}
     _maybe_include_all_linear_layers(config, model)
     names = targets_of(model, leaders) if leaders is not None else _matching(model, config)
-    if config.hora_layers is not None:
+    if config.given_layers is not None:
         return Plan(_recorded(model, names, config), {}, config.target_modules)
-    return _new_plan(model, names, config, default, narrow=leaders is None)
+    return _new_plan(model, names, config, default)
 
 
 def planned_layer(config: HoraConfig, module: str) -> LayerPlan | None:
@@ -162,7 +162,7 @@ def planned_layer(config: HoraConfig, module: str) -> LayerPlan | None:
     return None
 
 
-def _new_plan(model: nn.Module, names: Iterable[str], config: HoraConfig, default: bool, narrow: bool) -> Plan:
+def _new_plan(model: nn.Module, names: Iterable[str], config: HoraConfig, default: bool) -> Plan:
     names, left_out = list(names), {}
     found: dict[str, list[Found]] = {}
     uncertain: set[str] = set()
@@ -199,7 +199,7 @@ def _layer_plan(name: str, found: list[Found], config: HoraConfig) -> LayerPlan:
 
 def _recorded(model: nn.Module, names: Iterable[str], config: HoraConfig) -> tuple[LayerPlan, ...]:
     """The layers that a loaded adapter describes, checked against the model (spec F5)."""
-    layers = tuple(LayerPlan(*layer_from_json(entry), {}) for entry in config.hora_layers or ())
+    layers = tuple(LayerPlan(*layer_from_json(entry), {}) for entry in config.given_layers or ())
     recorded, names = {module for layer in layers for module in layer.modules}, set(names)
     if recorded != names:
         raise HoraError(
