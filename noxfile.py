@@ -174,6 +174,16 @@ def peft_conformance(session):
 
 
 @nox.session(python=False)
+def families(session):
+    """Tiny random models of all families of transformers, timm, torch.nn and diffusers, tried beside LoRA; writes
+    docs/guide/families.md (``-- NAME ...`` for some of them).
+    """
+    tools = everything(session)
+    env = TEST_ENV | {"PYTHONPATH": str(beside(session, tools, "families"))}
+    run(session, tools, "python", "packages/hora-torch/families/run.py", *session.posargs, env=env)
+
+
+@nox.session(python=False)
 @nox.parametrize("backend", ["torch", "jax"], ids=["torch", "jax"])
 def bench(session, backend):
     """Time and memory of one backend beside its peers in one process; prints a table of ratios."""

@@ -31,6 +31,7 @@ _FALCON: Mapping[str, Order] = {
     "query_key_value": By("new_decoder_architecture", "[kv head][q.. k v]", By("multi_query", "q k v", "[head][q k v]"))
 }
 _LATENT: Mapping[str, Order] = {"kv_b_proj": "[head][k v]"}
+_GATED: Mapping[str, Order] = {"q_proj": "[head][q gate]"}
 _DELTA_RULE: Mapping[str, Order] = {"in_proj_qkv": "[key heads] q k [value heads] v"}
 _FUSED_LATER: Mapping[str, Order] = {"to_qkv": "q k v", "to_kv": "k v", "to_added_qkv": "q k v", "to_added_kv": "k v"}
 
@@ -111,14 +112,18 @@ _TRANSFORMERS: Mapping[str, Mapping[str, Order]] = {
     "pp_ocrv6_small_rec.modeling_pp_ocrv6_small_rec.PPOCRV6SmallRecAttention": _QKV,
     "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLVisionAttention": _QKV,
     "qwen2_vl.modeling_qwen2_vl.VisionAttention": _QKV,
+    "qwen3_5.modeling_qwen3_5.Qwen3_5Attention": _GATED,
     "qwen3_5.modeling_qwen3_5.Qwen3_5GatedDeltaNet": _DELTA_RULE,
     "qwen3_5.modeling_qwen3_5.Qwen3_5VisionAttention": _QKV,
+    "qwen3_5_moe.modeling_qwen3_5_moe.Qwen3_5MoeAttention": _GATED,
     "qwen3_5_moe.modeling_qwen3_5_moe.Qwen3_5MoeGatedDeltaNet": _DELTA_RULE,
     "qwen3_5_moe.modeling_qwen3_5_moe.Qwen3_5MoeVisionAttention": _QKV,
+    "qwen3_next.modeling_qwen3_next.Qwen3NextAttention": _GATED,
     "qwen3_next.modeling_qwen3_next.Qwen3NextGatedDeltaNet": {"in_proj_qkvz": "[key head][q k v.. gate..]"},
     "qwen3_omni_moe.modeling_qwen3_omni_moe.Qwen3OmniMoeVisionAttention": _QKV,
     "qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionAttention": _QKV,
     "qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeVisionAttention": _QKV,
+    "qwen4_exp.modeling_qwen4_exp.Qwen4ExpTextAttention": _GATED,
     "qwen4_exp.modeling_qwen4_exp.Qwen4ExpTextGatedDeltaNet": _DELTA_RULE,
     "qwen4_exp.modeling_qwen4_exp.Qwen4ExpVisionAttention": _QKV,
     "reformer.modeling_reformer.LSHSelfAttention": {"query_key": "[q and k in one]"},
