@@ -94,6 +94,20 @@ def test_autocast_computes_in_its_dtype_and_keeps_float32_gradients():
     torch.testing.assert_close(y.float(), plain(x, weight, bias, a, b), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_delta_below_the_rounding_of_a_sixteen_bit_weight_is_not_lost(route, dtype, autocast, grad):
+    """``x W^T`` is zero, so the delta is all that is left; ``W + delta`` would be ``W`` again."""
+    delta, given = 2.0**-12, torch.float32 if autocast else dtype
+    x, weight = torch.ones(1, 2, dtype=given), torch.tensor([[1.0, -1.0]], dtype=given)
+    assert torch.equal((weight + delta).to(dtype), weight.to(dtype))
+    factors = Factors(torch.tensor([[delta, 0.0]]).requires_grad_(grad), torch.ones(1, 1, 1))
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        y = hora_linear(x, weight, None, factors, 1.0, route=route)
+    assert (y.dtype, y.item()) == (dtype, delta)
+
+
 def test_a_bfloat16_base_saves_its_input_once_and_no_copy_of_it():
     x, weight, bias, a, b = given(dtype=torch.bfloat16, embed=64, tokens=32)
     saved = []

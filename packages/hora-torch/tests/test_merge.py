@@ -10,6 +10,8 @@ from hora_torch.layer import HoraLayer
 from hora_torch.merging import merged_weight
 from torch import nn
 
+from . import oracle
+
 FORMS = {
     "linear": (Layout("(h k) d"), (6, 5)),
     "conv1d": (Layout("d (h k)"), (5, 6)),
@@ -130,3 +132,25 @@ def test_a_merged_model_can_change_dtype_before_it_is_unmerged():
     adapted.to(torch.bfloat16)
     adapted.unmerge_adapter()
     assert torch.equal(layer(adapted).base_layer.weight, before.to(torch.bfloat16))
+
+
+FAST_PATH = pytest.mark.xfail(
+    strict=True, reason="nn.TransformerEncoderLayer reads the merged in_proj_weight of a disabled attention by itself"
+)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "phi3", "timm-vit", pytest.param("mha", marks=FAST_PATH), "mha-cross"]
+)
+def test_disabling_merged_adapters_brings_the_base_back_and_enabling_them_the_adapters(families, name):
+    family = families[name]
+    adapted, base, inputs = oracle.adapted(family), family.model(), family.inputs()
+    expected, without = oracle.evaluate(adapted, inputs), oracle.evaluate(base, inputs)
+    oracle.differ(expected, without)
+    adapted.merge_adapter()
+    with adapted.disable_adapter():
+        oracle.agree(oracle.evaluate(adapted, inputs), without)
+        weights = {key.replace(".base_layer", ""): value for key, value in adapted.state_dict().items()}
+        for key, value in base.state_dict().items():
+            assert torch.equal(weights[f"base_model.model.{key}"], value), key
+    oracle.agree(oracle.evaluate(adapted, inputs), expected)
