@@ -173,6 +173,10 @@ def run(module: Module, every: Sequence[Mutant], workers: int) -> dict[str, dict
 
     with path.open("a") as file, ThreadPoolExecutor(runners.qsize()) as pool:
         for name, result in pool.map(one, left):
+            if module.digests() != digests:
+                raise SystemExit(
+                    f"{module.name} and its tests stay as they are while they run, got a change: run again"
+                )
             results[name] = result
             print(json.dumps({"mutant": name, **result, **digests}), file=file, flush=True)
     while not runners.empty():
