@@ -59,9 +59,10 @@ class Module:
         return (self.package / self.file).read_text()
 
     def digests(self) -> dict[str, str]:
-        """What results depend on: the module, and with the tests also what they share."""
+        """What results depend on: the module, and its tests with what is no test beside them."""
         tests = [ROOT / test for test in self.tests]
-        shared = [file for folder in {test.parent for test in tests} for file in folder.glob("*.py")]
+        beside = {file for test in tests for file in test.parent.glob("*.py")}
+        shared = [file for file in beside if not file.name.startswith("test_")]
         text = b"".join(file.read_bytes() for file in sorted({*tests, *shared}))
         return {"source": _digest(self.source.encode()), "tests": _digest(text)}
 

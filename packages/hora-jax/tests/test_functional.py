@@ -41,6 +41,21 @@ def test_generation_conforms(backend: Backend, check):
     assert max(check(backend, case) for case in CASES[::8]) <= 1
 
 
+def test_g3_the_activation_has_the_slope_of_negative_inputs_at_its_kink(backend: Backend):
+    at_zero = [case for case in CASES if case.spec.generates_b and case.regime == "zeros"]
+    assert at_zero
+    assert max(checks.check_grads(backend, case) for case in at_zero[:4]) <= 1
+
+
+@pytest.mark.parametrize("group", [1, 2, 3])
+def test_g2_heads_of_a_group_are_averaged_whatever_its_size(group):
+    layer = LayerShape.attention(12, 2 * group, num_kv_heads=2)
+    params = Case(AdapterSpec(3, hidden_dim=4, head_embed_dim=5), layer).inputs().params
+    got = functional.factors(AdapterSpec(3, hidden_dim=4, head_embed_dim=5), layer, params)
+    for p, made in reference.factors(AdapterSpec(3, hidden_dim=4, head_embed_dim=5), layer, params).items():
+        np.testing.assert_allclose(got[p].b, made.b, rtol=1e-4, atol=1e-4)
+
+
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(case=strategies.cases())
 def test_the_delta_of_drawn_cases_conforms(case: Case):
@@ -236,6 +251,8 @@ def test_s6_parameters_that_do_not_fit_are_refused():
         functional.factors(AdapterSpec(3), GQA, params | {"a.q": params["a.q"].T})
     with pytest.raises(HoraError, match="exactly"):
         functional.factors(AdapterSpec(3, residual=True), GQA, params)
+    with pytest.raises(HoraError, match="leading axes that all parameters share"):
+        functional.factors(AdapterSpec(3), GQA, params | {"b_in": np.stack([params["b_in"]] * 2)})
 
 
 def linear_inputs(dtype: str = "float32"):

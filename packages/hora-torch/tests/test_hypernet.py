@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from hora_spec import AdapterSpec, LayerShape
+from hora_spec import AdapterSpec, HoraError, LayerShape, init_params
 from hora_torch import HoraConfig
 from hora_torch.hypernet import HoraHypernet
 from torch import nn
@@ -43,3 +43,80 @@ def test_a_merge_inside_autocast_is_the_merge_outside(sharing, dtype):
     with torch.autocast("cpu", dtype):
         inside = merged()
     assert torch.equal(inside, expected)
+
+
+FULL = LayerShape.attention(32, 4, num_kv_heads=2)
+
+
+def made(spec=SPECS["shared"], **kwargs):
+    return HoraHypernet(spec, FULL, name="x", **kwargs)
+
+
+def test_parameters_are_those_of_seed_0_in_float32_whatever_the_default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        params = made().params()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {param.dtype for param in params.values()} == {torch.float32}
+    for key, value in init_params(SPECS["shared"], FULL, 0, "x").items():
+        assert torch.equal(params[key], torch.from_numpy(value)), key
+
+
+@pytest.mark.parametrize("spec", [SPECS["shared"], SPECS["shared"].replace(residual=True)], ids=str)
+def test_randomizing_moves_what_starts_at_zero_alone(spec):
+    start, hypernet = made(spec).params(), made(spec)
+    hypernet.randomize()
+    for key, param in hypernet.params().items():
+        assert torch.equal(param, start[key]) == bool(start[key].any()), key
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+def test_parameters_in_sixteen_bits_generate_in_float32(dtype):
+    narrow = made().to(dtype)
+    wide = made()
+    with torch.no_grad():
+        for key, param in wide.params().items():
+            param.copy_(narrow.params()[key])
+    torch.testing.assert_close(narrow(), wide(), rtol=0, atol=0)
+
+
+def test_factors_without_gradients_are_values_of_their_own():
+    hypernet = made()
+    with torch.no_grad():
+        a = hypernet()["q"].a
+        before = a.clone()
+        hypernet.params()["a.q"].add_(1)
+    assert torch.equal(a, before)
+
+
+def test_factors_of_a_hooked_module_are_values_of_their_own_with_gradients():
+    hypernet = made()
+    hypernet.a.register_forward_hook(lambda module, args, output: None)
+    factors = hypernet()
+    assert factors["q"].a.data_ptr() != hypernet.params()["a.q"].data_ptr()
+    (grad,) = torch.autograd.grad(factors["q"].a.sum(), hypernet.params()["a.q"])
+    assert (grad == 1).all()
+
+
+def test_awaited_values_are_asked_for_as_far_as_they_are_used_and_once():
+    hypernet, values = made(), made().params()
+    hypernet.await_values(needed=True)
+    with pytest.raises(HoraError, match="were not loaded"):
+        hypernet(["q"])
+    with torch.no_grad():
+        for key, param in hypernet.params().items():
+            if not key.endswith(".v"):
+                param.copy_(values[key])
+    torch.testing.assert_close(hypernet(["q"]), made()(["q"]), rtol=0, atol=0)
+    with pytest.raises(HoraError, match=r"\['a\.v', 'b_out\.v'\]"):
+        hypernet(["v"])
+    with torch.no_grad():
+        hypernet.params()["a.q"].fill_(torch.nan)  # from now on that of a training that diverged
+    assert hypernet(["q"])["q"].a.isnan().all()
+
+
+def test_awaited_values_that_may_come_later_are_those_of_the_start_until_then():
+    hypernet = made()
+    hypernet.await_values(needed=False)
+    torch.testing.assert_close(hypernet(), made()(), rtol=0, atol=0)
