@@ -4,6 +4,7 @@ Reads one job for each line of standard input, ``{"path", "tests", "limit_s", "l
 ``{"outcome", "time_s"}``. Nothing of ours is imported before a fork, so a child finds the packages under ``path``.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -26,6 +27,7 @@ def main() -> None:
         raise SystemExit(f"nothing of ours is imported before a mutant is in place, got {ours[:3]}")
     warnings.filterwarnings("ignore", message=".*fork", category=RuntimeWarning)  # JAX has no threads yet
     warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
+    gc.freeze()  # pytest collects garbage at its end, half a second each time with these imports
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)
