@@ -90,9 +90,11 @@ def test_factors_without_gradients_are_values_of_their_own():
     assert torch.equal(a, before)
 
 
-def test_factors_of_a_hooked_module_are_values_of_their_own_with_gradients():
+@pytest.mark.parametrize("hooked", [("a",), ("", "a")], ids=["bank", "both"])
+def test_factors_of_a_hooked_module_are_values_of_their_own_with_gradients(hooked):
     hypernet = made()
-    hypernet.a.register_forward_hook(lambda module, args, output: None)
+    for name in hooked:
+        hypernet.get_submodule(name).register_forward_hook(lambda module, args, output: None)
     factors = hypernet()
     assert factors["q"].a.data_ptr() != hypernet.params()["a.q"].data_ptr()
     (grad,) = torch.autograd.grad(factors["q"].a.sum(), hypernet.params()["a.q"])
