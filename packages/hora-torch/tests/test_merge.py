@@ -118,14 +118,7 @@ def test_a_merged_model_can_change_dtype_before_it_is_unmerged():
     assert torch.equal(layer(adapted).base_layer.weight, before.to(torch.bfloat16))
 
 
-FAST_PATH = pytest.mark.xfail(
-    strict=True, reason="nn.TransformerEncoderLayer reads the merged in_proj_weight of a disabled attention by itself"
-)
-
-
-@pytest.mark.parametrize(
-    "name", ["llama", "gpt2", "phi3", "timm-vit", pytest.param("mha", marks=FAST_PATH), "mha-cross"]
-)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "timm-vit", "mha", "mha-cross"])
 def test_disabling_merged_adapters_brings_the_base_back_and_enabling_them_the_adapters(families, name):
     family = families[name]
     adapted, base, inputs = oracle.adapted(family), family.model(), family.inputs()
