@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from hora_torch.config import HoraConfig
 from hora_torch.functional import stacked
 from hora_torch.hypernet import HoraHypernet
-from hora_torch.lifetime import kept
+from hora_torch.lifetime import handed, kept
 from hora_torch.linear import Branch, add_branches, has_hooks, low_rank_linear
 from hora_torch.merging import Addition, mergeable, merged_weight, value_of, write
 from hora_torch.planning import LayerPlan
@@ -34,6 +34,14 @@ class Attachment:
     dropout: float
     route: str
     leader: "HoraLayer | None"
+    rows: Mapping[str, slice] = field(init=False)
+
+    def __post_init__(self) -> None:
+        rows = {}
+        for p, site in self.sites.items():
+            start, stop, _ = site.layout.rows.indices(site.weight_shape[site.layout.row_axis])
+            rows[p] = slice(start, stop)
+        object.__setattr__(self, "rows", rows)
 
 
 class HoraLayer(BaseTunerLayer):
@@ -98,19 +106,25 @@ class HoraLayer(BaseTunerLayer):
 
     def branches(self, adapter_name: str, *, keep_rate: float = 1.0) -> dict[str, Branch]:
         """Branches of one adapter by projection, generated now; inputs of which `keep_rate` survive dropout."""
-        attached = self.hora_attached[adapter_name]
-        return _branches(attached, self.hypernet(adapter_name)(attached.sites), keep_rate)
+        attached, hypernet = self.hora_attached[adapter_name], self.hypernet(adapter_name)
+        return _branches(attached, hypernet(attached.sites, gained=False), hypernet.gain / keep_rate)
 
     def _branches_of_call(self, adapter_name: str, keep_rate: float = 1.0) -> dict[str, Branch]:
-        """As `branches`; those of the open scope, if there is one, made from one generation for the whole layer."""
-        hypernet = self.hypernet(adapter_name)
+        """As `branches`, from one generation for the whole layer where a call of the model or a scope is open."""
+        attached, hypernet = self.hora_attached[adapter_name], self.hypernet(adapter_name)
+        gain = hypernet.gain / keep_rate
+        store = handed(hypernet)
+        if store is not None:
+            if not store.keys() >= attached.sites.keys():
+                store.update(hypernet(gained=False))
+            return _branches(attached, {p: store.pop(p) for p in attached.sites}, gain)
         store = kept(hypernet) if keep_rate == 1 else None
         if store is None:
-            return self.branches(adapter_name, keep_rate=keep_rate)
+            return _branches(attached, hypernet(attached.sites, gained=False), gain)
         if self not in store:
             if hypernet not in store:
-                store[hypernet] = hypernet()
-            store[self] = _branches(self.hora_attached[adapter_name], store[hypernet], keep_rate)
+                store[hypernet] = {p: Factors(a.clone(), b.clone()) for p, (a, b) in hypernet(gained=False).items()}
+            store[self] = _branches(attached, store[hypernet], gain)
         return store[self]
 
     def get_delta_weight(self, adapter_name: str) -> Tensor | dict[str, Tensor]:
@@ -299,12 +313,9 @@ class HoraLinear(nn.Module, HoraLayer):
         return "hora." + super().__repr__()
 
 
-def _branches(attached: Attachment, factors: Mapping[str, Factors], keep_rate: float) -> dict[str, Branch]:
-    branches = {}
-    for p, site in attached.sites.items():
-        start, stop, _ = site.layout.rows.indices(site.weight_shape[site.layout.row_axis])
-        branches[p] = Branch(*stacked(factors[p]), attached.scaling / keep_rate, start, stop)
-    return branches
+def _branches(attached: Attachment, factors: Mapping[str, Factors], gain: float) -> dict[str, Branch]:
+    scaling = attached.scaling * gain
+    return {p: Branch(*stacked(factors[p]), scaling, rows.start, rows.stop) for p, rows in attached.rows.items()}
 
 
 def is_plain(base: nn.Module) -> bool:

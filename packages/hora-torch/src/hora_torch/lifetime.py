@@ -3,14 +3,18 @@
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from operator import is_
 from typing import Any
 
 import torch
-from hora_spec import HoraError
+from hora_spec import Factors, HoraError
 from torch import Tensor, nn
 
 from hora_torch.hypernet import HoraHypernet
 from hora_torch.linear import is_transformed
+
+
+_Stores = dict[HoraHypernet, tuple[list[nn.Parameter], dict[Any, Any]]]
 
 
 class _Scope:
@@ -19,7 +23,8 @@ class _Scope:
     def __init__(self, members: frozenset[HoraHypernet] | None, outer: "_Scope | None") -> None:
         self.members, self.outer = members, outer
         self.open = True
-        self.kept: dict[HoraHypernet, tuple[list[Tensor], dict[Any, Any]]] = {}
+        self.kept: _Stores = {}
+        self.handed: _Stores = {}
 
     def covers(self, hypernet: HoraHypernet) -> bool:
         return self.open and (self.members is None or hypernet in self.members)
@@ -28,6 +33,7 @@ class _Scope:
         """A task that inherited the scope and outlives it finds it closed."""
         self.open = False
         self.kept.clear()
+        self.handed.clear()
 
 
 _SCOPE: ContextVar[_Scope | None] = ContextVar("hora_torch_scope", default=None)
@@ -39,17 +45,38 @@ def kept(hypernet: HoraHypernet) -> dict[Any, Any] | None:
     Nothing is kept while gradients are recorded, since a graph belongs to one call, nor while operations are traced or
     transformed; what was made from other parameter objects, as `torch.func.functional_call` lends them, is left alone.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or is_transformed():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed():
         return None
     scope, found = _SCOPE.get(), None
     while scope is not None:
         found = scope if scope.covers(hypernet) else found
         scope = scope.outer
-    if found is None:
+    return None if found is None else _store(found.kept, hypernet)
+
+
+def handed(hypernet: HoraHypernet) -> dict[str, Factors] | None:
+    """What one projection of a layer generated for the next in the same call of the model, each to be taken out once.
+
+    While gradients are recorded; None where nothing may be handed on, which is outside of a call, under transforms, and
+    wherever saved tensors are intercepted: a checkpoint that computes a projection again must find the same operations.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed():
         return None
-    params = list(hypernet.params().values())
-    before, store = found.kept.setdefault(hypernet, (params, {}))
-    same = all(one is other or other.is_meta for one, other in zip(before, params, strict=True))
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return None
+    scope = _SCOPE.get()
+    while scope is not None and not (scope.open and scope.members is None):
+        scope = scope.outer
+    return None if scope is None else _store(scope.handed, hypernet)
+
+
+def _store(stores: _Stores, hypernet: HoraHypernet) -> dict[Any, Any] | None:
+    """Of the parameter objects that the hypernetwork has now; meta ones stand for what is elsewhere."""
+    params = hypernet.registered()
+    if params is None:
+        return None
+    before, store = stores.setdefault(hypernet, (params, {}))
+    same = all(map(is_, before, params)) or all(a is b or b.is_meta for a, b in zip(before, params, strict=True))
     return store if same else None
 
 

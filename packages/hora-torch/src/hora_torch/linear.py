@@ -18,6 +18,8 @@ from torch.autograd import Function, forward_ad
 
 Route = Literal["auto", "branch", "merge"]
 
+_FEW = 2**16  # numbers in x up to which single operations take less time than a Function
+
 
 class Branch(NamedTuple):
     """One low-rank addition to the output columns ``start:stop``: ``scaling * x a^T b^T``.
@@ -77,16 +79,16 @@ def low_rank_linear(
         if x.dtype != torch.float64:
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
+    merges = _merges(route, x, keep)
+    if is_transformed() or (route == "auto" and x.numel() <= _FEW and not merges):
+        return add_branches(nn.functional.linear(x, weight, bias), x, branches, keep=keep)
     windows, first = [], 0
     for branch in branches:
         last = first + branch.a.shape[0]
         windows.append(_Window(branch.start, branch.stop, first, last, branch.scaling))
         first = last
-    if is_transformed():
-        return add_branches(nn.functional.linear(x, weight, bias), x, branches, keep=keep)
     a = branches[0].a if len(branches) == 1 else torch.cat([branch.a for branch in branches])
     a, bs = a.to(x.device, x.dtype), [branch.b.to(x.device, x.dtype) for branch in branches]
-    merges = _merges(route, x, keep)
     if not _records_gradients(x, weight, bias, a, *bs):
         if merges:
             return nn.functional.linear(x, _merged_weight(weight, windows, a, bs), bias)
@@ -112,12 +114,22 @@ def add_branches(y: Tensor, x: Tensor, branches: Sequence[Branch], *, keep: Tens
             f"a base layer maps {tuple(x.shape)} to {(*x.shape[:-1], '>= ' + str(last))}, got {tuple(y.shape)}: its "
             "output is gathered or sharded in a way that adapters cannot follow"
         )
-    rows = _kept(x, keep)
-    for a, b, scaling, start, stop in branches:
-        a, b = (factor.to(x.device, x.dtype) for factor in (a, b))
-        addition = scaling * nn.functional.linear(nn.functional.linear(rows, a), b)
-        y = y + nn.functional.pad(addition, (start, y.shape[-1] - stop)).to(y.dtype)
-    return y
+    a, b, scaling = _of_all_columns(branches, y.shape[-1])
+    u = nn.functional.linear(_kept(x, keep), a.to(x.device, x.dtype))
+    addition = u @ b.to(x.device, x.dtype)
+    return torch.add(y, addition.to(y.dtype), alpha=scaling)
+
+
+def _of_all_columns(branches: Sequence[Branch], columns: int) -> tuple[Tensor, Tensor, float]:
+    """One addition for all branches: a (R, embed), b transposed (R, columns), their common scaling."""
+    scalings = {branch.scaling for branch in branches}
+    common, parts = scalings.pop() if len(scalings) == 1 else 1.0, []
+    for _, b, scaling, start, stop in branches:
+        b = b.T if scaling == common else b.T * scaling
+        parts.append(b if stop - start == columns else nn.functional.pad(b, (start, columns - stop)))
+    if len(parts) == 1:
+        return branches[0].a, parts[0], common
+    return torch.cat([branch.a for branch in branches]), torch.cat(parts), common
 
 
 def autocast_enabled(x: Tensor) -> bool:
