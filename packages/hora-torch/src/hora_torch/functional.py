@@ -5,6 +5,7 @@ Axes: h heads, k head_dim, d embed, r rank, m hidden, e head_embed.
 """
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -132,7 +133,7 @@ def _hidden(spec: AdapterSpec, params: Params, group: int) -> Tensor:
     if group > 1:
         embed = embed.unflatten(1, (-1, group)).mean(2)
     if spec.normalize:
-        embed = nn.functional.layer_norm(embed, embed.shape[-1:], eps=LAYER_NORM_EPS)
+        embed = torch.layer_norm(embed, embed.shape[-1:], eps=LAYER_NORM_EPS)
     return activation(spec.activation, nn.functional.linear(embed, params["b_in"]))
 
 
@@ -145,12 +146,8 @@ def activation(name: str, u: Tensor) -> Tensor:
     return _ACTIVATIONS[name](u)
 
 
-def _leaky_relu(u: Tensor) -> Tensor:
-    return nn.functional.leaky_relu(u, LEAKY_RELU_SLOPE)
-
-
 _ACTIVATIONS: dict[str, Any] = {
-    "leaky_relu": _leaky_relu,
+    "leaky_relu": partial(nn.functional.leaky_relu, negative_slope=LEAKY_RELU_SLOPE),
     "relu": torch.relu,
     "gelu": nn.functional.gelu,
     "sigmoid": torch.sigmoid,

@@ -150,4 +150,5 @@ def _apart(spec: AdapterSpec) -> tuple[float, AdapterSpec]:
     """Gain of every delta, and the spec of what it multiplies; a residual must not be multiplied."""
     if spec.residual or not (spec.generates_a or spec.generates_b):
         return 1.0, spec
-    return (spec.gain_a if spec.generates_a else 1.0) * (spec.gain_b if spec.generates_b else 1.0), spec.replace(gain=1.0)
+    gains = spec.gain_a if spec.generates_a else 1.0, spec.gain_b if spec.generates_b else 1.0
+    return gains[0] * gains[1], spec.replace(gain=1.0)

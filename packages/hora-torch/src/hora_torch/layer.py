@@ -111,20 +111,21 @@ class HoraLayer(BaseTunerLayer):
 
     def _branches_of_call(self, adapter_name: str, keep_rate: float = 1.0) -> dict[str, Branch]:
         """As `branches`, from one generation for the whole layer where a call of the model or a scope is open."""
-        attached, hypernet = self.hora_attached[adapter_name], self.hypernet(adapter_name)
-        gain = hypernet.gain / keep_rate
-        store = handed(hypernet)
-        if store is not None:
+        hypernet = self.hypernet(adapter_name)
+        if torch.is_grad_enabled():
+            if (store := handed(hypernet)) is None:
+                return self.branches(adapter_name, keep_rate=keep_rate)
+            attached = self.hora_attached[adapter_name]
             if not store.keys() >= attached.sites.keys():
                 store.update(hypernet(gained=False))
-            return _branches(attached, {p: store.pop(p) for p in attached.sites}, gain)
-        store = kept(hypernet) if keep_rate == 1 else None
-        if store is None:
-            return _branches(attached, hypernet(attached.sites, gained=False), gain)
+            factors = {p: store.pop(p) for p in attached.sites}
+            return _branches(attached, factors, hypernet.gain / keep_rate)
+        if keep_rate != 1 or (store := kept(hypernet)) is None:
+            return self.branches(adapter_name, keep_rate=keep_rate)
         if self not in store:
             if hypernet not in store:
                 store[hypernet] = {p: Factors(a.clone(), b.clone()) for p, (a, b) in hypernet(gained=False).items()}
-            store[self] = _branches(attached, store[hypernet], gain)
+            store[self] = _branches(self.hora_attached[adapter_name], store[hypernet], hypernet.gain)
         return store[self]
 
     def get_delta_weight(self, adapter_name: str) -> Tensor | dict[str, Tensor]:
@@ -253,18 +254,18 @@ class HoraLinear(nn.Module, HoraLayer):
         """Output of the base layer with the active adapters, or with one adapter per sample."""
         if adapter_names is not None and not self.disable_adapters:
             return self._mixed(x, adapter_names, *args, **kwargs)
-        names = self._working()
+        names, base = self._working(), self.base_layer
         if not names:
-            return self.base_layer(x, *args, **kwargs)
-        names.sort(key=self._drops)  # adapters without dropout share one pass
-        plain = not args and not kwargs and is_plain(self.base_layer)
-        result: Tensor | None = None if plain else self.base_layer(x, *args, **kwargs)
+            return base(x, *args, **kwargs)
+        if len(names) > 1:
+            names.sort(key=self._drops)  # adapters without dropout share one pass
+        plain = not args and not kwargs and is_plain(base)
+        result: Tensor | None = None if plain else base(x, *args, **kwargs)
         for keep, branches in self._passes(x, names):
             if result is None:
-                weight = self.base_layer.weight
-                weight = weight.T if isinstance(self.base_layer, Conv1D) else weight
+                weight = base.weight.T if isinstance(base, Conv1D) else base.weight
                 route = self.hora_attached[names[0]].route
-                result = low_rank_linear(x, weight, self.base_layer.bias, branches, keep=keep, route=route)
+                result = low_rank_linear(x, weight, base.bias, branches, keep=keep, route=route)
             else:
                 result = self._add(result, x, branches, keep)
         return result

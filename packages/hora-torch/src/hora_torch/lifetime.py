@@ -11,8 +11,7 @@ from hora_spec import Factors, HoraError
 from torch import Tensor, nn
 
 from hora_torch.hypernet import HoraHypernet
-from hora_torch.linear import is_transformed
-
+from hora_torch.linear import is_observed
 
 _Stores = dict[HoraHypernet, tuple[list[nn.Parameter], dict[Any, Any]]]
 
@@ -25,9 +24,6 @@ class _Scope:
         self.open = True
         self.kept: _Stores = {}
         self.handed: _Stores = {}
-
-    def covers(self, hypernet: HoraHypernet) -> bool:
-        return self.open and (self.members is None or hypernet in self.members)
 
     def close(self) -> None:
         """A task that inherited the scope and outlives it finds it closed."""
@@ -45,11 +41,12 @@ def kept(hypernet: HoraHypernet) -> dict[Any, Any] | None:
     Nothing is kept while gradients are recorded, since a graph belongs to one call, nor while operations are traced or
     transformed; what was made from other parameter objects, as `torch.func.functional_call` lends them, is left alone.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed():
-        return None
     scope, found = _SCOPE.get(), None
+    if scope is None or torch.is_grad_enabled() or is_observed():
+        return None
     while scope is not None:
-        found = scope if scope.covers(hypernet) else found
+        if scope.open and (scope.members is None or hypernet in scope.members):
+            found = scope
         scope = scope.outer
     return None if found is None else _store(found.kept, hypernet)
 
@@ -60,11 +57,11 @@ def handed(hypernet: HoraHypernet) -> dict[str, Factors] | None:
     While gradients are recorded; None where nothing may be handed on, which is outside of a call, under transforms, and
     wherever saved tensors are intercepted: a checkpoint that computes a projection again must find the same operations.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed():
+    scope = _SCOPE.get()
+    if scope is None or not torch.is_grad_enabled() or is_observed():
         return None
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return None
-    scope = _SCOPE.get()
     while scope is not None and not (scope.open and scope.members is None):
         scope = scope.outer
     return None if scope is None else _store(scope.handed, hypernet)
@@ -75,9 +72,13 @@ def _store(stores: _Stores, hypernet: HoraHypernet) -> dict[Any, Any] | None:
     params = hypernet.registered()
     if params is None:
         return None
-    before, store = stores.setdefault(hypernet, (params, {}))
-    same = all(map(is_, before, params)) or all(a is b or b.is_meta for a, b in zip(before, params, strict=True))
-    return store if same else None
+    entry = stores.get(hypernet)
+    if entry is None:
+        entry = stores[hypernet] = (params, {})
+    before, store = entry
+    if all(map(is_, before, params)) or all(a is b or b.is_meta for a, b in zip(before, params, strict=True)):
+        return store
+    return None
 
 
 @contextmanager

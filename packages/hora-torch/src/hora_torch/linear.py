@@ -80,8 +80,9 @@ def low_rank_linear(
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
     merges = _merges(route, x, keep)
-    if is_transformed() or (route == "auto" and x.numel() <= _FEW and not merges):
-        return add_branches(nn.functional.linear(x, weight, bias), x, branches, keep=keep)
+    few = route == "auto" and not merges and x.numel() <= _FEW
+    if few or (is_observed() and not torch.compiler.is_compiling()):
+        return _with_branches(nn.functional.linear(x, weight, bias), x, branches, keep)
     windows, first = [], 0
     for branch in branches:
         last = first + branch.a.shape[0]
@@ -114,22 +115,24 @@ def add_branches(y: Tensor, x: Tensor, branches: Sequence[Branch], *, keep: Tens
             f"a base layer maps {tuple(x.shape)} to {(*x.shape[:-1], '>= ' + str(last))}, got {tuple(y.shape)}: its "
             "output is gathered or sharded in a way that adapters cannot follow"
         )
-    a, b, scaling = _of_all_columns(branches, y.shape[-1])
-    u = nn.functional.linear(_kept(x, keep), a.to(x.device, x.dtype))
-    addition = u @ b.to(x.device, x.dtype)
+    return _with_branches(y, x, branches, keep)
+
+
+def _with_branches(y: Tensor, x: Tensor, branches: Sequence[Branch], keep: Tensor | None) -> Tensor:
+    a, b, scaling = _as_one(branches, y.shape[-1])
+    addition = nn.functional.linear(nn.functional.linear(_kept(x, keep), a.to(x)), b.to(x))
     return torch.add(y, addition.to(y.dtype), alpha=scaling)
 
 
-def _of_all_columns(branches: Sequence[Branch], columns: int) -> tuple[Tensor, Tensor, float]:
-    """One addition for all branches: a (R, embed), b transposed (R, columns), their common scaling."""
-    scalings = {branch.scaling for branch in branches}
-    common, parts = scalings.pop() if len(scalings) == 1 else 1.0, []
-    for _, b, scaling, start, stop in branches:
-        b = b.T if scaling == common else b.T * scaling
-        parts.append(b if stop - start == columns else nn.functional.pad(b, (start, columns - stop)))
-    if len(parts) == 1:
-        return branches[0].a, parts[0], common
-    return torch.cat([branch.a for branch in branches]), torch.cat(parts), common
+def _as_one(branches: Sequence[Branch], columns: int) -> tuple[Tensor, Tensor, float]:
+    """Factors a (R, embed) and b (columns, R) of all branches together, and their scaling."""
+    if len(branches) == 1 and branches[0].b.shape[0] == columns:
+        return branches[0][:3]
+    common = branches[0].scaling
+    if any(branch.scaling != common for branch in branches):
+        common, branches = 1.0, [branch._replace(b=branch.b * branch.scaling) for branch in branches]
+    rows = [nn.functional.pad(branch.b.T, (branch.start, columns - branch.stop)) for branch in branches]
+    return torch.cat([branch.a for branch in branches]), torch.cat(rows).T, common
 
 
 def autocast_enabled(x: Tensor) -> bool:
@@ -156,12 +159,11 @@ def _merges(route: Route, x: Tensor, keep: Tensor | None) -> bool:
     return route == "merge" or (x.dtype == torch.float32 and x.numel() > x.shape[-1] ** 2)
 
 
-def is_transformed() -> bool:
-    """Whether torch.func, forward-mode differentiation or a tracer looks at single operations."""
-    if torch.compiler.is_compiling():
-        return False
+def is_observed() -> bool:
+    """Whether a compiler, torch.func, forward-mode differentiation or a tracer looks at single operations."""
     return (
-        torch._C._are_functorch_transforms_active()  # also what Function.apply asks
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()  # also what Function.apply asks
         or forward_ad._current_level >= 0
         or torch.jit.is_tracing()
     )
