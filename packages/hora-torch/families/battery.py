@@ -244,9 +244,9 @@ def _exported(trial: Trial) -> str | None:
 
 
 def _verified(trial: Trial) -> str | None:
-    """What a user would ask: `hora_torch.verify` finds nothing wrong that is right."""
+    """What a user would ask; `hora_torch.verify` should find nothing wrong that is right."""
     wrong = verify(trial.model(), trial.inputs).of("wrong")
-    return f"WRONG: {wrong[0].place}, {wrong[0].question}: {wrong[0].detail}" if wrong else None
+    return f"alarm: {wrong[0].place}, {wrong[0].question}: {wrong[0].detail}" if wrong else None
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

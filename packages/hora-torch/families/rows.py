@@ -62,7 +62,7 @@ def _seen(asked: Question, layer: str, parts: list[Part], embed: int) -> str:
     for call in calls:
         try:
             found = reach(asked.model, call, layer, weights)
-        except (TypeError, RuntimeError, ValueError, AttributeError, KeyError, IndexError):
+        except (TypeError, RuntimeError, ValueError, AttributeError, KeyError, IndexError, AssertionError):
             continue  # called alone, with arguments that are guessed
         if found:
             answer = verdict(found, parts)
