@@ -170,19 +170,23 @@ def test_planning_changes_nothing_and_injection_does_what_it_says(family):
     assert all(source for layer in plan.layers for source in layer.sources.values())
 
 
-def test_one_config_serves_two_models(families):
-    """What injection wrote about the first binds nobody; what a file says binds."""
+def test_one_config_describes_one_adapter(families):
+    """It may be used again for equal layers, as for another seed; what it says about others would be lost."""
     config = HoraConfig(r=2, target_modules=["q_proj", "v_proj"])
-    for name in ("llama", "mistral", "vit"):
-        model = peft.get_peft_model(families[name].model(), config)
-        assert model.peft_config["default"] is config
-        assert config.hora_layers == [
-            layer.to_json() for layer in hora_torch.plan(families[name].model(), config).layers
-        ]
+    models = [peft.get_peft_model(families["llama"].model(), config) for _ in range(2)]
+    assert all(model.peft_config["default"] is config for model in models)
+    assert config.hora_layers == [
+        layer.to_json() for layer in hora_torch.plan(families["llama"].model(), config).layers
+    ]
     described = HoraConfig(r=2, target_modules=["q_proj", "v_proj"], hora_layers=config.hora_layers)
-    for name in ("llama", "mistral"):
+    for name in ("mistral", "vit"):
+        base = families[name].model()
+        before = snapshot(base)
+        with pytest.raises(HoraError, match="HoraConfig of its own"):
+            peft.get_peft_model(base, config)
         with pytest.raises(HoraError, match="base model"):
-            peft.get_peft_model(families[name].model(), described)
+            peft.get_peft_model(base, described)
+        assert_unchanged(base, before)
 
 
 def test_an_attention_that_reads_weights_past_the_module_is_refused():

@@ -16,6 +16,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 from hora_torch.layer import HoraLayer
+from hora_torch.sharding import is_sharded
 
 
 def to_adapter(model: nn.Module, adapter_name: str | None = None) -> Adapter:
@@ -103,5 +104,7 @@ def _onloaded(model: nn.Module, adapter_name: str) -> Generator[None, None, None
 def _numpy(name: str, tensor: torch.Tensor) -> Any:
     if tensor.is_meta:
         raise HoraError(f"the tensors of an adapter are in memory, {name} is offloaded: load it without offloading")
+    if is_sharded(tensor):
+        raise HoraError(f"the tensors of an adapter are whole, {name} is sharded: gather the state dict first")
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -1,5 +1,6 @@
 """Factors in place of the hypernetworks that generate them: for serving."""
 
+import copy
 from typing import Any
 
 import torch
@@ -44,7 +45,9 @@ def freeze(model: nn.Module, adapter_name: str | None = None) -> None:
     frozen = {leader: _frozen(leader.hora_hyper[name]) for leader in leaders}
     for leader, hypernet in frozen.items():
         leader.hora_hyper[name] = hypernet
-    config, specs = model.peft_config[name], {hypernet.name: hypernet.spec for hypernet in frozen.values()}
+        leader.frozen_peft_weight_names = leader.frozen_peft_weight_names | {name: ("hora_hyper",)}
+    config = model.peft_config[name] = copy.copy(model.peft_config[name])  # others may have the same
+    specs = {hypernet.name: hypernet.spec for hypernet in frozen.values()}
     config.hora_layers = [entry | {"spec": specs[entry["name"]].to_dict()} for entry in config.hora_layers]
     config.given_layers = config.hora_layers
     for key, value in _free(config.spec()).items():

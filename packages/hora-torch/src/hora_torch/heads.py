@@ -8,6 +8,7 @@ with the rows, and sources that disagree are an error that shows them.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from hora_spec import HoraError
@@ -40,7 +41,7 @@ _OWN_NAMES = {  # count and width of one role alone, in linear and latent attent
     "k": ("num_k_heads", "qk_head_dim", "head_k_dim"),
     "v": ("num_v_heads", "v_head_dim", "head_v_dim"),
 }
-_USER, _ATTENTION = 0, 1  # levels of sources: after these the attention's config, then the model's
+_USER, _ATTENTION, _MODEL = 0, 1, 3  # levels of sources; 2 is the attention's config, the model's alone proves nothing
 
 
 class UnknownRowsError(HoraError):
@@ -106,7 +107,13 @@ class Attention:
         """
         path, kind = self._child(own), type(self.module).__name__
         said = next((order for key, order in (self.config.row_order or {}).items() if matches(key, path)), None)
-        order = said or row_order(self.module, own)
+        known = row_order(self.module, own)
+        if said and known and said != known:
+            raise HoraError(
+                f"a row_order is for classes that are not known, got {said!r} for {path!r} of {kind}, whose rows come "
+                f"as {known}: leave it out of row_order"
+            )
+        order = said or known
         if order is None and own in FUSED and own not in ROLE_OF:
             raise UnknownRowsError(
                 f"the order of fused rows is known per attention class, {kind} is not known and the name {path!r} "
@@ -143,7 +150,7 @@ class Attention:
         for fact in self._widths(role):
             said[fact] = _quotient(rows, parts * fact.value)
         if role in ("k", "v"):
-            said |= dict(self._from_query(role, rows, alone=not said))
+            said |= dict(self._from_siblings(role, rows, alone=not said))
         candidates: dict[int, list[_Fact]] = {}
         for fact, heads in said.items():
             if heads and rows % heads == 0:
@@ -151,15 +158,25 @@ class Attention:
         heads, facts = self._choose(own, f"{rows} output rows", candidates, list(said))
         return heads, ", ".join(map(str, facts))
 
-    def _from_query(self, role: str, rows: int, *, alone: bool) -> Iterator[tuple[_Fact, int | None]]:
-        """What the query says about a key or value: the groups, for want of a width its own, or `alone` its count."""
-        name = next((child for child in self.widths if ROLE_OF.get(child) == "q"), None)
-        if name is None:
-            return
+    def _sibling(self, role: str) -> tuple[str, Rows] | None:
+        """The projection beside this one that plays `role`, if its heads are known."""
+        name = next((child for child in self.widths if ROLE_OF.get(child) == role), None)
         try:
-            query = self.rows(name)[0]
+            return None if name is None else (name, self.rows(name)[0])
         except UnknownRowsError:
+            return None
+
+    def _from_siblings(self, role: str, rows: int, *, alone: bool) -> Iterator[tuple[_Fact, int | None]]:
+        """What the query says about a key or value: the groups, for want of a width its own, or `alone` its count.
+
+        Values have as many heads as keys.
+        """
+        if role == "v" and (keys := self._sibling("k")):
+            yield _Fact(keys[1].heads, f"the heads of {keys[0]}", _ATTENTION), keys[1].heads
+            alone = False
+        if not (found := self._sibling("q")):
             return
+        name, query = found
         for fact in self._ask(("num_key_value_groups",)):
             yield fact, _quotient(query.heads, fact.value)
             alone = False
@@ -172,7 +189,9 @@ class Attention:
     def _fused(self, own: str, parts: Sequence[str]) -> list[Rows]:
         rows, widths = self.widths[own], self._widths("q")
         query = self._counts(own, "q")
-        key_value = self._counts(own, "kv") or query
+        key_value = self._counts(own, "kv")
+        if not key_value and (widths or not self._is_said(own)):  # else nothing tells grouped queries from others
+            key_value = query
         query = query if "q" in parts else []
         candidates: dict[tuple[int, int], list[_Fact]] = {}
         for q in {fact.value for fact in query} or {0}:
@@ -200,7 +219,8 @@ class Attention:
         ranked = sorted(candidates.items(), key=lambda item: -len(item[1]))
         close = [fact for fact in facts if fact.level <= _ATTENTION]
         tied = len(ranked) > 1 and len(ranked[0][1]) == len(ranked[1][1])
-        if ranked and not tied and all(fact in ranked[0][1] for fact in close):
+        certain = ranked and not tied and all(fact in ranked[0][1] for fact in close)
+        if certain and any(fact.level < _MODEL for fact in ranked[0][1]):
             return ranked[0]
         known = ", ".join(map(str, facts)) or "nothing"
         kind = DisagreeError if len(facts) > 1 else UnknownRowsError
@@ -230,17 +250,19 @@ class Attention:
 
     def _ask(self, names: Sequence[str]) -> list[_Fact]:
         """What the attention module, its config, or else the model's, call by one of `names`."""
-        sources = [("attention", self.module)]
         own = getattr(self.module, "config", None)
-        sources.append(("attention.config", own) if own is not None else ("model.config", self.model_config))
+        far = ("model.config", self.model_config, _MODEL) if own is None else ("attention.config", own, 2)
         facts = []
-        for level, (source, holder) in enumerate(sources, _ATTENTION):
-            facts += [
-                _Fact(value, f"{source}.{name}", level)
-                for name in names
-                if type(value := getattr(holder, name, None)) is int and value > 0
-            ]
+        for source, holder, level in (("attention", self.module, _ATTENTION), far):
+            for name in names:
+                value = getattr(holder, name, None)
+                if isinstance(value, Integral) and not isinstance(value, bool) and value > 0:
+                    facts.append(_Fact(int(value), f"{source}.{name}", level))
         return facts
+
+    def _is_said(self, own: str) -> bool:
+        """Whether the order of the rows of a fused child is known from the user alone."""
+        return row_order(self.module, own) is None
 
     def _child(self, own: str) -> str:
         return f"{self.path}.{own}" if self.path else own

@@ -1,5 +1,6 @@
 """The hypernetwork of one layer: the module that owns its parameters and returns factors."""
 
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -70,7 +71,7 @@ class HoraHypernet(nn.Module):
 
     def await_values(self, *, needed: bool) -> None:
         """The parameters are those of a file that is yet to be read; if `needed`, nothing is computed before."""
-        self.awaits = set(self.params())
+        self.awaits, self._needed = set(self.params()), needed
         with torch.no_grad():
             for param in self.parameters() if needed else ():
                 param.fill_(torch.nan)
@@ -98,7 +99,7 @@ class HoraHypernet(nn.Module):
             elif projection in wanted:
                 key = f"{kind}.{projection}"
                 params[key] = self._usable(key, self._modules[kind](projection))
-        if self.awaits:
+        if not torch.compiler.is_compiling() and self.awaits:
             self._check_arrived(params)
         param = next(iter(params.values()))
         if autocast_enabled(param):
@@ -124,7 +125,15 @@ class HoraHypernet(nn.Module):
                 f"an adapter that its config describes has its values from a file, {sorted(missing)} of {self.name!r} "
                 "were not loaded or are not finite: load the adapter again, or for a new one write a new HoraConfig"
             )
-        self.awaits -= params.keys()
+        if self._needed:
+            self.awaits -= params.keys()
+            return
+        self.awaits.clear()
+        warnings.warn(
+            "the config of this adapter describes one that was saved, of which no values were loaded: it starts anew. "
+            "Load them, or write a new HoraConfig",
+            stacklevel=2,
+        )
 
     def extra_repr(self) -> str:
         """Spec and shapes."""

@@ -16,7 +16,7 @@ from hora_torch.functional import stacked
 from hora_torch.hypernet import HoraHypernet
 from hora_torch.lifetime import kept
 from hora_torch.linear import Branch, add_branches, has_hooks, low_rank_linear
-from hora_torch.merging import Addition, mergeable, merged_weight, value_of, write
+from hora_torch.merging import Addition, fingerprint, mergeable, merged_weight, value_of, write
 from hora_torch.planning import LayerPlan
 from hora_torch.sharding import check_rows_alone, is_sharded, of_this_process
 from hora_torch.targets import out_in
@@ -54,6 +54,7 @@ class HoraLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._originals: dict[str, Tensor] = {}
+        self._written: dict[str, tuple[torch.dtype, int]] = {}
 
     def update_layer(
         self,
@@ -152,19 +153,33 @@ class HoraLayer(BaseTunerLayer):
             for stored, (parameter, value) in merged.items():
                 self._originals.setdefault(parameter, value_of(stored))
                 write(stored, value)
+                self._written[parameter] = fingerprint(stored)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Restore the base weight, bit for bit."""
+        """Restore the base weight, bit for bit.
+
+        Raises
+        ------
+        HoraError
+            If somebody else wrote to the merged weight, which would be lost. Nothing has changed then.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base = self.get_base_layer()
+        stored = {parameter: mergeable(self.get_base_layer(), parameter) for parameter in self._originals}
+        for parameter, param in stored.items():
+            dtype, bits = fingerprint(param)
+            if (dtype, bits) != self._written[parameter] and dtype == self._written[parameter][0]:
+                raise HoraError(
+                    f"a merged weight is unmerged as it was merged, {parameter} was written to since: unmerge in the "
+                    "opposite order, or load the base again (spec M2)"
+                )
         with torch.no_grad():
             for parameter, original in self._originals.items():
-                stored = mergeable(base, parameter)
-                write(stored, original.to(stored.device, stored.dtype))
+                write(stored[parameter], original.to(stored[parameter].device, stored[parameter].dtype))
         self._originals.clear()
+        self._written.clear()
         self.merged_adapters.clear()
 
     def restore_merged(self, names: Sequence[str]) -> None:
@@ -233,9 +248,10 @@ def tied_weights(model: nn.Module, adapter_names: Sequence[str] | None = None) -
 
     Counted are the named, by default the active, adapters of each layer.
     """
-    owners: dict[nn.Parameter, set[str]] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(param, set()).add(name)
+    owners: dict[nn.Parameter, list[str]] = {}
+    for path, module in model.named_modules():  # a module that stands in several places is one owner
+        for name, param in module._parameters.items():
+            owners.setdefault(param, []).append(f"{path}.{name}") if param is not None else None
     tied = {}
     for name, layer in model.named_modules():
         names = (adapter_names or layer.active_adapters) if isinstance(layer, HoraLayer) else ()
@@ -243,7 +259,7 @@ def tied_weights(model: nn.Module, adapter_names: Sequence[str] | None = None) -
             for parameter in {site.parameter for site in attached.sites.values()}:
                 stored = layer.get_base_layer()._parameters.get(parameter)
                 if stored is not None and not stored.is_meta and len(owners.get(stored, ())) > 1:
-                    tied[name] = sorted(owners[stored])
+                    tied[name] = owners[stored]
     return tied
 
 

@@ -1,8 +1,9 @@
 """How long generated factors live: one call, or as long as a scope that somebody opened."""
 
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,15 +15,20 @@ from hora_torch.linear import is_transformed
 
 
 class _Scope:
-    """What is kept for the hypernetworks of one model, or of any model, while the scope is open."""
+    """What is kept for the hypernetworks of one model while the scope is open."""
 
-    def __init__(self, members: frozenset[HoraHypernet] | None, outer: "_Scope | None") -> None:
-        self.members, self.outer = members, outer
+    def __init__(self, model: nn.Module, outer: "_Scope | None") -> None:
+        self.model, self.outer = model, outer
         self.open = True
         self.kept: dict[HoraHypernet, tuple[list[Tensor], dict[Any, Any]]] = {}
 
+    @cached_property
+    def members(self) -> frozenset[HoraHypernet]:
+        """The hypernetworks of the model."""
+        return frozenset(module for module in self.model.modules() if isinstance(module, HoraHypernet))
+
     def covers(self, hypernet: HoraHypernet) -> bool:
-        return self.open and (self.members is None or hypernet in self.members)
+        return self.open and hypernet in self.members
 
     def close(self) -> None:
         """A task that inherited the scope and outlives it finds it closed."""
@@ -54,12 +60,12 @@ def kept(hypernet: HoraHypernet) -> dict[Any, Any] | None:
 
 
 @contextmanager
-def during_call() -> Generator[None, None, None]:
+def during_call(model: nn.Module) -> Generator[None, None, None]:
     """The scope of one call of a model, ``generate`` with all its steps included."""
     if torch.compiler.is_compiling():
         yield
         return
-    with _opened(None):
+    with _opened(model):
         yield
 
 
@@ -79,7 +85,8 @@ def cached_factors(model: nn.Module) -> Generator[None, None, None]:
     Raises
     ------
     HoraError
-        On leaving the block, if a parameter of a used adapter was changed inside: later calls did not see it.
+        On leaving the block, if a parameter of a used adapter is not what it was: later calls did not see it. A change
+        that is undone inside the block is not noticed, so end the block before swapping in an average.
 
     Examples
     --------
@@ -89,10 +96,10 @@ def cached_factors(model: nn.Module) -> Generator[None, None, None]:
     >>> with torch.no_grad(), hora_torch.cached_factors(model):
     ...     outputs = [model(torch.ones(1, 4)) for _ in range(3)]
     """
-    members = frozenset(module for module in model.modules() if isinstance(module, HoraHypernet))
-    before = {hypernet: _values(hypernet) for hypernet in members}
-    with _opened(members) as scope:
-        yield
+    with _opened(model) as scope:
+        before = {hypernet: _values(hypernet) for hypernet in scope.members}
+        with suppress(GeneratorExit):  # a generator that is closed early leaves the block as well
+            yield
         changed = [hypernet.name for hypernet in scope.kept if _changed(before[hypernet], _values(hypernet))]
     if changed:
         raise HoraError(
@@ -102,8 +109,8 @@ def cached_factors(model: nn.Module) -> Generator[None, None, None]:
 
 
 @contextmanager
-def _opened(members: frozenset[HoraHypernet] | None) -> Generator[_Scope, None, None]:
-    scope = _Scope(members, _SCOPE.get())
+def _opened(model: nn.Module) -> Generator[_Scope, None, None]:
+    scope = _Scope(model, _SCOPE.get())
     token = _SCOPE.set(scope)
     try:
         yield scope
@@ -118,8 +125,10 @@ def _values(hypernet: HoraHypernet) -> dict[str, Tensor]:
 
 def _changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
     """Whether a value differs; parameters that are elsewhere by now (offloaded, sharded anew) cannot be compared."""
-    return any(
-        type(value) is type(before[key]) and value.shape == before[key].shape and not torch.equal(value, before[key])
-        for key, value in after.items()
-        if key in before
-    )
+    return any(_differs(before[key], value) for key, value in after.items() if key in before)
+
+
+def _differs(before: Tensor, after: Tensor) -> bool:
+    if type(before) is not type(after) or before.shape != after.shape:
+        return False
+    return before.dtype != after.dtype or not torch.allclose(before, after, rtol=0, atol=0, equal_nan=True)

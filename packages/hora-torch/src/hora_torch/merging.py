@@ -107,6 +107,13 @@ def write(stored: nn.Parameter, value: Tensor) -> None:
         raise HoraError(f"a merged weight is written into its parameter, {type(stored)} kept its own value (spec M1)")
 
 
+def fingerprint(stored: nn.Parameter) -> tuple[torch.dtype, int]:
+    """What tells whether a weight was written to: its type, and the sum of its bits, which costs one pass."""
+    local = stored.data.to_local() if is_sharded(stored) else stored.data
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return local.dtype, int(local.contiguous().view(integers[local.element_size()]).sum(dtype=torch.int64))
+
+
 def value_of(stored: nn.Parameter) -> Tensor:
     """What `write` takes to bring a parameter back to its present value."""
     return stored.data.to_local().clone() if is_sharded(stored) else stored.data

@@ -50,9 +50,13 @@ class HoraModel(BaseTuner):
         """
         config = self.peft_config[adapter_name]
         plan = make_plan(model, config, state_dict)
-        before = config.target_modules, config.hora_layers
-        config.target_modules = plan.target_modules
-        config.hora_layers = [layer.to_json() for layer in plan.layers]
+        before, layers = (config.target_modules, config.hora_layers), [layer.to_json() for layer in plan.layers]
+        if config.hora_layers not in (None, layers):
+            raise HoraError(
+                "a config describes one adapter, got one that was injected before and into other layers: give each "
+                "model a HoraConfig of its own"
+            )
+        config.target_modules, config.hora_layers = plan.target_modules, layers
         if state_dict is not None:
             modules = [module for layer in plan.layers for module in layer.modules]
             state_dict = {f"{name}.{self.prefix}hyper": torch.empty(0) for name in modules}
@@ -160,7 +164,7 @@ class HoraModel(BaseTuner):
         """One generation of factors for the call; ``adapter_names`` of a mixed batch go to every adapted module."""
         names = kwargs.pop("adapter_names", None)
         if names is None:
-            with during_call():
+            with during_call(self.model):
                 yield
             return
         if self.training:
@@ -182,7 +186,7 @@ class HoraModel(BaseTuner):
             if isinstance(module, (HoraLayer, AuxiliaryTrainingWrapper))
         ]
         try:
-            with during_call():
+            with during_call(self.model):
                 yield
         finally:
             for handle in handles:
@@ -205,6 +209,10 @@ class HoraModel(BaseTuner):
         An adapter that was injected for this checkpoint alone leaves the model again.
         """
         try:
+            if any(adapter_name in layer.merged_adapters for layer in model.modules() if isinstance(layer, HoraLayer)):
+                raise HoraError(
+                    f"values are loaded into an adapter that is not merged, {adapter_name!r} is: unmerge first"
+                )
             check_loaded(model, config, adapter_name, state_dict)
             remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
             _check_fits(model, adapter_name, remapped)
@@ -214,6 +222,8 @@ class HoraModel(BaseTuner):
                 _withdraw(model, adapter_name)
                 model.peft_config.pop(adapter_name, None)
             raise
+        for hypernet in _hypernets(model, adapter_name):
+            hypernet.awaits.clear()
         return remapped
 
 

@@ -164,6 +164,7 @@ def planned_layer(config: HoraConfig, module: str) -> LayerPlan | None:
 
 def _new_plan(model: nn.Module, names: Iterable[str], config: HoraConfig, default: bool) -> Plan:
     names, left_out = list(names), {}
+    _check_used(config, names)
     found: dict[str, list[Found]] = {}
     uncertain: set[str] = set()
     references = _references(model)
@@ -259,6 +260,17 @@ def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Named modules of the model, without what is inside of adapters."""
     inside = tuple(f"{key}." for key, module in model.named_modules() if isinstance(module, BaseTunerLayer))
     return [(key, module) for key, module in model.named_modules() if key and not key.startswith(inside)]
+
+
+def _check_used(config: HoraConfig, names: Iterable[str]) -> None:
+    """Raise if what the user says of modules by name is said of none of the targets."""
+    for field in ("num_heads", "row_order"):
+        said = getattr(config, field)
+        idle = (
+            [key for key in said if not any(matches(key, name) for name in names)] if isinstance(said, Mapping) else []
+        )
+        if idle:
+            raise HoraError(f"{field} speaks of targets, got {idle}, which none of them is called: correct the names")
 
 
 def _references(model: nn.Module) -> dict[nn.Module, list[str]]:

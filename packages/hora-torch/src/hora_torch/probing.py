@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from hora_spec import Site
+from hora_spec import ProjectionShape, Site
 from torch import Tensor, nn
 
 from hora_torch.targets import base_module, is_supported
@@ -52,39 +52,51 @@ def rows_of_one_head(record: Record, sites: Mapping[str, Site], names: Mapping[s
     names
         Projection to the name of the child that holds it.
     """
+    roles = {p: role for p in sites if (role := p.rpartition("_")[2]) in ("q", "k", "v")}
+    sites = {p: sites[p] for p in roles}
     context = _context(record)
-    if context is None:
+    if context is None or "q" not in roles.values():  # any split of values alone looks right
         return None
-    queries = [p for p in sites if p != "v" and not p.endswith("_v")]
-    width = context.shape[-1]
-    columns = sorted({0, 1, width // 2 - 1, width // 2, width - 1} & set(range(width)))
+    shapes = {roles[p]: site.projection for p, site in sites.items()}
+    if fault := _width_fault(shapes, context.shape[-1]):
+        return fault
     weights = torch.randn(context.shape[:-1], generator=torch.Generator().manual_seed(0)).to(context)
-    seen = False
-    for column in columns:
+    leaves, seen = list(record.leaves.values()), set()
+    for column in _columns(context.shape[-1]):
         value = (context[..., column] * weights).sum()
-        leaves = list(record.leaves.values())
         grads = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
         reached = {name: _used(grad) for name, grad in zip(record.leaves, grads, strict=True) if grad is not None}
         heads = set()
         for p, site in sites.items():
-            rows = reached.get(names[p])
-            if rows is None:
+            if names[p] not in reached:
                 continue
-            used = rows[site.layout.rows].nonzero().flatten()
-            if len(used) == site.projection.num_heads * site.projection.head_dim and site.projection.num_heads > 1:
+            used, shape = reached[names[p]][site.layout.rows].nonzero().flatten(), site.projection
+            if len(used) == shape.num_heads * shape.head_dim and shape.num_heads > 1:
                 continue  # a norm over all heads, or heads that talk: every row acts on every head
-            seen = True
-            touched = set((used // site.projection.head_dim).tolist())
-            expected = site.projection.head_dim if p in queries else 1
+            touched, expected = set((used // shape.head_dim).tolist()), 1 if roles[p] == "v" else shape.head_dim
             if len(touched) != 1 or len(used) != expected:
                 return (
                     f"a head of the attention depends on {expected} rows of {p} in one planned head, got {len(used)} "
                     f"in {len(touched)}"
                 )
-            heads.add(touched.pop() / site.projection.num_heads)
-        if len(heads) > 1 and len({int(h * min(s.projection.num_heads for s in sites.values())) for h in heads}) > 1:
+            seen.add(p)
+            fewest = min(shape.num_heads for shape in shapes.values())
+            heads.add(touched.pop() * fewest // shape.num_heads)
+        if len(heads) > 1:
             return "q and v of one head are planned as different heads"
-    return "" if seen else None
+    return "" if seen == sites.keys() else None
+
+
+def _width_fault(shapes: Mapping[str, ProjectionShape], width: int) -> str:
+    """The context of all heads of q is as wide as their values; linear attention may have more heads of v than of q."""
+    if "v" not in shapes or shapes["v"].num_heads > shapes["q"].num_heads:
+        return ""
+    planned = shapes["q"].num_heads * shapes["v"].head_dim
+    return "" if planned == width else f"the planned heads of q and v make a context of {planned} columns, got {width}"
+
+
+def _columns(width: int) -> list[int]:
+    return sorted({0, 1, width // 2 - 1, width // 2, width - 1} & set(range(width)))
 
 
 def _leaf(record: Record, name: str) -> Any:

@@ -267,6 +267,10 @@ def row_order(attention: nn.Module, own: str) -> str | None:
     >>> row_order(GPT2Attention(GPT2Config(n_embd=8, n_head=2)), "c_attn")
     'q k v'
     """
+    if "forward" in vars(attention) and not hasattr(
+        attention, "_hf_hook"
+    ):  # accelerate's forward calls the class's own
+        return None
     cls = type(attention)
     order = ROW_ORDER.get(_forward_class(cls), {}).get(own)
     if order is None and getattr(attention, "fused_projections", False):  # diffusers: fused after construction

@@ -1,9 +1,12 @@
 """From a target module to the places of its projections, and whether adapting it would act."""
 
+import ast
 import contextlib
 import functools
 import inspect
+import itertools
 import re
+import textwrap
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -160,15 +163,30 @@ def _is_bypassed(attention: nn.Module, own: str) -> bool:
 
 @functools.cache
 def _reads_weight(cls: type, own: str) -> bool:
-    asked = r"(dtype|device|shape|size|ndim|dim|numel|is_|requires_grad|data_ptr)"  # without computing
-    reads = re.compile(rf"self\.{re.escape(own)}\.weight\b(?!\.{asked})")
-    return any(reads.search(source) for source in _sources(cls))
+    """Whether code of the class mentions the weight of its child and never calls the child."""
+    read = called = False
+    for node in itertools.chain.from_iterable(map(ast.walk, _trees(cls))):
+        if isinstance(node, ast.Call) and _is_own(node.func, own):
+            called = True
+        elif isinstance(node, ast.Attribute) and node.attr == "weight" and _is_own(node.value, own):
+            read = True
+    return read and not called
 
 
-def _sources(cls: type) -> Iterator[str]:
-    """Source of the methods of a class that may compute, not those that set or rearrange its weights."""
+def _is_own(node: ast.AST, own: str) -> bool:
+    """Whether an expression is ``self.<own>``."""
+    return (
+        isinstance(node, ast.Attribute)
+        and node.attr == own
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    )
+
+
+def _trees(cls: type) -> Iterator[ast.AST]:
+    """Code of the methods of a class that may compute, not those that set or rearrange its weights."""
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
         for name, method in vars(base).items():
             if inspect.isfunction(method) and not re.search("init|reset|fuse", name):
-                with contextlib.suppress(OSError, TypeError):
-                    yield inspect.getsource(method)
+                with contextlib.suppress(OSError, TypeError, SyntaxError):
+                    yield ast.parse(textwrap.dedent(inspect.getsource(method)))

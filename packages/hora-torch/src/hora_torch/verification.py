@@ -104,6 +104,10 @@ def verify(model: nn.Module, batch: Any) -> Report:
     True
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, HoraLayer)}
+    if torch.is_inference_mode_enabled() or any(layer.disable_adapters for layer in layers.values()):
+        raise HoraError("verify tries adapters that are enabled, outside inference_mode, got neither: call it there")
+    if any(param.is_meta for param in model.parameters()):
+        raise HoraError("verify tries a model that is in memory, got offloaded parameters: call it before offloading")
     active = {
         name: [key for key in layer.active_adapters if key in layer.hora_attached] for name, layer in layers.items()
     }
@@ -228,7 +232,8 @@ class _Trial:
             self._run()
         for path, found in attentions.items():
             sites, names = {p: site for p, (_, site) in found.items()}, {p: own for p, (own, _) in found.items()}
-            fault = rows_of_one_head(records[path], sites, names)
+            with torch.enable_grad():
+                fault = rows_of_one_head(records[path], sites, names)
             unseen = "its context mixes heads, or is not seen"
             yield Finding(
                 question, path, *(("unknown", unseen) if fault is None else ("wrong", fault) if fault else ("ok",))
