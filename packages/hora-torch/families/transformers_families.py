@@ -216,13 +216,14 @@ UNLIKE_ATTENTION: dict[str, tuple[str, Heads]] = {
     "convbert": ("a convolution joins the heads of q", {"q": {(2, 8)}, "v": {(2, 8)}}),
     "diffllama": ("two heads of v make one of the output", {"q": {(4, 12)}, "v": {(2, 12)}}),
     "jetmoe": ("its output projection is a mixture of experts", {"v": {(2, 6)}}),
+    "yoso": ("its output is normalised head by head", {"q": {(4, 8)}, "v": {(4, 8)}}),
+    "zaya": ("its projections are a module without the attention", {"q": {(4, 12)}}),
     "neomme": ("v takes itself out of the output", {"q": {(4, 64)}, "v": {(2, 64)}}),
     "doge": ("v decides what is masked", {"q": {(4, 8)}, "v": {(2, 8)}}),
 }
 """Why gradients do not tell rows and heads, and the true heads, read in the source."""
 
 NOT_COMPARABLE = {
-    "reformer": "it has gradients in training mode only, where it draws hashes",
     "fastspeech2_conformer": "the length of its output is rounded from what it computes",
     "vits": "the length of its output is rounded from what it computes",
 }
