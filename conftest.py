@@ -39,6 +39,8 @@ def _declare_torchvision_operators():
         return None
     import torch
 
+    if hasattr(torch.ops.torchvision, "nms"):  # declared in the process that this one was forked from
+        return None
     for library in Path(found.origin).parent.glob("_C*.so"):
         try:
             torch.ops.load_library(library)

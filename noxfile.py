@@ -184,6 +184,15 @@ def families(session):
 
 
 @nox.session(python=False)
+def mutation(session):
+    """Change one thing at a time in hora-torch and hora-jax, and see that a test notices (``-- hora_torch.linear``)."""
+    tools = everything(session)
+    extra = nox.project.dependency_groups(PYPROJECT, "mutation")
+    run(session, tools, "python", "-m", "pip", "install", "--quiet", "--constraint", str(CONSTRAINTS), *extra)
+    run(session, tools, "python", "tests/mutation/run.py", *session.posargs, env=TEST_ENV)
+
+
+@nox.session(python=False)
 @nox.parametrize("backend", ["torch", "jax"], ids=["torch", "jax"])
 def bench(session, backend):
     """Time and memory of one backend beside its peers in one process; prints a table of ratios."""

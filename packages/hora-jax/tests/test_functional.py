@@ -41,6 +41,21 @@ def test_generation_conforms(backend: Backend, check):
     assert max(check(backend, case) for case in CASES[::8]) <= 1
 
 
+def test_g3_the_activation_has_the_slope_of_negative_inputs_at_its_kink(backend: Backend):
+    at_zero = [case for case in CASES if case.spec.generates_b and case.regime == "zeros"]
+    assert at_zero
+    assert max(checks.check_grads(backend, case) for case in at_zero[:4]) <= 1
+
+
+@pytest.mark.parametrize("group", [1, 2, 3])
+def test_g2_heads_of_a_group_are_averaged_whatever_its_size(group):
+    layer = LayerShape.attention(12, 2 * group, num_kv_heads=2)
+    params = Case(AdapterSpec(3, hidden_dim=4, head_embed_dim=5), layer).inputs().params
+    got = functional.factors(AdapterSpec(3, hidden_dim=4, head_embed_dim=5), layer, params)
+    for p, made in reference.factors(AdapterSpec(3, hidden_dim=4, head_embed_dim=5), layer, params).items():
+        np.testing.assert_allclose(got[p].b, made.b, rtol=1e-4, atol=1e-4)
+
+
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(case=strategies.cases())
 def test_the_delta_of_drawn_cases_conforms(case: Case):
@@ -165,6 +180,48 @@ def test_activations_keep_their_dtype_and_factors_keep_theirs():
     assert jax.tree.map(lambda g: g.dtype.name, grads) == ("bfloat16", Factors("float32", "float32"))
 
 
+SIXTEEN_BITS = {"bfloat16": 257, "float16": 2049}
+"""Numbers of tokens, each one more than the last number up to which the dtype holds every integer."""
+
+
+@pytest.mark.parametrize("head_owns_a", [False, True])
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+@pytest.mark.parametrize("route", ["auto", "branch", "merge"])
+def test_gradients_of_factors_are_summed_over_tokens_in_float32(route, dtype, head_owns_a):
+    tokens = SIXTEEN_BITS[dtype]
+    assert int(jnp.asarray(tokens, dtype)) != tokens
+    x, weight = jnp.ones((tokens, 1), dtype), jnp.zeros((1, 1), dtype)
+    factors = Factors(jnp.ones((1, 1, 1) if head_owns_a else (1, 1)), jnp.ones((1, 1, 1)))
+    grads = jax.grad(lambda f: functional.hora_linear(x, weight, None, f, 1.0, route=route).astype(float).sum())(
+        factors
+    )
+    assert (grads.a.item(), grads.b.item()) == (tokens, tokens)
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+@pytest.mark.parametrize("route", ["auto", *ROUTES])
+def test_a_delta_below_the_rounding_of_a_sixteen_bit_weight_is_not_lost(route, dtype):
+    """``x W^T`` is zero, so the delta is all that is left; ``W + delta`` would be ``W`` again."""
+    delta = 2.0**-12
+    x, weight = jnp.ones((3, 2), dtype), jnp.asarray([[1, -1]], dtype)
+    assert (weight + jnp.asarray(delta, dtype) == weight).all()
+    factors = Factors(jnp.asarray([[delta, 0.0]]), jnp.ones((1, 1, 1)))
+    y = functional.hora_linear(x, weight, None, factors, 1.0, route=route)
+    assert (y.dtype.name, *y[:, 0].tolist()) == (dtype, delta, delta, delta)
+
+
+@pytest.mark.parametrize("spec", [AdapterSpec(3), AdapterSpec(3, a_source="hypernetwork", residual=True)], ids=str)
+def test_generation_has_the_highest_precision_whatever_the_default(spec: AdapterSpec):
+    shapes = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in param_shapes(spec, GQA).items()}
+
+    def loss(params):
+        return sum(jnp.sin(update).sum() for update in functional.delta(spec, GQA, params).values())
+
+    with jax.default_matmul_precision("bfloat16"):
+        program = str(jax.make_jaxpr(jax.grad(loss))(shapes))
+    assert program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == program.count("dot_general") > 0
+
+
 def test_vmap_over_examples_is_the_batch():
     x, weight, bias, factors, scaling = linear_inputs()
     together = functional.hora_linear(x, weight, bias, factors, scaling, route="branch")
@@ -194,6 +251,8 @@ def test_s6_parameters_that_do_not_fit_are_refused():
         functional.factors(AdapterSpec(3), GQA, params | {"a.q": params["a.q"].T})
     with pytest.raises(HoraError, match="exactly"):
         functional.factors(AdapterSpec(3, residual=True), GQA, params)
+    with pytest.raises(HoraError, match="leading axes that all parameters share"):
+        functional.factors(AdapterSpec(3), GQA, params | {"b_in": np.stack([params["b_in"]] * 2)})
 
 
 def linear_inputs(dtype: str = "float32"):

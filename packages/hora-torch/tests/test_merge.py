@@ -7,8 +7,10 @@ import torch
 from hora_spec import HoraError, Layout, Window, reference
 from hora_torch import HoraConfig
 from hora_torch.layer import HoraLayer
-from hora_torch.merging import merged_weight
+from hora_torch.merging import mergeable, merged_weight, write
 from torch import nn
+
+from . import oracle
 
 FORMS = {
     "linear": (Layout("(h k) d"), (6, 5)),
@@ -49,16 +51,6 @@ def test_the_sum_is_that_of_the_reference_rounded_once(form, dtype):
     outside = torch.ones(shape, dtype=torch.bool)
     outside[layout.index()] = False
     assert torch.equal(merged[outside], weight[outside])
-
-
-def test_chunks_of_rows_do_not_show(monkeypatch):
-    from hora_torch import merging
-
-    layout, shape = FORMS["fused rows"]
-    weight, a, b = given(shape, torch.bfloat16)
-    whole = merged_weight(weight, [(layout, a, b, 0.5)])
-    monkeypatch.setattr(merging, "_CHUNK_BYTES", 4 * 5 * 4)  # four rows at a time
-    assert torch.equal(merged_weight(weight, [(layout, a, b, 0.5)]), whole)
 
 
 def test_a_thousand_cycles_in_bfloat16_leave_the_base_identical():
@@ -117,12 +109,6 @@ def test_an_overflow_of_the_base_dtype_is_refused():
         merged_weight(weight, [(Layout(), a * 1e20, b * 1e20, 1.0)])
 
 
-def test_a_quantised_base_is_refused():
-    weight, a, b = given((6, 5), torch.int8)
-    with pytest.raises(HoraError, match="export_lora"):
-        merged_weight(weight, [(Layout(), a, b, 1.0)])
-
-
 def test_a_merged_model_can_change_dtype_before_it_is_unmerged():
     adapted = model(torch.float32)
     before = layer(adapted).base_layer.weight.detach().clone()
@@ -130,3 +116,83 @@ def test_a_merged_model_can_change_dtype_before_it_is_unmerged():
     adapted.to(torch.bfloat16)
     adapted.unmerge_adapter()
     assert torch.equal(layer(adapted).base_layer.weight, before.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "timm-vit", "mha", "mha-cross"])
+def test_disabling_merged_adapters_brings_the_base_back_and_enabling_them_the_adapters(families, name):
+    family = families[name]
+    adapted, base, inputs = oracle.adapted(family), family.model(), family.inputs()
+    expected, without = oracle.evaluate(adapted, inputs), oracle.evaluate(base, inputs)
+    oracle.differ(expected, without)
+    adapted.merge_adapter()
+    with adapted.disable_adapter():
+        oracle.agree(oracle.evaluate(adapted, inputs), without)
+        weights = {key.replace(".base_layer", ""): value for key, value in adapted.state_dict().items()}
+        for key, value in base.state_dict().items():
+            assert torch.equal(weights[f"base_model.model.{key}"], value), key
+    oracle.agree(oracle.evaluate(adapted, inputs), expected)
+
+
+@pytest.mark.parametrize("size", [1, 60, 80, 1 << 20])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_size_of_chunks_does_not_show(form, size, monkeypatch):
+    from hora_torch import merging
+
+    layout, shape = FORMS[form]
+    weight, a, b = given(shape, torch.bfloat16)
+    both = [(layout, a, b, 0.5), (layout, b.T[:, :5].contiguous(), a.T.repeat(2, 1)[:6].contiguous(), 2.0)]
+    whole = merged_weight(weight.float(), both).bfloat16()
+    monkeypatch.setattr(merging, "_CHUNK_BYTES", size)
+    torch.testing.assert_close(merged_weight(weight, both), whole, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8, torch.int32])
+def test_a_base_that_cannot_hold_a_sum_is_refused(dtype):
+    weight, a, b = given((6, 5), torch.float32)
+    with pytest.raises(HoraError, match=r"floating base of 16 bits or more.*export_lora"):
+        merged_weight(weight.to(dtype), [(Layout(), a, b, 1.0)])
+
+
+@pytest.mark.parametrize("broken", ["a", "b"])
+def test_one_factor_that_is_not_finite_is_enough_to_refuse(broken):
+    weight, a, b = given((6, 5), torch.float32)
+    (a if broken == "a" else b)[1, 1] = torch.nan
+    with pytest.raises(HoraError, match="its factors are not"):
+        merged_weight(weight, [(Layout(), a, b, 1.0)])
+
+
+def test_a_sum_just_out_of_range_is_refused_without_looking_at_every_entry():
+    weight, a, b = torch.zeros(6, 5), torch.zeros(1, 5), torch.zeros(6, 1)
+    a[0, 3], b[2, 0] = 2e19, 2e19
+    with pytest.raises(HoraError, match=r"range of torch\.float32"):
+        merged_weight(weight, [(Layout(), a, b, 1.0)])
+    a[0, 3] = 1e19
+    assert merged_weight(weight, [(Layout(), a, b, 1.0)])[2, 3].item() == pytest.approx(2e38)
+
+
+def test_a_base_that_is_not_finite_is_refused_when_every_entry_is_looked_at():
+    weight, a, b = given((6, 5), torch.float32)
+    weight[0, 0] = torch.inf
+    assert merged_weight(weight, [(Layout(), a, b, 1.0)])[0, 0] == torch.inf
+    with pytest.raises(HoraError, match="the base is not finite"):
+        merged_weight(weight, [(Layout(), a, b, 1.0)], check=True)
+
+
+class Stubborn(nn.Parameter):
+    """A parameter that keeps its value, as those of some quantised libraries do."""
+
+    data = property(lambda self: self.detach(), lambda self, value: None)
+
+
+def test_only_a_plain_parameter_that_is_here_is_merged_into():
+    module = nn.Linear(2, 2)
+    assert mergeable(module, "weight") is module.weight
+    with pytest.raises(HoraError, match="got a NoneType as other of Linear"):
+        mergeable(module, "other")
+    with pytest.raises(HoraError, match="weight of Linear is offloaded"):
+        mergeable(nn.Linear(2, 2, device="meta"), "weight")
+    module.weight = Stubborn(torch.zeros(2, 2))
+    with pytest.raises(HoraError, match="got a Stubborn as weight"):
+        mergeable(module, "weight")
+    with pytest.raises(HoraError, match="kept its own value"):
+        write(module.weight, torch.ones(2, 2))

@@ -1,6 +1,7 @@
 """Everything PEFT users do with a method, done with HoRA."""
 
 import copy
+import itertools
 import pickle
 
 import hora_torch
@@ -170,6 +171,31 @@ def test_dropped_branches_average_to_the_branch():
     torch.testing.assert_close(mean, expected, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.parametrize("name", ["llama", "timm-vit", "mha", "mha-cross"])
+def test_adapters_that_cancel_leave_noise_in_training_since_each_drops_inputs_of_its_own(families, name):
+    family, inputs = families[name], families[name].inputs()
+    model = adapted(family, hora_dropout=0.5)
+    model.add_adapter("negative", config(hora_dropout=0.5))
+    params = dict(model.named_parameters())
+    with torch.no_grad():
+        for key in [key for key in params if ".default." in key]:
+            sign = -1 if ".b_out." in key else 1
+            params[key.replace(".default.", ".negative.")].copy_(sign * params[key])
+
+    def run(training):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            result = model.train(training)(**inputs)
+        return result if isinstance(result, torch.Tensor) else result.logits
+
+    with model.disable_adapter():
+        without = run(False)
+        torch.testing.assert_close(run(True), without, rtol=1e-4, atol=1e-5)
+    model.base_model.set_adapter(["default", "negative"])
+    torch.testing.assert_close(run(False), without, rtol=1e-4, atol=1e-5)
+    assert (run(True) - without).abs().max() > 1e-2
+
+
 def test_rank_and_alpha_patterns_hold_for_whole_layers(llama):
     model = adapted(llama, rank_pattern={"layers.1.self_attn.[qv]_proj": 5}, alpha_pattern={".*layers.0.*": 4.0})
     first, second = hora_torch.to_adapter(model).layers.values()
@@ -288,6 +314,41 @@ def test_each_sample_of_a_mixed_batch_gets_its_adapter(families, name):
         for i, adapter in enumerate(names):
             torch.testing.assert_close(mixed.select(batch, i), rows[adapter].select(batch, i), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(rows["default"], rows["other"], rtol=1e-3, atol=1e-3)
+
+
+THREE = [
+    *itertools.permutations(["default", "other", "__base__"]),
+    ("third", "other", "default"),
+    ("other", "third", "other"),
+    ("third", "__base__", "third"),
+]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "timm-vit", "mha", "mha-cross"])
+def test_each_of_three_samples_gets_its_adapter_in_any_order(families, name):
+    family = families[name]
+    batch = 1 if name == "mha-cross" else 0  # sequence first
+    inputs = {key: torch.cat([x, x.flip(batch)], batch).narrow(batch, 0, 3) for key, x in family.inputs().items()}
+    model = adapted(family)
+    for adapter in ("other", "third"):
+        model.add_adapter(adapter, config())
+
+    def run(**kwargs):
+        with torch.no_grad():
+            result = model.eval()(**inputs, **kwargs)
+        return (result if isinstance(result, torch.Tensor) else result.logits).movedim(batch, 0)
+
+    alone = {}
+    with model.disable_adapter():
+        alone["__base__"] = run()
+    for adapter in ("third", "other", "default"):
+        model.set_adapter(adapter)
+        alone[adapter] = run()
+    for one, other in itertools.combinations(alone.values(), 2):
+        assert ((one - other).abs().flatten(1).amax(1) > 1e-2).all(), "adapters must differ on every sample"
+    for names in THREE:
+        expected = torch.stack([alone[adapter][i] for i, adapter in enumerate(names)])
+        torch.testing.assert_close(run(adapter_names=list(names)), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_mixed_batches_refuse_what_they_cannot_do(llama, inputs):

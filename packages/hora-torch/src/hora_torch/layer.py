@@ -182,6 +182,12 @@ class HoraLayer(BaseTunerLayer):
         self._written.clear()
         self.merged_adapters.clear()
 
+    def enable_adapters(self, enabled: bool) -> None:
+        """Turn adapters on or off; merged ones leave the weight at once, since others may read it past this module."""
+        if not enabled and self.merged:
+            self.unmerge()
+        super().enable_adapters(enabled)
+
     def restore_merged(self, names: Sequence[str]) -> None:
         """Go back to the state in which exactly the adapters `names` were merged."""
         if list(names) == self.merged_adapters:
@@ -206,11 +212,7 @@ class HoraLayer(BaseTunerLayer):
 
     def _working(self) -> list[str]:
         """Active adapters that touch this module and are not merged or disabled."""
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return []
-        if self.merged:
+        if self.disable_adapters or self.merged:
             return []
         return [name for name in self.active_adapters if name in self.hora_attached]
 

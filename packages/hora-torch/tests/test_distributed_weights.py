@@ -1,0 +1,46 @@
+"""Weights that torch distributes, told in one process; several processes are in `test_parallel.py`."""
+
+import pytest
+import torch
+from hora_spec import AdapterSpec, HoraError, LayerShape
+from hora_torch.hypernet import HoraHypernet
+from hora_torch.merging import mergeable, merged_weight, value_of, write
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from .test_merge import FORMS, given
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """A mesh of this process alone."""
+    store = distributed.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_distributed_weight_is_merged_in_place(form, dtype, one_process):
+    layout, shape = FORMS[form]
+    weight, a, b = given(shape, dtype)
+    expected = merged_weight(weight, [(layout, a, b, 0.5)])
+    module = nn.Module()
+    module.weight = nn.Parameter(distribute_tensor(weight.clone(), one_process, [Shard(layout.row_axis)]))
+    stored, before = mergeable(module, "weight"), value_of(module.weight)
+    local = stored.to_local().data_ptr()
+    write(stored, merged_weight(stored.data, [(layout, a, b, 0.5)]))
+    unit = torch.finfo(dtype).eps  # a padded product may be summed in another order
+    torch.testing.assert_close(stored.full_tensor().detach(), expected, rtol=unit, atol=4e-7)
+    assert stored.to_local().data_ptr() == local
+    write(stored, before)
+    assert torch.equal(stored.full_tensor(), weight)
+
+
+def test_a_parameter_that_is_still_sharded_is_refused(one_process):
+    hypernet = HoraHypernet(AdapterSpec(2), LayerShape.attention(32, 4), name="x")
+    hypernet.b_in = nn.Parameter(distribute_tensor(hypernet.b_in.detach(), one_process, [Shard(0)]))
+    with pytest.raises(HoraError, match="b_in is sharded"):
+        hypernet()
