@@ -57,7 +57,8 @@ def _legend() -> str:
         "`q 4x8` is four heads of width eight. **Rows** says whether each adapted row belongs to the projection and",
         "the head that it is said to belong to: found from gradients alone, by which rows reach which columns of the",
         "attention's output. ✓ holds, · cannot be seen on this model, and",
-        RED.format("WRONG") + " is what must never be. A refusal is an error that says what to do.\n",
+        RED.format("WRONG") + " is what must never be. A refusal is an error that says what to do; ⚠ is an alarm of",
+        "`hora_torch.verify` where the other checks find nothing wrong.\n",
         *(f"- **{name}**: {meaning}" for name, meaning in CHECKS.items()),
         "",
     ]
@@ -103,7 +104,9 @@ def _lora(row: Row) -> str:
 
 def _mark(answer: str) -> str:
     kind = answer.partition(":")[0]
-    return {"ok": "✓", "unseen": "·", "refused": "refused", "WRONG": RED.format("WRONG")}.get(kind, RED.format("error"))
+    return {"ok": "✓", "unseen": "·", "alarm": "⚠", "refused": "refused", "WRONG": RED.format("WRONG")}.get(
+        kind, RED.format("error")
+    )
 
 
 def _remarks(row: Row) -> str:

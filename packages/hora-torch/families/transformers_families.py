@@ -215,6 +215,9 @@ def _packed_image(config: Any) -> dict[str, Any]:
 UNLIKE_ATTENTION: dict[str, tuple[str, Heads]] = {
     "convbert": ("a convolution joins the heads of q", {"q": {(2, 8)}, "v": {(2, 8)}}),
     "diffllama": ("two heads of v make one of the output", {"q": {(4, 12)}, "v": {(2, 12)}}),
+    "jetmoe": ("its output projection is a mixture of experts", {"v": {(2, 6)}}),
+    "yoso": ("its output is normalised head by head", {"q": {(4, 8)}, "v": {(4, 8)}}),
+    "zaya": ("its projections are a module without the attention", {"q": {(4, 12)}}),
     "neomme": ("v takes itself out of the output", {"q": {(4, 64)}, "v": {(2, 64)}}),
     "doge": ("v decides what is masked", {"q": {(4, 8)}, "v": {(2, 8)}}),
 }
@@ -228,13 +231,13 @@ NOT_COMPARABLE = {
 
 def families() -> dict[str, Callable[[], Family]]:
     """All model types that have a model class, and the variants."""
-    named = {
-        name: (name, OVERRIDES.get(name, {})) for name in sorted(CONFIG_MAPPING.keys()) if name not in NOT_COMPARABLE
-    }
+    named = {name: (name, OVERRIDES.get(name, {})) for name in sorted(CONFIG_MAPPING.keys())}
     return {name: partial(_family, name, *what) for name, what in (named | VARIANTS).items()}
 
 
 def _family(name: str, model_type: str, overrides: dict[str, Any]) -> Family:
+    if name in NOT_COMPARABLE:
+        raise ValueError(NOT_COMPARABLE[name])
     inputs = overrides.get("inputs") or INPUTS.get(model_type, inputs_of)
     unlike, heads = UNLIKE_ATTENTION.get(name, ("", {}))
     build = partial(tiny, model_type, **{**overrides, "inputs": inputs})

@@ -32,6 +32,7 @@ ADAPTED = [
     "bart, unequal heads",
     "bert",
     "clip, unequal heads",
+    "gemma4_text",
     "gpt2, with cross-attention",
     "llama",
     "mimo_v2_flash",

@@ -255,7 +255,7 @@ class Attention:
         facts = []
         for source, holder, level in (("attention", self.module, _ATTENTION), far):
             for name in names:
-                value = getattr(holder, name, None)
+                value = _attribute(holder, name)
                 if isinstance(value, Integral) and not isinstance(value, bool) and value > 0:
                     facts.append(_Fact(int(value), f"{source}.{name}", level))
         return facts
@@ -266,6 +266,14 @@ class Attention:
 
     def _child(self, own: str) -> str:
         return f"{self.path}.{own}" if self.path else own
+
+
+def _attribute(holder: Any, name: str) -> Any:
+    """What `holder` calls `name`, if it says: a config of transformers 5.23 raises where its layers differ."""
+    try:
+        return getattr(holder, name, None)
+    except RuntimeError:
+        return None
 
 
 def matches(key: str, module: str) -> bool:

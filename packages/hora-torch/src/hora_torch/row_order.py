@@ -36,6 +36,8 @@ _DELTA_RULE: Mapping[str, Order] = {"in_proj_qkv": "[key heads] q k [value heads
 _FUSED_LATER: Mapping[str, Order] = {"to_qkv": "q k v", "to_kv": "k v", "to_added_qkv": "q k v", "to_added_kv": "k v"}
 
 _TRANSFORMERS: Mapping[str, Mapping[str, Order]] = {
+    # separate projections, whose rows a MultiheadAttention mixes before it splits them into heads
+    "aria.modeling_aria.AriaCrossAttention": {f"{p}_proj": f"[no heads] {p}" for p in "qkv"},
     "axk1.modeling_axk1.AXK1Attention": _LATENT,
     "axk2.modeling_axk2.AXK2Attention": _LATENT,
     "bailing_hybrid.modeling_bailing_hybrid.BailingHybridAttention": _LATENT,
