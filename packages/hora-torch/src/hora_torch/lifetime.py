@@ -32,6 +32,7 @@ class _Scope:
         self.handed.clear()
 
 
+_interceptors = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.8, which has no public way
 _SCOPE: ContextVar[_Scope | None] = ContextVar("hora_torch_scope", default=None)
 
 
@@ -41,9 +42,9 @@ def kept(hypernet: HoraHypernet) -> dict[Any, Any] | None:
     Nothing is kept while gradients are recorded, since a graph belongs to one call, nor while operations are traced or
     transformed; what was made from other parameter objects, as `torch.func.functional_call` lends them, is left alone.
     """
-    scope, found = _SCOPE.get(), None
-    if scope is None or torch.is_grad_enabled() or is_observed():
+    if torch.is_grad_enabled() or is_observed():
         return None
+    scope, found = _SCOPE.get(), None
     while scope is not None:
         if scope.open and (scope.members is None or hypernet in scope.members):
             found = scope
@@ -57,11 +58,9 @@ def handed(hypernet: HoraHypernet) -> dict[str, Factors] | None:
     While gradients are recorded; None where nothing may be handed on, which is outside of a call, under transforms, and
     wherever saved tensors are intercepted: a checkpoint that computes a projection again must find the same operations.
     """
+    if not torch.is_grad_enabled() or is_observed() or _interceptors is None or _interceptors(True) is not None:
+        return None
     scope = _SCOPE.get()
-    if scope is None or not torch.is_grad_enabled() or is_observed():
-        return None
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-        return None
     while scope is not None and not (scope.open and scope.members is None):
         scope = scope.outer
     return None if scope is None else _store(scope.handed, hypernet)
