@@ -38,6 +38,9 @@ class _Scope:
         self.handed.clear()
 
 
+_interceptors = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", None
+)  # torch 2.8, which has no public way
 _SCOPE: ContextVar[_Scope | None] = ContextVar("hora_torch_scope", default=None)
 
 
@@ -63,12 +66,9 @@ def handed(hypernet: HoraHypernet) -> dict[str, Factors] | None:
     While gradients are recorded; None where nothing may be handed on, which is outside of a call, under transforms, and
     wherever saved tensors are intercepted: a checkpoint that computes a projection again must find the same operations.
     """
-    if not torch.is_grad_enabled() or is_observed():
+    if not torch.is_grad_enabled() or is_observed() or _interceptors is None or _interceptors(True) is not None:
         return None
-    if (scope := _SCOPE.get()) is None:
-        return None
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-        return None
+    scope = _SCOPE.get()
     while scope is not None and not (scope.open and scope.call):
         scope = scope.outer
     return None if scope is None else _store(scope.handed, hypernet)
