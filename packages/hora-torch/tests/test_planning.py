@@ -248,3 +248,12 @@ def test_a_transformer_encoder_takes_padded_batches():
         finally:
             torch.backends.mha.set_fastpath_enabled(True)
     torch.testing.assert_close(nested[~padding], plain[~padding], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_gradients_pass_through_padded_batches():
+    layer = nn.TransformerEncoderLayer(32, 4, 48, dropout=0.0, batch_first=True)
+    model = peft.get_peft_model(nn.TransformerEncoder(layer, 1).eval(), HoraConfig(r=2, init_weights=False)).eval()
+    padding = torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
+    model(torch.randn(2, 6, 32), src_key_padding_mask=padding).square().sum().backward()
+    assert all(param.grad is not None for param in model.parameters() if param.requires_grad)

@@ -98,7 +98,7 @@ class HoraMultiheadAttention(nn.Module, HoraLayer):
         x = torch.nested.to_padded_tensor(query, 0.0)
         padding = torch.arange(x.shape[1], device=x.device) >= torch.tensor(lengths, device=x.device)[:, None]
         y, _ = self(x, x, x, key_padding_mask=padding, need_weights=False, adapter_names=adapter_names)
-        return torch.nested.nested_tensor([row[:length] for row, length in zip(y, lengths, strict=True)])
+        return torch.nested.as_nested_tensor([row[:length] for row, length in zip(y, lengths, strict=True)])
 
     def _check_plain(self, base: nn.MultiheadAttention) -> None:
         """The attention is computed here from the weights, so nothing may stand between them and the module."""
