@@ -1,6 +1,6 @@
 """HoRA beside PEFT's LoRA and the frozen base: time and memory, same model, same batch, one process.
 
-    python compare.py [--only projection step memory generation merge] [--repeats 15] [--clock cpu]
+    python compare.py [--only projection step tiny-step decode memory generation merge] [--repeats 15] [--clock cpu]
 
 Times are medians of interleaved runs, so that a busy machine slows all sides alike; with ``--clock cpu`` they are
 processor seconds, which leave out what other processes take. A ratio below 1 means that HoRA is faster.
@@ -10,6 +10,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ _TORCHVISION = declare_torchvision_operators()
 import peft  # noqa: E402
 import transformers  # noqa: E402
 from hora_spec import Layout  # noqa: E402
-from hora_torch import HoraConfig  # noqa: E402
+from hora_torch import HoraConfig, cached_factors  # noqa: E402
 from hora_torch.layer import HoraLayer  # noqa: E402
 from hora_torch.merging import merged_weight  # noqa: E402
 
@@ -123,7 +124,46 @@ def llama() -> tuple[nn.Module, tuple[str, ...], Callable[[nn.Module], Tensor]]:
         num_attention_heads=16,
         num_key_value_heads=4,
     )
-    ids = torch.randint(0, 1024, (4, 512))
+    return of_tokens(config, 4, 512)
+
+
+def tiny_vit() -> tuple[nn.Module, tuple[str, ...], Callable[[nn.Module], Tensor]]:
+    """timm ViT, 4 layers, 192 wide, batch 2, 64 px."""
+    import timm
+
+    model = timm.models.vision_transformer.VisionTransformer(
+        img_size=64, patch_size=16, embed_dim=192, depth=4, num_heads=3, num_classes=10
+    )
+    x, y = torch.randn(2, 3, 64, 64), torch.randint(0, 10, (2,))
+    return model, ("qkv",), lambda model: nn.functional.cross_entropy(model(x), y)
+
+
+def tiny_llama() -> tuple[nn.Module, tuple[str, ...], Callable[[nn.Module], Tensor]]:
+    """2 layers, 64 wide, 4 x 16 tokens."""
+    config = transformers.LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    return of_tokens(config, 4, 16)
+
+
+def smollm() -> tuple[nn.Module, tuple[str, ...], Callable[[nn.Module], Tensor]]:
+    """The shape of SmolLM2-135M, 1 x 16 tokens."""
+    config = transformers.LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    return of_tokens(config, 1, 16)
+
+
+def of_tokens(
+    config: transformers.LlamaConfig, batch: int, seq: int
+) -> tuple[nn.Module, tuple[str, ...], Callable[[nn.Module], Tensor]]:
+    ids = torch.randint(0, config.vocab_size, (batch, seq))
     return (
         transformers.LlamaForCausalLM(config),
         ("q_proj", "v_proj"),
@@ -132,6 +172,11 @@ def llama() -> tuple[nn.Module, tuple[str, ...], Callable[[nn.Module], Tensor]]:
 
 
 MODELS = {"timm ViT-S, batch 32, 98 px": vit, "LLaMA 8 x 1024, GQA 4:1, 4 x 512": llama}
+TINY = {
+    "LLaMA 2 x 64, 4 x 16": tiny_llama,
+    "timm ViT 4 x 192, batch 2, 64 px": tiny_vit,
+    "SmolLM2-135M, 1 x 16": smollm,
+}
 
 
 def training_step(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Step:
@@ -151,7 +196,16 @@ def training_step(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Step
 
 def step(repeats: int) -> Iterator[tuple[str, ...]]:
     """A whole training step. The base trains the bias of its first attention, so that it back-propagates as far."""
-    for name, build in MODELS.items():
+    return steps(MODELS, repeats)
+
+
+def tiny_step(repeats: int) -> Iterator[tuple[str, ...]]:
+    """A training step so small that what counts is the number of operations; ten times the repeats."""
+    return steps(TINY, 10 * repeats)
+
+
+def steps(models: Mapping[str, Callable[[], Any]], repeats: int) -> Iterator[tuple[str, ...]]:
+    for name, build in models.items():
         sides = {}
         for side in ("base", "lora", "hora"):
             torch.manual_seed(0)
@@ -168,10 +222,45 @@ def step(repeats: int) -> Iterator[tuple[str, ...]]:
 
 def times(got: Mapping[str, float]) -> tuple[str, ...]:
     return (
-        *(f"{got[name] * 1e3:.1f}" for name in ("base", "lora", "hora")),
+        *(f"{got[name] * 1e3:.4g}" for name in ("base", "lora", "hora")),
         f"{got['hora'] / got['lora']:.2f}",
         f"{got['hora'] / got['base']:.2f}",
     )
+
+
+@torch.no_grad()
+def decode(repeats: int) -> Iterator[tuple[str, ...]]:
+    """One token of SmolLM2-135M with 64 in the cache, and one query projection of it; ten times the repeats."""
+    models = {}
+    for side, wrap in {"base": None, "lora": with_lora, "hora": with_hora, "plain": with_hora}.items():
+        torch.manual_seed(0)
+        model, targets, _ = smollm()
+        models[side] = (frozen(model) if wrap is None else wrap(model, 8, targets)).eval()
+    with ExitStack() as scopes:
+        scopes.enter_context(cached_factors(models["hora"]))
+        for what, stepper in {"one token": token, "one q_proj": query}.items():
+            got = medians({name: stepper(model) for name, model in models.items()}, 10 * repeats)
+            yield (f"{what}, in cached_factors", *times(got))
+            yield (f"{what}, in a call", *times(got | {"hora": got["plain"]}))
+
+
+def token(model: nn.Module) -> Step:
+    """Decoding of one token, always the same."""
+    cache, ids = transformers.DynamicCache(), torch.randint(0, 49152, (1, 64))
+    model(input_ids=ids, past_key_values=cache, use_cache=True)
+
+    def run() -> None:
+        model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+        cache.crop(-1)
+
+    return run
+
+
+def query(model: nn.Module) -> Step:
+    """One call of the first query projection for one token."""
+    q_proj = next(module for name, module in model.named_modules() if name.endswith("q_proj"))
+    x = torch.randn(1, 1, q_proj.in_features)
+    return lambda: q_proj(x)
 
 
 class QueryValue(nn.Module):
@@ -289,7 +378,15 @@ def merge(repeats: int) -> list[tuple[str, ...]]:
     return rows
 
 
-SECTIONS = {"projection": projection, "step": step, "memory": memory, "generation": generation, "merge": merge}
+SECTIONS = {
+    "projection": projection,
+    "step": step,
+    "tiny-step": tiny_step,
+    "decode": decode,
+    "memory": memory,
+    "generation": generation,
+    "merge": merge,
+}
 HEADER = ("", "base", "LoRA", "HoRA", "HoRA/LoRA", "HoRA/base", "branch/LoRA")
 
 

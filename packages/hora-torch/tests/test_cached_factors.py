@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from hora_spec import HoraError
+from hora_torch.lifetime import during_call
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -220,3 +221,59 @@ def test_gradients_inside_a_scope_are_those_outside(model, family):
             model(**family.inputs())
         found = gradients(model, family)
     torch.testing.assert_close(found, expected)
+
+
+INTERCEPTED = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+
+
+def test_a_call_that_records_gradients_generates_once_per_layer(families):
+    family = families["vit"]
+    model, base = adapted(family), family.model()
+    with Generations() as own:
+        base(**family.inputs())
+    with Generations() as seen:
+        model(**family.inputs())
+    assert seen.count - own.count == base.config.num_hidden_layers
+    with Generations() as again, INTERCEPTED:  # as a checkpoint does, which must be able to repeat one projection
+        model(**family.inputs())
+    assert again.count - own.count == 2 * base.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["llama", "vit", "gpt2"])
+def test_gradients_under_a_checkpoint_are_those_without(families, name, reentrant):
+    family = families[name]
+    expected = gradients(adapted(family).train(), family)
+    model = adapted(family).train()
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    torch.testing.assert_close(gradients(model, family), expected)
+
+
+@pytest.fixture
+def projections(model):
+    attention = model.base_model.model.model.layers[0].self_attn
+    return attention.q_proj, attention.v_proj
+
+
+def test_what_a_projection_hands_to_the_next_is_taken_once(model, projections):
+    q, v = projections
+    x = torch.randn(1, 3, q.in_features)
+    with during_call(model):
+        before = q(x), v(x)
+        scale(model)
+        after = q(x), v(x)
+    differ(before[1], after[1])
+    agree(after[0], q(x))
+    agree(after[1], v(x))
+
+
+def test_a_projection_is_handed_nothing_that_was_made_from_lent_parameters(model, projections):
+    q, v = projections
+    x = torch.randn(1, 3, q.in_features)
+    lent = {name: param.detach() * 1.2 for name, param in q.named_parameters() if "hora_hyper" in name}
+    expected = v(x)
+    with during_call(model):
+        functional_call(q, lent, x)
+        assert torch.equal(v(x), expected)

@@ -7,7 +7,7 @@ import torch
 from hora_spec import HoraError, Layout, Window, reference
 from hora_torch import HoraConfig
 from hora_torch.layer import HoraLayer
-from hora_torch.merging import mergeable, merged_weight, write
+from hora_torch.merging import fingerprint, mergeable, merged_weight, write
 from torch import nn
 
 from . import oracle
@@ -196,3 +196,12 @@ def test_only_a_plain_parameter_that_is_here_is_merged_into():
         mergeable(module, "weight")
     with pytest.raises(HoraError, match="kept its own value"):
         write(module.weight, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_fingerprint_tells_one_changed_bit_and_nothing_else(dtype):
+    weight = nn.Parameter(torch.randn(6, 5, dtype=dtype))
+    copy, turned = nn.Parameter(weight.detach().clone()), nn.Parameter(weight.detach().T.contiguous().T)
+    assert fingerprint(weight) == fingerprint(copy) == fingerprint(turned)
+    copy.data[2, 3] = torch.nextafter(copy.data[2, 3], torch.tensor(torch.inf, dtype=dtype))
+    assert fingerprint(weight) != fingerprint(copy)

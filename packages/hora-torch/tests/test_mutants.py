@@ -99,8 +99,7 @@ def last_two_swapped(patch: pytest.MonkeyPatch) -> None:
 
 def left_merged(patch: pytest.MonkeyPatch) -> None:
     """Disabling adapters does not take merged ones out of the weights."""
-    honest = layer.HoraLayer._working
-    patch.setattr(layer.HoraLayer, "_working", lambda self: [] if self.disable_adapters else honest(self))
+    patch.setattr(layer.HoraLayer, "enable_adapters", layer.BaseTunerLayer.enable_adapters)
 
 
 BOTH = ("q", "v")

@@ -5,6 +5,7 @@ Axes: h heads, k head_dim, d embed, r rank, m hidden, e head_embed.
 """
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -39,7 +40,8 @@ def factors(
         head_dim, rank).
     """
     wanted = layer if projections is None else projections
-    return {p: Factors(factor_a(spec, params, p), factor_b(spec, layer, params, p)) for p in wanted}
+    hidden: dict[int, Tensor] = {}
+    return {p: Factors(factor_a(spec, params, p), _factor_b(spec, layer, params, p, hidden)) for p in wanted}
 
 
 def delta(spec: AdapterSpec, layer: LayerShape, params: Params) -> dict[str, Tensor]:
@@ -101,22 +103,42 @@ def factor_a(spec: AdapterSpec, params: Params, projection: str) -> Tensor:
     if not spec.generates_a:
         return params[f"a.{projection}"]
     hidden = activation(spec.activation, params["a_in"] * params["a_seed"])
-    return spec.gain_a * (hidden.T @ params[f"a_out.{projection}"].T)
+    return hidden.T @ _gained(params[f"a_out.{projection}"], spec.gain_a).T
 
 
 def factor_b(spec: AdapterSpec, layer: LayerShape, params: Params, projection: str) -> Tensor:
     """B of all heads of one projection: free, or ``g_B W_2 s(W_1 LN(E_i))``, plus the residual (spec G1 to G3)."""
+    return _factor_b(spec, layer, params, projection, {})
+
+
+def _factor_b(
+    spec: AdapterSpec, layer: LayerShape, params: Params, projection: str, hidden: dict[int, Tensor]
+) -> Tensor:
+    """As `factor_b`; projections whose heads average as many embeddings share what is `hidden`."""
     if not spec.generates_b:
         return params[f"b.{projection}"]
-    embed = params["head_embed"].mT  # h r e: the normalised axis last
     group = layer.group_size(projection)
-    if group > 1:
-        embed = embed.unflatten(0, (-1, group)).mean(1)
-    if spec.normalize:
-        embed = nn.functional.layer_norm(embed, embed.shape[-1:], eps=LAYER_NORM_EPS)
-    hidden = activation(spec.activation, nn.functional.linear(embed, params["b_in"]))
-    b = nn.functional.linear(hidden, params[f"b_out.{projection}"] * spec.gain_b).mT
+    if group not in hidden:
+        hidden[group] = _hidden(spec, params, group)
+    b = nn.functional.linear(hidden[group], _gained(params[f"b_out.{projection}"], spec.gain_b)).permute(1, 2, 0)
     return b + params[f"b.{projection}"] if spec.residual else b
+
+
+def _hidden(spec: AdapterSpec, params: Params, group: int) -> Tensor:
+    """``s(W_1 LN(E_i))`` of the mean embedding of every `group` heads, (rank, heads, hidden).
+
+    With the ranks first, what is computed from it is B transposed, in one piece.
+    """
+    embed = params["head_embed"].permute(2, 0, 1)
+    if group > 1:
+        embed = embed.unflatten(1, (-1, group)).mean(2)
+    if spec.normalize:
+        embed = torch.layer_norm(embed, embed.shape[-1:], eps=LAYER_NORM_EPS)
+    return activation(spec.activation, nn.functional.linear(embed, params["b_in"]))
+
+
+def _gained(weight: Tensor, gain: float) -> Tensor:
+    return weight if gain == 1 else weight * gain
 
 
 def activation(name: str, u: Tensor) -> Tensor:
@@ -124,12 +146,8 @@ def activation(name: str, u: Tensor) -> Tensor:
     return _ACTIVATIONS[name](u)
 
 
-def _leaky_relu(u: Tensor) -> Tensor:
-    return nn.functional.leaky_relu(u, LEAKY_RELU_SLOPE)
-
-
 _ACTIVATIONS: dict[str, Any] = {
-    "leaky_relu": _leaky_relu,
+    "leaky_relu": partial(nn.functional.leaky_relu, negative_slope=LEAKY_RELU_SLOPE),
     "relu": torch.relu,
     "gelu": nn.functional.gelu,
     "sigmoid": torch.sigmoid,

@@ -15,8 +15,9 @@ from hora_torch.sharding import is_sharded
 class _Bank(nn.Module):
     """Parameters of one kind, one per projection, handed out by being called: ``b_out.q``, ``b_out.v``."""
 
-    def forward(self, projection: str) -> Tensor:
-        return owned(self, getattr(self, projection))
+    def forward(self, projections: Iterable[str]) -> list[Tensor]:
+        params = [getattr(self, p) for p in projections]
+        return [param.clone() for param in params] if has_hooks(self) else params  # hooks may free them after the call
 
 
 class HoraHypernet(nn.Module):
@@ -42,13 +43,14 @@ class HoraHypernet(nn.Module):
         super().__init__()
         self.spec, self.layer, self.name, self.seed = spec, layer, name, seed
         self.awaits: set[str] = set()
-        self._keys = tuple(key.partition(".")[::2] for key in param_shapes(spec, layer))
+        self._keys = tuple((key, *key.partition(".")[::2]) for key in param_shapes(spec, layer))
         for key, shape in param_shapes(spec, layer).items():
             kind, _, projection = key.partition(".")
             if projection and kind not in self._modules:
                 self.add_module(kind, _Bank())
             owner = self._modules[kind] if projection else self
             owner.register_parameter(projection or kind, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
+        self.gain, self._ungained = _apart(spec)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -79,12 +81,24 @@ class HoraHypernet(nn.Module):
     def params(self) -> dict[str, Tensor]:
         """Canonical name to parameter, in canonical order."""
         return {
-            f"{kind}.{p}" if p else kind: getattr(getattr(self, kind), p) if p else getattr(self, kind)
-            for kind, p in self._keys
+            key: getattr(self._modules[kind], projection) if projection else getattr(self, kind)
+            for key, kind, projection in self._keys
         }
 
-    def forward(self, projections: Iterable[str] | None = None) -> dict[str, Factors]:
+    def registered(self) -> list[nn.Parameter] | None:
+        """Parameter objects; None where something else stands in the place of one (a parametrization, a replica)."""
+        found = [param for module in (self, *self._modules.values()) for param in module._parameters.values()]
+        return found if len(found) == len(self._keys) else None
+
+    def forward(self, projections: Iterable[str] | None = None, *, gained: bool = True) -> dict[str, Factors]:
         """Factors of the named projections, by default of all, at least float32 whatever the autocast state.
+
+        Parameters
+        ----------
+        projections
+            Names.
+        gained
+            False leaves the constant `gain` out, for callers that scale the product anyway.
 
         Raises
         ------
@@ -92,31 +106,32 @@ class HoraHypernet(nn.Module):
             If the parameters are sharded and were not gathered for this call, or await values that were not loaded.
         """
         wanted = tuple(self.layer if projections is None else projections)
-        params = {}
-        for kind, projection in self._keys:
-            if not projection:
-                params[kind] = self._usable(kind, getattr(self, kind))
-            elif projection in wanted:
-                key = f"{kind}.{projection}"
-                params[key] = self._usable(key, self._modules[kind](projection))
+        params = {key: getattr(self, key) for key, _, projection in self._keys if not projection}
+        for kind, bank in self._modules.items():
+            params.update(zip([f"{kind}.{p}" for p in wanted], bank(wanted), strict=True))
+        params = self._usable(params)
         if not torch.compiler.is_compiling() and self.awaits:
             self._check_arrived(params)
-        param = next(iter(params.values()))
+        spec, param = self.spec if gained else self._ungained, next(iter(params.values()))
         if autocast_enabled(param):
             with torch.autocast(param.device.type, enabled=False):
-                return factors(self.spec, self.layer, params, wanted)
-        return factors(self.spec, self.layer, params, wanted)
+                return factors(spec, self.layer, params, wanted)
+        return factors(spec, self.layer, params, wanted)
 
-    def _usable(self, key: str, param: Tensor) -> Tensor:
-        """The parameter in 32 bits or more, and not a tensor that a hook frees as soon as this call ends."""
-        if is_sharded(param):
-            raise HoraError(
-                f"the parameters of {self.name!r} are gathered when its factors are generated, {key} is sharded: wrap "
-                "the whole attention block, not its projections, in fully_shard, or unshard() it first"
-            )
-        if param.dtype in (torch.bfloat16, torch.float16):
-            return param.float()
-        return owned(self, param)
+    def _usable(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters in 32 bits or more, and none that a hook frees, or somebody changes, after this call."""
+        fleeting = has_hooks(self) or not torch.is_grad_enabled()
+        for key, param in params.items():
+            if type(param) is not nn.Parameter and is_sharded(param):
+                raise HoraError(
+                    f"the parameters of {self.name!r} are gathered when its factors are generated, {key} is sharded: "
+                    "wrap the whole attention block, not its projections, in fully_shard, or unshard() it first"
+                )
+            if param.dtype in (torch.bfloat16, torch.float16):
+                params[key] = param.float()
+            elif fleeting:
+                params[key] = param.clone()
+        return params
 
     def _check_arrived(self, params: dict[str, Tensor]) -> None:
         missing = [key for key in self.awaits & params.keys() if not torch.isfinite(params[key]).all()]
@@ -140,6 +155,9 @@ class HoraHypernet(nn.Module):
         return f"{self.spec}, {self.layer}"
 
 
-def owned(module: nn.Module, param: Tensor) -> Tensor:
-    """The parameter, or a copy where it may be freed or changed while its value is in use: by a hook, or by time."""
-    return param.clone() if has_hooks(module) or not torch.is_grad_enabled() else param
+def _apart(spec: AdapterSpec) -> tuple[float, AdapterSpec]:
+    """Gain of every delta, and the spec of what it multiplies; a residual must not be multiplied."""
+    if spec.residual or not (spec.generates_a or spec.generates_b):
+        return 1.0, spec
+    gains = spec.gain_a if spec.generates_a else 1.0, spec.gain_b if spec.generates_b else 1.0
+    return gains[0] * gains[1], spec.replace(gain=1.0)

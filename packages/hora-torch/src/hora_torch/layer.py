@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from hora_torch.config import HoraConfig
 from hora_torch.functional import stacked
 from hora_torch.hypernet import HoraHypernet
-from hora_torch.lifetime import kept
+from hora_torch.lifetime import handed, kept
 from hora_torch.linear import Branch, add_branches, has_hooks, low_rank_linear
 from hora_torch.merging import Addition, fingerprint, mergeable, merged_weight, value_of, write
 from hora_torch.planning import LayerPlan
@@ -34,6 +34,14 @@ class Attachment:
     dropout: float
     route: str
     leader: "HoraLayer | None"
+    rows: Mapping[str, slice] = field(init=False)
+
+    def __post_init__(self) -> None:
+        rows = {}
+        for p, site in self.sites.items():
+            start, stop, _ = site.layout.rows.indices(site.weight_shape[site.layout.row_axis])
+            rows[p] = slice(start, stop)
+        object.__setattr__(self, "rows", rows)
 
 
 class HoraLayer(BaseTunerLayer):
@@ -99,19 +107,26 @@ class HoraLayer(BaseTunerLayer):
 
     def branches(self, adapter_name: str, *, keep_rate: float = 1.0) -> dict[str, Branch]:
         """Branches of one adapter by projection, generated now; inputs of which `keep_rate` survive dropout."""
-        attached = self.hora_attached[adapter_name]
-        return _branches(attached, self.hypernet(adapter_name)(attached.sites), keep_rate)
+        attached, hypernet = self.hora_attached[adapter_name], self.hypernet(adapter_name)
+        return _branches(attached, hypernet(attached.sites, gained=False), hypernet.gain / keep_rate)
 
     def _branches_of_call(self, adapter_name: str, keep_rate: float = 1.0) -> dict[str, Branch]:
-        """As `branches`; those of the open scope, if there is one, made from one generation for the whole layer."""
+        """As `branches`, from one generation for the whole layer where a call of the model or a scope is open."""
         hypernet = self.hypernet(adapter_name)
-        store = kept(hypernet) if keep_rate == 1 else None
-        if store is None:
+        if torch.is_grad_enabled():
+            if (store := handed(hypernet)) is None:
+                return self.branches(adapter_name, keep_rate=keep_rate)
+            attached = self.hora_attached[adapter_name]
+            if not store.keys() >= attached.sites.keys():
+                store.update(hypernet(gained=False))
+            factors = {p: store.pop(p) for p in attached.sites}
+            return _branches(attached, factors, hypernet.gain / keep_rate)
+        if keep_rate != 1 or (store := kept(hypernet)) is None:
             return self.branches(adapter_name, keep_rate=keep_rate)
         if self not in store:
             if hypernet not in store:
-                store[hypernet] = hypernet()
-            store[self] = _branches(self.hora_attached[adapter_name], store[hypernet], keep_rate)
+                store[hypernet] = hypernet(gained=False)
+            store[self] = _branches(self.hora_attached[adapter_name], store[hypernet], hypernet.gain)
         return store[self]
 
     def get_delta_weight(self, adapter_name: str) -> Tensor | dict[str, Tensor]:
@@ -276,18 +291,18 @@ class HoraLinear(nn.Module, HoraLayer):
         """Output of the base layer with the active adapters, or with one adapter per sample."""
         if adapter_names is not None and not self.disable_adapters:
             return self._mixed(x, adapter_names, *args, **kwargs)
-        names = self._working()
+        names, base = self._working(), self.base_layer
         if not names:
-            return self.base_layer(x, *args, **kwargs)
-        names.sort(key=self._drops)  # adapters without dropout share one pass
-        plain = not args and not kwargs and is_plain(self.base_layer)
-        result: Tensor | None = None if plain else self.base_layer(x, *args, **kwargs)
+            return base(x, *args, **kwargs)
+        if len(names) > 1:
+            names.sort(key=self._drops)  # adapters without dropout share one pass
+        plain = not args and not kwargs and is_plain(base)
+        result: Tensor | None = None if plain else base(x, *args, **kwargs)
         for keep, branches in self._passes(x, names):
             if result is None:
-                weight = self.base_layer.weight
-                weight = weight.T if isinstance(self.base_layer, Conv1D) else weight
+                weight = base.weight.T if isinstance(base, Conv1D) else base.weight
                 route = self.hora_attached[names[0]].route
-                result = low_rank_linear(x, weight, self.base_layer.bias, branches, keep=keep, route=route)
+                result = low_rank_linear(x, weight, base.bias, branches, keep=keep, route=route)
             else:
                 result = self._add(result, x, branches, keep)
         return result
@@ -336,12 +351,9 @@ class HoraLinear(nn.Module, HoraLayer):
         return "hora." + super().__repr__()
 
 
-def _branches(attached: Attachment, factors: Mapping[str, Factors], keep_rate: float) -> dict[str, Branch]:
-    branches = {}
-    for p, site in attached.sites.items():
-        start, stop, _ = site.layout.rows.indices(site.weight_shape[site.layout.row_axis])
-        branches[p] = Branch(*stacked(factors[p]), attached.scaling / keep_rate, start, stop)
-    return branches
+def _branches(attached: Attachment, factors: Mapping[str, Factors], gain: float) -> dict[str, Branch]:
+    scaling = attached.scaling * gain
+    return {p: Branch(*stacked(factors[p]), scaling, rows.start, rows.stop) for p, rows in attached.rows.items()}
 
 
 def is_plain(base: nn.Module) -> bool:

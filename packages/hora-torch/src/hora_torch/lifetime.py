@@ -4,38 +4,43 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cached_property
+from operator import is_
 from typing import Any
 
 import torch
-from hora_spec import HoraError
+from hora_spec import Factors, HoraError
 from torch import Tensor, nn
 
 from hora_torch.hypernet import HoraHypernet
-from hora_torch.linear import is_transformed
+from hora_torch.linear import is_observed
+
+_Stores = dict[HoraHypernet, tuple[list[nn.Parameter], dict[Any, Any]]]
 
 
 class _Scope:
     """What is kept for the hypernetworks of one model while the scope is open."""
 
-    def __init__(self, model: nn.Module, outer: "_Scope | None") -> None:
-        self.model, self.outer = model, outer
+    def __init__(self, model: nn.Module, outer: "_Scope | None", *, call: bool) -> None:
+        self.model, self.outer, self.call = model, outer, call
         self.open = True
-        self.kept: dict[HoraHypernet, tuple[list[Tensor], dict[Any, Any]]] = {}
+        self.kept: _Stores = {}
+        self.handed: _Stores = {}
 
     @cached_property
     def members(self) -> frozenset[HoraHypernet]:
         """The hypernetworks of the model."""
         return frozenset(module for module in self.model.modules() if isinstance(module, HoraHypernet))
 
-    def covers(self, hypernet: HoraHypernet) -> bool:
-        return self.open and hypernet in self.members
-
     def close(self) -> None:
         """A task that inherited the scope and outlives it finds it closed."""
         self.open = False
         self.kept.clear()
+        self.handed.clear()
 
 
+_interceptors = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", None
+)  # torch 2.8, which has no public way
 _SCOPE: ContextVar[_Scope | None] = ContextVar("hora_torch_scope", default=None)
 
 
@@ -45,18 +50,42 @@ def kept(hypernet: HoraHypernet) -> dict[Any, Any] | None:
     Nothing is kept while gradients are recorded, since a graph belongs to one call, nor while operations are traced or
     transformed; what was made from other parameter objects, as `torch.func.functional_call` lends them, is left alone.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or is_transformed():
+    if torch.is_grad_enabled() or is_observed():
         return None
     scope, found = _SCOPE.get(), None
     while scope is not None:
-        found = scope if scope.covers(hypernet) else found
+        if scope.open and hypernet in scope.members:
+            found = scope
         scope = scope.outer
-    if found is None:
+    return None if found is None else _store(found.kept, hypernet)
+
+
+def handed(hypernet: HoraHypernet) -> dict[str, Factors] | None:
+    """What one projection of a layer generated for the next in the same call of the model, each to be taken out once.
+
+    While gradients are recorded; None where nothing may be handed on, which is outside of a call, under transforms, and
+    wherever saved tensors are intercepted: a checkpoint that computes a projection again must find the same operations.
+    """
+    if not torch.is_grad_enabled() or is_observed() or _interceptors is None or _interceptors(True) is not None:
         return None
-    params = list(hypernet.params().values())
-    before, store = found.kept.setdefault(hypernet, (params, {}))
-    same = all(one is other or other.is_meta for one, other in zip(before, params, strict=True))
-    return store if same else None
+    scope = _SCOPE.get()
+    while scope is not None and not (scope.open and scope.call):
+        scope = scope.outer
+    return None if scope is None else _store(scope.handed, hypernet)
+
+
+def _store(stores: _Stores, hypernet: HoraHypernet) -> dict[Any, Any] | None:
+    """Of the parameter objects that the hypernetwork has now; meta ones stand for what is elsewhere."""
+    params = hypernet.registered()
+    if params is None:
+        return None
+    entry = stores.get(hypernet)
+    if entry is None:
+        entry = stores[hypernet] = (params, {})
+    before, store = entry
+    if all(map(is_, before, params)) or all(a is b or b.is_meta for a, b in zip(before, params, strict=True)):
+        return store
+    return None
 
 
 @contextmanager
@@ -65,7 +94,7 @@ def during_call(model: nn.Module) -> Generator[None, None, None]:
     if torch.compiler.is_compiling():
         yield
         return
-    with _opened(model):
+    with _opened(model, call=True):
         yield
 
 
@@ -96,7 +125,7 @@ def cached_factors(model: nn.Module) -> Generator[None, None, None]:
     >>> with torch.no_grad(), hora_torch.cached_factors(model):
     ...     outputs = [model(torch.ones(1, 4)) for _ in range(3)]
     """
-    with _opened(model) as scope:
+    with _opened(model, call=False) as scope:
         before = {hypernet: _values(hypernet) for hypernet in scope.members}
         with suppress(GeneratorExit):  # a generator that is closed early leaves the block as well
             yield
@@ -109,8 +138,8 @@ def cached_factors(model: nn.Module) -> Generator[None, None, None]:
 
 
 @contextmanager
-def _opened(model: nn.Module) -> Generator[_Scope, None, None]:
-    scope = _Scope(model, _SCOPE.get())
+def _opened(model: nn.Module, *, call: bool) -> Generator[_Scope, None, None]:
+    scope = _Scope(model, _SCOPE.get(), call=call)
     token = _SCOPE.set(scope)
     try:
         yield scope

@@ -18,6 +18,8 @@ from torch.autograd import Function, forward_ad
 
 Route = Literal["auto", "branch", "merge"]
 
+_FEW = 2**16  # numbers in x up to which single operations take less time than a Function
+
 
 class Branch(NamedTuple):
     """One low-rank addition to the output columns ``start:stop``: ``scaling * x a^T b^T``.
@@ -77,16 +79,17 @@ def low_rank_linear(
         if x.dtype != torch.float64:
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
+    merges = _merges(route, x, keep)
+    few = route == "auto" and not merges and x.numel() <= _FEW
+    if few or (is_observed() and not torch.compiler.is_compiling()):
+        return _with_branches(nn.functional.linear(x, weight, bias), x, branches, keep)
     windows, first = [], 0
     for branch in branches:
         last = first + branch.a.shape[0]
         windows.append(_Window(branch.start, branch.stop, first, last, branch.scaling))
         first = last
-    if is_transformed():
-        return add_branches(nn.functional.linear(x, weight, bias), x, branches, keep=keep)
     a = branches[0].a if len(branches) == 1 else torch.cat([branch.a for branch in branches])
     a, bs = a.to(x.device, x.dtype), [branch.b.to(x.device, x.dtype) for branch in branches]
-    merges = _merges(route, x, keep)
     if not _records_gradients(x, weight, bias, a, *bs):
         if merges:
             return nn.functional.linear(x, _merged_weight(weight, windows, a, bs), bias)
@@ -112,12 +115,24 @@ def add_branches(y: Tensor, x: Tensor, branches: Sequence[Branch], *, keep: Tens
             f"a base layer maps {tuple(x.shape)} to {(*x.shape[:-1], '>= ' + str(last))}, got {tuple(y.shape)}: its "
             "output is gathered or sharded in a way that adapters cannot follow"
         )
-    rows = _kept(x, keep)
-    for a, b, scaling, start, stop in branches:
-        a, b = (factor.to(x.device, x.dtype) for factor in (a, b))
-        addition = scaling * nn.functional.linear(nn.functional.linear(rows, a), b)
-        y = y + nn.functional.pad(addition, (start, y.shape[-1] - stop)).to(y.dtype)
-    return y
+    return _with_branches(y, x, branches, keep)
+
+
+def _with_branches(y: Tensor, x: Tensor, branches: Sequence[Branch], keep: Tensor | None) -> Tensor:
+    a, b, scaling = _as_one(branches, y.shape[-1])
+    addition = nn.functional.linear(nn.functional.linear(_kept(x, keep), a.to(x)), b.to(x))
+    return torch.add(y, addition.to(y.dtype), alpha=scaling)
+
+
+def _as_one(branches: Sequence[Branch], columns: int) -> tuple[Tensor, Tensor, float]:
+    """Factors a (R, embed) and b (columns, R) of all branches together, and their scaling."""
+    if len(branches) == 1 and branches[0].b.shape[0] == columns:
+        return branches[0][:3]
+    common = branches[0].scaling
+    if any(branch.scaling != common for branch in branches):
+        common, branches = 1.0, [branch._replace(b=branch.b * branch.scaling) for branch in branches]
+    rows = [nn.functional.pad(branch.b.T, (branch.start, columns - branch.stop)) for branch in branches]
+    return torch.cat([branch.a for branch in branches]), torch.cat(rows).T, common
 
 
 def autocast_enabled(x: Tensor) -> bool:
@@ -144,12 +159,11 @@ def _merges(route: Route, x: Tensor, keep: Tensor | None) -> bool:
     return route == "merge" or (x.dtype == torch.float32 and x.numel() > x.shape[-1] ** 2)
 
 
-def is_transformed() -> bool:
-    """Whether torch.func, forward-mode differentiation or a tracer looks at single operations."""
-    if torch.compiler.is_compiling():
-        return False
+def is_observed() -> bool:
+    """Whether a compiler, torch.func, forward-mode differentiation or a tracer looks at single operations."""
     return (
-        torch._C._are_functorch_transforms_active()  # also what Function.apply asks
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()  # also what Function.apply asks
         or forward_ad._current_level >= 0
         or torch.jit.is_tracing()
     )

@@ -207,13 +207,15 @@ class _Trial:
         for (hypernet, key, _), grad in zip(params, grads, strict=True):
             if grad is None or not bool((grad != 0).any()):
                 dead[hypernet].append(key)
+        verdict: Verdict = "unknown" if any(grad is not None and bool((grad != 0).any()) for grad in grads) else "wrong"
         for name, layer in self.layers.items():
             for key in self.active[name]:
                 own = [p for p in dead[layer.hypernet(key)] if p.rpartition(".")[2] in layer.hora_attached[key].sites]
                 if name not in called:
                     yield Finding("receives a gradient", name, "unknown", "this batch does not call it")
                 elif own:
-                    yield Finding("receives a gradient", name, "wrong", f"none reaches {', '.join(own)}")
+                    # an input that is zero, or a single key to choose from, gives none rightly
+                    yield Finding("receives a gradient", name, verdict, f"none reaches {', '.join(own)} on this batch")
                 else:
                     yield Finding("receives a gradient", name, "ok")
 
