@@ -310,6 +310,11 @@ class HoraLinear(nn.Module, HoraLayer):
     def _add(self, result: Tensor, x: Tensor, branches: list[Branch], keep: Tensor | None = None) -> Tensor:
         """Branches on the output of the base layer; under tensor parallelism those of this process's rows."""
         base = self.get_base_layer()
+        if not isinstance(result, Tensor):
+            raise HoraError(
+                f"a linear map returns one tensor, {type(base).__name__} returned a {type(result).__name__}: leave it "
+                "out of target_modules"
+            )
         weight = getattr(base, "weight", None)
         if is_sharded(weight):
             if is_sharded(result) or is_sharded(x):

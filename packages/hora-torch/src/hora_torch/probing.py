@@ -62,7 +62,7 @@ def rows_of_one_head(record: Record, sites: Mapping[str, Site], names: Mapping[s
         return fault
     weights = torch.randn(context.shape[:-1], generator=torch.Generator().manual_seed(0)).to(context)
     leaves, seen = list(record.leaves.values()), set()
-    for column in _columns(context.shape[-1]):
+    for column in _columns(context.shape[-1]) if context.requires_grad else ():
         value = (context[..., column] * weights).sum()
         grads = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
         reached = {name: _used(grad) for name, grad in zip(record.leaves, grads, strict=True) if grad is not None}

@@ -202,12 +202,16 @@ class _Trial:
         with torch.enable_grad():
             output = self._run()
             direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
-            grads = torch.autograd.grad((output * direction).sum(), [param for *_, param in params], allow_unused=True)
+            leaves = [param for *_, param in params]
+            grads = [None] * len(leaves)
+            if output.requires_grad:
+                grads = torch.autograd.grad((output * direction).sum(), leaves, allow_unused=True)
         dead = {h: [] for h in hypernets}
         for (hypernet, key, _), grad in zip(params, grads, strict=True):
             if grad is None or not bool((grad != 0).any()):
                 dead[hypernet].append(key)
-        verdict: Verdict = "unknown" if any(grad is not None and bool((grad != 0).any()) for grad in grads) else "wrong"
+        some = any(grad is not None and bool((grad != 0).any()) for grad in grads)
+        verdict: Verdict = "unknown" if some or not output.requires_grad else "wrong"
         for name, layer in self.layers.items():
             for key in self.active[name]:
                 own = [p for p in dead[layer.hypernet(key)] if p.rpartition(".")[2] in layer.hora_attached[key].sites]
