@@ -32,7 +32,7 @@ class _Scope:
         self.handed.clear()
 
 
-_interceptors = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.8, which has no public way
+_interceptors = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # since torch 2.8, none public
 _SCOPE: ContextVar[_Scope | None] = ContextVar("hora_torch_scope", default=None)
 
 
