@@ -3,6 +3,7 @@
 Shapes: n tokens, D embed, O output rows of the stored weight, R the ranks of all branches together.
 ``branch``: ``y = x W^T + bias``, then ``y[:, window] += scaling * (x A^T) B^T`` in place.
 ``merge``: ``y = x (W + delta)^T + bias`` with the same low-rank gradients; the merged weight is rebuilt for backward.
+For few tokens and under transforms the branch is made of single operations, without a Function.
 
 What has R rows is kept as (R, n), never (n, R): BLAS multiplies a wide matrix from the left up to ten times as fast as
 a tall one from the right (measured with MKL, R = 8).
@@ -67,7 +68,7 @@ def low_rank_linear(
         Dropout mask on the branches' input, boolean, of the shape of `x`; the caller scales the branches.
     route
         ``"merge"`` holds for 32 bits and more without dropout, else the branch is taken; ``"auto"`` merges float32
-        when tokens outnumber the embed width.
+        when tokens outnumber the embed width, and takes single operations for few tokens.
 
     Returns
     -------
