@@ -110,7 +110,7 @@ def factors_of(model: Any) -> dict[tuple[int, str], Factors]:
     with torch.no_grad():
         for name, module in model.named_modules():
             if isinstance(module, HoraHypernet):
-                made = {p: module(p) for p in module.layer}
+                made = module()
             elif isinstance(module, LoraLayer):
                 b = module.lora_B["default"].weight.unflatten(0, (heads, -1))
                 made = {name.rpartition(".")[2]: Factors(module.lora_A["default"].weight, b)}
