@@ -160,8 +160,23 @@ def _gradients(trial: Trial) -> str | None:
     }
     idle = still - _used(trial)
     if still - idle:
-        return f"WRONG: {min(still - idle)} is used and trains nothing"
+        unlike = not _lora_trains(trial)
+        return "unseen: nor does PEFT's LoRA train here" if unlike else f"WRONG: {min(still - idle)} trains nothing"
+    if uncalled := _uncalled(trial):
+        return f"WRONG: {uncalled[0]} is adapted, and its attention does not use it"
     return f"unseen: {len(idle)} of {len(trial.layers)} layers take no part in this output" if idle else None
+
+
+def _uncalled(trial: Trial) -> list[str]:
+    """Adapted modules that are not called, beside others of their layer that are, and whose weights do not matter."""
+    base, called = trial.fresh(), set()
+    sites = {site.module: layer for layer, _, site in trial.sites()}
+    for name in sites:
+        base.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name))
+    _backward(base, trial.inputs)
+    active = {sites[name] for name in called}
+    silent = [name for name, layer in sites.items() if layer in active and name not in called]
+    return [name for name in silent if not any(map(_moves, base.get_submodule(name).parameters()))]
 
 
 def _used(trial: Trial) -> set[str]:
@@ -244,21 +259,38 @@ def _loaded(trial: Trial) -> str | None:
 def _exported(trial: Trial) -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         export_lora(trial.model(), Path(folder) / "lora")
-        loaded = PeftModel.from_pretrained(trial.fresh(), str(Path(folder) / "lora")).eval()
+        try:
+            loaded = PeftModel.from_pretrained(trial.fresh(), str(Path(folder) / "lora")).eval()
+        except ValueError:
+            if _lora(trial.base, tuple(site.module for _, _, site in trial.sites())) == OK:
+                raise
+            return "unseen: PEFT's own LoRA refuses these modules"
     wrong = trial.differs(_without_fast_path(trial, loaded), _without_fast_path(trial, trial.model()))
     return "unseen: PEFT's own LoRA does not act here" if wrong and not _lora_acts(trial) else wrong
 
 
 def _lora_acts(trial: Trial) -> bool:
     """Whether LoRA on the same modules changes the outputs, and does so again when it is loaded."""
-    modules = list(dict.fromkeys(site.module for _, _, site in trial.sites()))
-    lora = get_peft_model(trial.fresh(), LoraConfig(r=4, target_modules=modules, init_lora_weights=False)).eval()
+    torch.manual_seed(0)
+    lora = _random_lora(trial)
     adapted = _without_fast_path(trial, lora)
     with tempfile.TemporaryDirectory() as folder:
         lora.save_pretrained(folder)
+        torch.manual_seed(1)  # values that are not loaded are others
         loaded = _without_fast_path(trial, PeftModel.from_pretrained(trial.fresh(), folder).eval())
     effect = _distance(adapted, trial.expected)
     return effect > 1e-5 * float(trial.expected.abs().max()) and _distance(loaded, adapted) < 1e-3 * effect
+
+
+def _random_lora(trial: Trial) -> PeftModel:
+    modules = list(dict.fromkeys(site.module for _, _, site in trial.sites()))
+    return get_peft_model(trial.fresh(), LoraConfig(r=4, target_modules=modules, init_lora_weights=False)).eval()
+
+
+def _lora_trains(trial: Trial) -> bool:
+    lora = _random_lora(trial)
+    _backward(lora, trial.inputs)
+    return any(_moves(param) for param in lora.parameters())
 
 
 def _without_fast_path(trial: Trial, model: nn.Module) -> Tensor:

@@ -79,18 +79,25 @@ def not_in_use(model: nn.Module, name: str) -> str | None:
     """Why a default target may be idle: its attention holds both fused and separate projections."""
     parent_name, _, own = name.rpartition(".")
     parent = base_module(model.get_submodule(parent_name))
-    names = {child for child, module in parent.named_children() if is_supported(base_module(module))}
-    fused = {child for child in names & set(FUSED) if child not in ROLE_OF and "q" in (row_order(parent, child) or "")}
-    separate = {child for child in names if ROLE_OF.get(child) == "q"}
-    if isinstance(parent, nn.MultiheadAttention) or not (fused and separate):
+    children = [child for child, module in parent.named_children() if is_supported(base_module(module))]
+    rivals = {child for child in children if (child in ROLE_OF) != (own in ROLE_OF)}
+    rivals = {child for child in rivals if _roles(parent, child) & _roles(parent, own)}
+    if isinstance(parent, nn.MultiheadAttention) or not rivals:
         return None
     uses_fused = getattr(parent, "fused_projections", None)  # of diffusers
-    if uses_fused is None or uses_fused != (own in FUSED and own not in ROLE_OF):
+    if uses_fused is None or uses_fused != (own not in ROLE_OF):
         return (
-            f"{type(parent).__name__} at {parent_name!r} has {sorted(fused | separate)}, of which it uses some: name "
-            "the right ones in target_modules"
+            f"{type(parent).__name__} at {parent_name!r} has {sorted({own} | rivals)}, of which it uses some: name the "
+            "right ones in target_modules"
         )
     return None
+
+
+def _roles(attention: nn.Module, own: str) -> set[str]:
+    """What a child is by its name, or its rows by the class of the attention."""
+    if own in ROLE_OF:
+        return {ROLE_OF[own]}
+    return set((row_order(attention, own) or "").split()) if own in FUSED else set()
 
 
 def check_recorded(model: nn.Module, site: Site) -> None:
