@@ -18,7 +18,10 @@ from hora_spec.spec import AdapterSpec
 from hora_spec.tensors import encode
 
 _ADAPTABLE = {"weight", "kernel", "in_proj_weight"}
-_CARRIED = ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "modules_to_save", "peft_version")
+_CARRIED = (
+    *("task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"),
+    *("modules_to_save", "trainable_token_indices"),  # without which their tensors would be left unread
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
