@@ -95,14 +95,14 @@ def export_lora(
     config, modules
         As for `save_adapter`.
     dtype, compact, for_server
-        As for `hora_spec.export_lora`: dtype of the LoRA tensors, whether modules keep ranks and alphas of their own, and
+        As for `hora_spec.export_lora`: dtype of the tensors, whether modules keep ranks and alphas of their own, and
         the server whose limits are checked.
 
     Raises
     ------
     HoraError
-        If phi does not fit the plan, the directory is not empty, or the server takes no such adapter. Nothing is written
-        then.
+        If phi does not fit the plan, the directory is not empty, or the server takes no such adapter. Nothing is
+        written then.
     """
     adapter = to_adapter(plan, phi, config=config, modules=modules)
     hora_spec.export_lora(adapter, directory, dtype=dtype, compact=compact, for_server=for_server)

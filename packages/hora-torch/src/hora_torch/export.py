@@ -70,7 +70,7 @@ def export_lora(
     adapter_name
         Which adapter; may be left out when the model has one.
     dtype, compact, for_server
-        As for `hora_spec.export_lora`: dtype of the LoRA tensors, whether modules keep ranks and alphas of their own, and
+        As for `hora_spec.export_lora`: dtype of the tensors, whether modules keep ranks and alphas of their own, and
         the server whose limits are checked.
 
     Raises
