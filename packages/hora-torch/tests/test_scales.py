@@ -134,7 +134,7 @@ def test_an_adapter_that_is_not_there_has_no_scale(model):
 @pytest.mark.parametrize("model", ["llama"], indirect=True)
 def test_files_and_exports_are_of_the_adapter_as_it_was_trained_or_say_so(model, tmp_path):
     layers(model)[0].set_scale("default", 0.5)
-    with pytest.raises(HoraError, match="0.5 times its scale"):
+    with pytest.raises(HoraError, match=r"0\.5 times its scale"):
         hora_torch.export_lora(model, tmp_path / "lora")
     with pytest.warns(UserWarning, match="which is not saved"):
         model.save_pretrained(tmp_path / "hora")

@@ -12,7 +12,8 @@ from hora_spec.files import SPEC_VERSION, layer_from_json, layer_to_json, load_a
 from hora_spec.goldens import Golden, load_goldens
 from hora_spec.init import init_params
 from hora_spec.layout import Layout, Window
-from hora_spec.lora import LoraModule, export_lora, to_lora
+from hora_spec.lora import LoraModule, portable, to_lora
+from hora_spec.lora_files import export_lora
 from hora_spec.reference import Factors
 from hora_spec.shapes import LayerShape, ProjectionShape, check_params, count_params, param_shapes
 from hora_spec.spec import LAYER_NORM_EPS, AdapterSpec
@@ -45,6 +46,7 @@ __all__ = [
     "load_adapter",
     "load_goldens",
     "param_shapes",
+    "portable",
     "reference",
     "save_adapter",
     "to_lora",

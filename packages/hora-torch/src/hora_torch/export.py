@@ -61,6 +61,8 @@ def export_lora(
     *,
     adapter_name: str | None = None,
     dtype: DTypeLike = np.float32,
+    compact: bool = False,
+    for_server: str | None = None,
 ) -> None:
     """Write an adapter as a standard LoRA adapter that computes the same, exactly and without an SVD (spec F6).
 
@@ -69,18 +71,20 @@ def export_lora(
     model
         A ``PeftModel``, or a model into which an adapter was injected.
     directory
-        A new or empty directory; PEFT, vLLM, llama.cpp and others read it.
+        New, empty, or left by an export that was interrupted.
     adapter_name
         Which adapter; may be left out when the model has one.
-    dtype
-        Floating dtype of the LoRA tensors.
+    dtype, compact, for_server
+        As for `hora_spec.export_lora`: dtype of the tensors, whether modules keep ranks and alphas of their own, and
+        the server whose limits are checked.
 
     Raises
     ------
     HoraError
-        If there is no such adapter, a value is not finite, or a weight is adapted that LoRA cannot.
+        If there is no such adapter, a value is not finite, a weight is adapted that LoRA cannot, or the server takes no
+        such adapter.
     """
-    write_lora(to_adapter(model, adapter_name), directory, dtype=dtype)
+    write_lora(to_adapter(model, adapter_name), directory, dtype=dtype, compact=compact, for_server=for_server)
 
 
 def adapter_name_of(model: nn.Module, adapter_name: str | None) -> str:

@@ -17,7 +17,7 @@ from hora_torch.layer import HoraLayer
 
 def install() -> None:
     """Make HoRA known, once."""
-    if getattr(loraplus.get_parameter_names, "knows_hora", False):
+    if isinstance(peft.helpers.LoraLayer, tuple):
         return
     loraplus.get_parameter_names = _loraplus_names(loraplus.get_parameter_names)
     lorafa.LoraFAOptimizer.__init__ = _lorafa_init(lorafa.LoraFAOptimizer.__init__)
@@ -37,7 +37,6 @@ def _loraplus_names(original: Any) -> Any:
             )
         return original(model, *args, **kwargs)
 
-    names.knows_hora = True
     return names
 
 
