@@ -16,7 +16,10 @@ from hora_spec.lora import LoraModule, portable, to_lora
 from hora_spec.servers import check_server
 from hora_spec.tensors import encode
 
-_CARRIED = ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "modules_to_save", "peft_version")
+_CARRIED = (
+    *("task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"),
+    *("modules_to_save", "trainable_token_indices"),  # without which their tensors would be left unread
+)
 
 
 def export_lora(

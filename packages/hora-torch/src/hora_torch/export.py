@@ -32,9 +32,14 @@ def to_adapter(model: nn.Module, adapter_name: str | None = None) -> Adapter:
     Raises
     ------
     HoraError
-        If there is no such adapter.
+        If there is no such adapter, or it acts at another scale than that of its training.
     """
     name = adapter_name_of(model, adapter_name)
+    if scale := rescaled(model, name):
+        raise HoraError(
+            f"an adapter is taken out as it was trained, {name!r} acts at {scale}: call unscale_layer() of the adapted "
+            "modules, or make the weight its own with add_weighted_adapter"
+        )
     config = model.peft_config[name]
     with _onloaded(model, name):
         state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
@@ -92,6 +97,16 @@ def adapter_name_of(model: nn.Module, adapter_name: str | None) -> str:
     if adapter_name is None or adapter_name not in names:
         raise HoraError(f"adapter_name is one of {names}, got {adapter_name!r}: name an adapter of this model")
     return adapter_name
+
+
+def rescaled(model: nn.Module, adapter_name: str) -> str:
+    """Where an adapter acts at another scale than that of its training, and at which; empty if nowhere."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, HoraLayer) and adapter_name in layer.hora_attached:
+            trained, scaling = layer.hora_attached[adapter_name].scaling, layer.scaling[adapter_name]
+            if scaling != trained:
+                return f"{scaling / trained:g} times its scale in {path!r}"
+    return ""
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hora_torch.attention import HoraMultiheadAttention
 from hora_torch.config import HoraConfig
+from hora_torch.export import rescaled
 from hora_torch.hypernet import HoraHypernet
 from hora_torch.layer import BASE, HoraLayer, HoraLinear, tied_weights
 from hora_torch.lifetime import during_call
@@ -72,8 +73,8 @@ class HoraModel(BaseTuner):
         if config.given_layers is not None:
             for hypernet in _hypernets(model, adapter_name):
                 hypernet.await_values(needed=self._loads_unchecked)
-        if plan.left_out:
-            warnings.warn(f"{plan.headline()} (hora_torch.plan says which and why)", stacklevel=2)
+        if text := plan.warning():
+            warnings.warn(text, stacklevel=2)
 
     def _prepare_adapter_config(self, peft_config: HoraConfig, model_config: dict[str, Any]) -> HoraConfig:
         return peft_config
@@ -191,6 +192,15 @@ class HoraModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: HoraConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Tensors of an adapter as files hold them, which is without the scale at which it acts here."""
+        if scale := rescaled(model, adapter_name):
+            warnings.warn(f"{adapter_name!r} acts at {scale}, which is not saved", stacklevel=2)
+        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
