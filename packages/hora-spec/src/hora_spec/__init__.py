@@ -15,6 +15,7 @@ from hora_spec.init import init_params
 from hora_spec.layout import Layout, Window
 from hora_spec.lora import LoraModule, portable, to_lora
 from hora_spec.lora_files import export_lora
+from hora_spec.merged import save_merged
 from hora_spec.reference import Factors
 from hora_spec.shapes import LayerShape, ProjectionShape, check_params, count_params, param_shapes
 from hora_spec.spec import LAYER_NORM_EPS, AdapterSpec
@@ -51,5 +52,6 @@ __all__ = [
     "portable",
     "reference",
     "save_adapter",
+    "save_merged",
     "to_lora",
 ]
