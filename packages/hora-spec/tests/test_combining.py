@@ -103,7 +103,7 @@ def test_f8_weights_are_finite_and_one_for_each():
 
 @pytest.mark.parametrize("other", [{"q": site("attn.q", heads=2)}, {"rows": site("attn.q")}], ids=["heads", "name"])
 def test_f8_terms_that_disagree_are_refused(other):
-    with pytest.raises(HoraError, match="agree on rows and heads|adapted once"):
+    with pytest.raises(HoraError, match=r"agree on rows and heads|adapted once"):
         combine([adapter("a"), adapter("a", sites=other)], [1.0, 1.0])
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hora_spec import HoraError
 from hora_torch import HoraConfig
+
 from .oracle import assert_unchanged, snapshot
 
 SMALL = {"r": 2, "hidden_dim": 6, "head_embed_dim": 5, "init_weights": False}

@@ -31,8 +31,8 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], *, order: Seq
     Returns
     -------
     Adapter
-        With free factors and scaling 1. A is common to all heads if it is in every adapter, else free per head. The rank
-        of a layer is the sum of the ranks of the adapters that have it.
+        With free factors and scaling 1. A is common to all heads if it is in every adapter, else free per head. The
+        rank of a layer is the sum of the ranks of the adapters that have it.
 
     Raises
     ------
@@ -41,21 +41,17 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], *, order: Seq
         rows than another does.
     """
     if not adapters or len(adapters) != len(weights) or not all(map(math.isfinite, weights)):
-        raise HoraError(
-            f"every adapter has a finite weight, got {len(adapters)} adapters and {list(weights)} (spec F8)"
-        )
+        raise HoraError(f"every adapter has a finite weight, got {len(adapters)} with {list(weights)} (spec F8)")
     for adapter in adapters:
         check_adapter(adapter)
         if adapter.modules:
             raise HoraError(
-                f"a sum is of low-rank updates, got modules trained whole, {sorted(adapter.modules)[:3]}: train without "
-                "modules_to_save and bias, or merge the adapters one after the other (spec F8)"
+                f"a sum is of low-rank updates, got modules trained whole, {sorted(adapter.modules)[:3]}: train "
+                "without modules_to_save and bias, or merge the adapters one after the other (spec F8)"
             )
     modules = {module for a in adapters for layer in a.layers.values() for module in layer.modules}
     if order and (strangers := sorted(modules - set(order))):
-        raise HoraError(
-            f"order has the paths of all modules, got none for {strangers[:3]}: is it that model? (spec F8)"
-        )
+        raise HoraError(f"order has the paths of all modules, got none for {strangers[:3]}: is it the model? (spec F8)")
     shared = all(layer.spec.shares_a for adapter in adapters for layer in adapter.layers.values())
     layers: dict[str, AdapterLayer] = {}
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.layers):
@@ -76,8 +72,8 @@ def _sites(name: str, found: Sequence[Mapping[str, Site]], order: Sequence[str])
         for p, site in places.items():
             if sites.setdefault(p, site) != site:
                 raise HoraError(
-                    f"adapters of a sum agree on rows and heads, got {sites[p]} and {site} for {p!r} of {name!r}: train "
-                    "them with one num_heads (spec F8)"
+                    f"adapters of a sum agree on rows and heads, got {sites[p]} and {site} for {p!r} of {name!r}: "
+                    "train them with one num_heads (spec F8)"
                 )
     modules = {site.module for site in sites.values()}
     if order:
