@@ -58,6 +58,7 @@ class HoraLayer(BaseTunerLayer):
 
     adapter_layer_names = ("hora_hyper",)
     other_param_names = ("hora_attached", "_scaling")
+    cast_input_dtype_enabled = True  # PEFT's helper turns it off for a while; inputs are never cast, factors are
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()

@@ -222,7 +222,8 @@ def _recorded(model: nn.Module, names: Iterable[str], config: HoraConfig) -> tup
     if recorded != names:
         raise HoraError(
             f"a loaded adapter fits its own base model, missing here: {sorted(recorded - names)[:3]}, not in the "
-            f"adapter: {sorted(names - recorded)[:3]}: load the base model it was trained on (spec F5)"
+            f"adapter: {sorted(names - recorded)[:3]}: load the base model it was trained on (spec F5), or for a new "
+            "adapter set its hora_layers to None, or hora_layers in its file to null"
         )
     for layer in layers:
         for site in layer.sites.values():
