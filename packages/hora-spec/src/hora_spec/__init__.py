@@ -7,12 +7,15 @@ its projections together. This package decides every number; ``hora_torch`` and 
 from hora_spec import reference
 from hora_spec.activations import ACTIVATIONS, LEAKY_RELU_SLOPE
 from hora_spec.adapter import Adapter, AdapterLayer, Site
+from hora_spec.combining import combine
 from hora_spec.errors import HoraError
 from hora_spec.files import SPEC_VERSION, layer_from_json, layer_to_json, load_adapter, save_adapter
 from hora_spec.goldens import Golden, load_goldens
 from hora_spec.init import init_params
 from hora_spec.layout import Layout, Window
-from hora_spec.lora import LoraModule, export_lora, to_lora
+from hora_spec.lora import LoraModule, portable, to_lora
+from hora_spec.lora_files import export_lora
+from hora_spec.merged import save_merged
 from hora_spec.reference import Factors
 from hora_spec.shapes import LayerShape, ProjectionShape, check_params, count_params, param_shapes
 from hora_spec.spec import LAYER_NORM_EPS, AdapterSpec
@@ -37,6 +40,7 @@ __all__ = [
     "Site",
     "Window",
     "check_params",
+    "combine",
     "count_params",
     "export_lora",
     "init_params",
@@ -45,7 +49,9 @@ __all__ = [
     "load_adapter",
     "load_goldens",
     "param_shapes",
+    "portable",
     "reference",
     "save_adapter",
+    "save_merged",
     "to_lora",
 ]

@@ -11,7 +11,8 @@ from hora_spec import reference
 from hora_spec.adapter import Adapter, AdapterLayer
 from hora_spec.errors import HoraError
 from hora_spec.files import load_adapter
-from hora_spec.lora import export_lora, to_lora
+from hora_spec.lora import to_lora
+from hora_spec.lora_files import export_lora
 from hora_spec.shapes import count_params
 
 _HEAD = ("layer", "rank", "params", "projection", "module", "layout", "heads", "head_dim", "embed", "|delta|")

@@ -89,6 +89,11 @@ class AdapterLayer:
         """Path of the layer's first target module."""
         return next(iter(self.sites.values())).module
 
+    @property
+    def modules(self) -> list[str]:
+        """Paths of the adapted modules, in model order."""
+        return list(dict.fromkeys(site.module for site in self.sites.values()))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:

@@ -118,7 +118,7 @@ def save_adapter(directory: str | os.PathLike[str], adapter: Adapter) -> None:
     data = encode(tensors)
     layers = [layer_to_json(name, layer.spec, layer.sites) for name, layer in adapter.layers.items()]
     config = {
-        **_peft_keys(adapter.layers),
+        **peft_keys(adapter.layers),
         **adapter.config,
         "peft_type": PEFT_TYPE,
         "hora_spec_version": SPEC_VERSION,
@@ -259,14 +259,14 @@ def _prefix(layer: AdapterLayer) -> str:
     return f"{PREFIX}{layer.leader}.hora_hyper."
 
 
-def _peft_keys(layers: Mapping[str, AdapterLayer]) -> dict[str, Any]:
+def peft_keys(layers: Mapping[str, AdapterLayer]) -> dict[str, Any]:
     """What PEFT's config of the method holds, as far as it follows from the layers."""
     first = next(iter(layers.values())).spec
     fields = first.to_dict()
     rank, alpha = fields.pop("rank"), fields.pop("alpha")
     ranks, alphas = {}, {}
     for layer in layers.values():
-        for module in _modules(layer.sites.values()):
+        for module in layer.modules:
             if layer.spec.rank != rank:
                 ranks[pattern(module)] = layer.spec.rank
             if layer.spec.alpha != alpha:
@@ -275,12 +275,8 @@ def _peft_keys(layers: Mapping[str, AdapterLayer]) -> dict[str, Any]:
         "r": rank,
         "hora_alpha": alpha,
         **fields,
-        "target_modules": [module for layer in layers.values() for module in _modules(layer.sites.values())],
+        "target_modules": [module for layer in layers.values() for module in layer.modules],
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
         "inference_mode": True,
     }
-
-
-def _modules(sites: Iterable[Site]) -> list[str]:
-    return list(dict.fromkeys(site.module for site in sites))

@@ -58,7 +58,7 @@ def merged_weight(
     for _, a, b, scaling in additions:
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise HoraError(f"{_broken(name)}: only a finite delta can be merged, its factors are not (spec M3)")
-        limit += scaling * float((a.abs().amax(1).double() * b.abs().amax(0).double()).sum())
+        limit += abs(scaling) * float((a.abs().amax(1).double() * b.abs().amax(0).double()).sum())
     working = torch.float64 if weight.dtype == torch.float64 else torch.float32
     merged = weight.clone() if weight.dtype == working else torch.empty_like(weight)
     if weight.dtype == working:
