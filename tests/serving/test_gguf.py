@@ -81,7 +81,7 @@ BASES = {
 
 
 @pytest.mark.parametrize("what", BASES)
-def test_f8_a_base_that_does_not_fit_is_refused(what, base, tmp_path):
+def test_f9_a_base_that_does_not_fit_is_refused(what, base, tmp_path):
     changes, match = BASES[what]
     other = rewritten(base, tmp_path / "other.gguf", **changes)
     with pytest.raises(HoraError, match=match):
@@ -99,14 +99,14 @@ ADAPTERS = {
 
 
 @pytest.mark.parametrize("what", ADAPTERS)
-def test_f8_an_adapter_that_does_not_fit_is_refused(what, base, tmp_path):
+def test_f9_an_adapter_that_does_not_fit_is_refused(what, base, tmp_path):
     given, match = ADAPTERS[what]
     with pytest.raises(HoraError, match=match):
         export_gguf(adapter_of(**given), tmp_path / "out.gguf", base=base)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_f8_what_is_no_gguf_file_is_refused(base, tmp_path):
+def test_f9_what_is_no_gguf_file_is_refused(base, tmp_path):
     (tmp_path / "text").write_text("text")
     (tmp_path / "cut").write_bytes(base.read_bytes()[:2000])
     for name in ("text", "cut", "absent"):
@@ -114,7 +114,7 @@ def test_f8_what_is_no_gguf_file_is_refused(base, tmp_path):
             export_gguf(adapter_of(), tmp_path / "out.gguf", base=tmp_path / name)
 
 
-def test_f8_nothing_is_overwritten(base, tmp_path):
+def test_f9_nothing_is_overwritten(base, tmp_path):
     export_gguf(adapter_of(), tmp_path / "out.gguf", base=base)
     written = (tmp_path / "out.gguf").read_bytes()
     with pytest.raises(HoraError, match="nothing is overwritten silently"):
@@ -123,7 +123,7 @@ def test_f8_nothing_is_overwritten(base, tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_f8_other_dtypes_are_refused_and_small_ones_are_written(base, tmp_path):
+def test_f9_other_dtypes_are_refused_and_small_ones_are_written(base, tmp_path):
     with pytest.raises(HoraError, match="float16 or float32, got float64"):
         export_gguf(adapter_of(), tmp_path / "out.gguf", base=base, dtype=np.float64)
     names = export_gguf(adapter_of(), tmp_path / "out.gguf", base=base, dtype=np.float16)
@@ -133,7 +133,7 @@ def test_f8_other_dtypes_are_refused_and_small_ones_are_written(base, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [None, Quantised.F16, Quantised.BF16, Quantised.Q8_0, Quantised.Q4_0])
-def test_f8_weights_prove_what_a_base_is_whatever_its_quantisation(kind, base, tmp_path):
+def test_f9_weights_prove_what_a_base_is_whatever_its_quantisation(kind, base, tmp_path):
     file = rewritten(base, tmp_path / "base.gguf", quantised=kind)
     language_model().save_pretrained(tmp_path / "right")
     language_model(seed=1).save_pretrained(tmp_path / "wrong")
@@ -142,7 +142,7 @@ def test_f8_weights_prove_what_a_base_is_whatever_its_quantisation(kind, base, t
         export_gguf(adapter_of(), tmp_path / "other.gguf", base=file, weights=tmp_path / "wrong")
 
 
-def test_f8_the_same_adapter_gives_the_same_file(base, tmp_path):
+def test_f9_the_same_adapter_gives_the_same_file(base, tmp_path):
     adapter = saved(adapted(language_model(), "llama", "full"), tmp_path / "hora")
     for name in ("one", "two"):
         export_gguf(adapter, tmp_path / name, base=base)

@@ -46,7 +46,7 @@ def test_every_architecture_that_is_written_is_tried():
 
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_f8_an_adapter_as_gguf_is_computed_alike(arch, sharing, bases, tmp_path):
+def test_f9_an_adapter_as_gguf_is_computed_alike(arch, sharing, bases, tmp_path):
     file, base, floor = bases(arch)
     plain = partial(log_probs, language_model(arch))
     model = adapted(language_model(arch), arch, sharing)
@@ -68,7 +68,7 @@ def test_m4_a_merged_checkpoint_is_computed_alike(arch, sharing, bases, tmp_path
     assert distance(served, partial(log_probs, model)) < floor + BOUND
 
 
-def test_f8_each_request_chooses_its_adapter(bases, tmp_path):
+def test_f9_each_request_chooses_its_adapter(bases, tmp_path):
     file, _, floor = bases("llama")
     models = {None: language_model()}
     for number, sharing in enumerate(("full", "none")):
@@ -81,7 +81,7 @@ def test_f8_each_request_chooses_its_adapter(bases, tmp_path):
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
-def test_f8_meta_without_the_order_of_rotary_rows_the_tests_fail(sharing, bases, tmp_path, monkeypatch):
+def test_f9_meta_without_the_order_of_rotary_rows_the_tests_fail(sharing, bases, tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_adapter, "_ROTARY", {})
     file, base, floor = bases("llama")
     model = adapted(language_model(), "llama", sharing)
@@ -93,7 +93,7 @@ def test_f8_meta_without_the_order_of_rotary_rows_the_tests_fail(sharing, bases,
         export_gguf(adapter, tmp_path / "other.gguf", base=file, weights=base)
 
 
-def test_f8_meta_with_a_rank_and_alpha_per_module_the_tests_fail(bases, tmp_path, monkeypatch):
+def test_f9_meta_with_a_rank_and_alpha_per_module_the_tests_fail(bases, tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_adapter, "portable", dict)
     monkeypatch.setattr(gguf_adapter, "check_server", lambda *args: None)
     file, _, floor = bases("llama")

@@ -7,6 +7,7 @@ its projections together. This package decides every number; ``hora_torch`` and 
 from hora_spec import reference
 from hora_spec.activations import ACTIVATIONS, LEAKY_RELU_SLOPE
 from hora_spec.adapter import Adapter, AdapterLayer, Site
+from hora_spec.combining import combine
 from hora_spec.errors import HoraError
 from hora_spec.files import SPEC_VERSION, layer_from_json, layer_to_json, load_adapter, save_adapter
 from hora_spec.gguf_adapter import export_gguf
@@ -40,6 +41,7 @@ __all__ = [
     "Site",
     "Window",
     "check_params",
+    "combine",
     "count_params",
     "export_gguf",
     "export_lora",

@@ -1,4 +1,4 @@
-"""Adapters as GGUF files for llama.cpp, laid out for the GGUF file of the base (spec F8)."""
+"""Adapters as GGUF files for llama.cpp, laid out for the GGUF file of the base (spec F9)."""
 
 import os
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ def export_gguf(
     weights: str | os.PathLike[str] | None = None,
     dtype: DTypeLike = np.float32,
 ) -> list[str]:
-    """Write an adapter as a GGUF LoRA adapter for one base file, as ``--lora`` of llama.cpp takes it (spec F8).
+    """Write an adapter as a GGUF LoRA adapter for one base file, as ``--lora`` of llama.cpp takes it (spec F9).
 
     Parameters
     ----------
@@ -72,12 +72,12 @@ def export_gguf(
     modules = portable(to_lora(adapter))
     check_server("llama.cpp", modules, adapter.modules, adapter.config)
     if np.dtype(dtype) not in (np.float16, np.float32):
-        raise HoraError(f"a GGUF adapter is float16 or float32, got {np.dtype(dtype)} (spec F8)")
+        raise HoraError(f"a GGUF adapter is float16 or float32, got {np.dtype(dtype)} (spec F9)")
     file = _read_base(gguf, Path(base))
     heads = {site.module: site.projection.num_heads for la in adapter.layers.values() for site in la.sites.values()}
     names = {module: _name_of(gguf, file, module) for module in modules}
     if len(set(names.values())) < len(names):
-        raise HoraError(f"each tensor of {file.path} is adapted once, got {sorted(names.values())} (spec F8)")
+        raise HoraError(f"each tensor of {file.path} is adapted once, got {sorted(names.values())} (spec F9)")
     tensors = {}
     for module, name in names.items():
         order = _order(file, name, heads[module], len(modules[module].b))
@@ -103,7 +103,7 @@ class _Base:
     def count(self, key: str, name: str) -> int:
         """A number of the architecture, for the block of a tensor where blocks differ."""
         if (value := self.fields.get(f"{self.arch}.{key}")) is None:
-            raise HoraError(f"{self.path} states {self.arch}.{key}, which is absent: convert the base anew (spec F8)")
+            raise HoraError(f"{self.path} states {self.arch}.{key}, which is absent: convert the base anew (spec F9)")
         return int(value[int(name.split(".")[1])] if isinstance(value, list) else value)
 
 
@@ -111,7 +111,7 @@ def _gguf() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise HoraError('GGUF files need the package gguf: pip install "hora-spec[gguf]" (spec F8)') from error
+        raise HoraError('GGUF files need the package gguf: pip install "hora-spec[gguf]" (spec F9)') from error
     return gguf
 
 
@@ -120,20 +120,20 @@ def _read_base(gguf: Any, path: Path) -> _Base:
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer")}
     except OSError as error:
-        raise HoraError(f"the base is a GGUF file, got {error}: check the path (spec F8)") from error
+        raise HoraError(f"the base is a GGUF file, got {error}: check the path (spec F9)") from error
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
-        raise HoraError(f"the base is a GGUF file, {str(path)!r} is none, or damaged: {error} (spec F8)") from error
+        raise HoraError(f"the base is a GGUF file, {str(path)!r} is none, or damaged: {error} (spec F9)") from error
     arch = fields.get("general.architecture")
     if fields.get("general.type", "model") != "model":
-        raise HoraError(f"the base is a model, got the {fields['general.type']} {str(path)!r} (spec F8)")
+        raise HoraError(f"the base is a model, got the {fields['general.type']} {str(path)!r} (spec F9)")
     if fields.get("split.count", 1) > 1:
         raise HoraError(
-            f"the base is one file, got one of {fields['split.count']}: join them, llama-gguf-split --merge (spec F8)"
+            f"the base is one file, got one of {fields['split.count']}: join them, llama-gguf-split --merge (spec F9)"
         )
     if arch not in ARCHITECTURES:
         raise HoraError(
             f"GGUF is written for the architectures {', '.join(ARCHITECTURES)}, on which llama.cpp was tested, got "
-            f"{arch!r}: merge the adapter and convert the model instead (spec F8)"
+            f"{arch!r}: merge the adapter and convert the model instead (spec F9)"
         )
     return _Base(path, arch, fields, {tensor.name: tensor for tensor in reader.tensors})
 
@@ -146,7 +146,7 @@ def _name_of(gguf: Any, file: _Base, module: str) -> str:
     if name is None or name not in file.tensors:
         raise HoraError(
             f"{file.path} has the weight of every adapted module, got none for {module} ({name or 'no name known'}): "
-            "the adapter is of another model, or the weight is tied to another one (spec F8)"
+            "the adapter is of another model, or the weight is tied to another one (spec F9)"
         )
     return name
 
@@ -160,7 +160,7 @@ def _order(file: _Base, name: str, heads: int, rows: int) -> NDArray[np.intp]:
     if (count := file.count(f"attention.{key}", name)) != heads or rows % (2 * heads):
         raise HoraError(
             f"rows of {name} are reordered head by head, got {heads} heads in the adapter and {count} in {file.path}, "
-            f"for {rows} rows: they are of different models (spec F8)"
+            f"for {rows} rows: they are of different models (spec F9)"
         )
     return order.reshape(heads, 2, -1).swapaxes(1, 2).ravel()
 
@@ -170,7 +170,7 @@ def _check_shape(file: _Base, name: str, module: str, factors: LoraModule) -> No
     if stored != adapted:
         raise HoraError(
             f"{name} has shape {stored} in {file.path}, got {adapted} for {module} in the adapter: they are of "
-            "different models (spec F8)"
+            "different models (spec F9)"
         )
 
 
@@ -193,14 +193,14 @@ def _check_weights(
             stored = np.asarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
         except NotImplementedError as error:
             raise HoraError(
-                f"{name} is compared once expanded, which failed: {error}; omit weights (spec F8)"
+                f"{name} is compared once expanded, which failed: {error}; omit weights (spec F9)"
             ) from error
         order = _order(file, name, heads[module], len(weight))
         like = _cosine(weight[order], stored) if weight.shape == stored.shape else 0.0
         if like < _ALIKE:
             raise HoraError(
                 f"{name} in {file.path} is {entry} in {str(directory)!r}, got a cosine of {like:.2f} between them: the "
-                "file is of another model, or was converted in another order of rows (spec F8)"
+                "file is of another model, or was converted in another order of rows (spec F9)"
             )
 
 

@@ -179,7 +179,7 @@ def _sum(
         a, b = factors(layer)[p]
         heads = (b_i @ (a if a.ndim == 2 else a[i]) for i, b_i in enumerate(b))
         delta = np.concatenate([(layer.spec.scaling * head).astype(total.dtype) for head in heads])
-        total[site.layout.index()] += site.layout.write(delta, total.shape)
+        total[site.layout.index(total.shape)] += site.layout.write(delta, total.shape)
     return _encode(total, entry)
 
 

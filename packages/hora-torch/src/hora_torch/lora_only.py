@@ -10,8 +10,10 @@ from typing import Any
 import peft.helpers
 from hora_spec import HoraError
 from peft.optimizers import lorafa, loraplus
+from peft.utils import PeftType, hotswap
 from torch import nn
 
+from hora_torch.hotswap import swap
 from hora_torch.layer import HoraLayer
 
 
@@ -21,6 +23,8 @@ def install() -> None:
         return
     loraplus.get_parameter_names = _loraplus_names(loraplus.get_parameter_names)
     lorafa.LoraFAOptimizer.__init__ = _lorafa_init(lorafa.LoraFAOptimizer.__init__)
+    hotswap.CONFIG_KEYS_TO_CHECK[PeftType.HORA] = []  # `swap` compares the layers
+    hotswap.hotswap_adapter_from_state_dict = _hotswap(hotswap.hotswap_adapter_from_state_dict)
     # rescale_adapter_scale asks isinstance(module, LoraLayer), and then for module.scaling, which both have
     peft.helpers.LoraLayer = (peft.helpers.LoraLayer, HoraLayer)
 
@@ -55,3 +59,18 @@ def _lorafa_init(original: Any) -> Any:
         original(self, params, *args, **kwargs)
 
     return init
+
+
+def _hotswap(original: Any) -> Any:
+    """``hotswap_adapter`` calls this when it has read the new adapter, and knows the parameters of LoRA alone."""
+
+    @functools.wraps(original)
+    def hotswap_adapter_from_state_dict(
+        model: nn.Module, state_dict: dict[str, Any], adapter_name: str, config: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        if config.peft_type == PeftType.HORA:
+            swap(model, state_dict, adapter_name, config)
+        else:
+            original(model, state_dict, adapter_name, config, *args, **kwargs)
+
+    return hotswap_adapter_from_state_dict

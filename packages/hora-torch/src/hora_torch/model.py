@@ -13,6 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from hora_torch.attention import HoraMultiheadAttention
+from hora_torch.combining import add_sum
 from hora_torch.config import HoraConfig
 from hora_torch.export import rescaled
 from hora_torch.hypernet import HoraHypernet
@@ -133,6 +134,31 @@ class HoraModel(BaseTuner):
                 with onload_layer(layer):
                     layer.restore_merged(names)
             raise
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        **options: Any,
+    ) -> None:
+        """Add an adapter whose delta is the weighted sum of others, exactly (spec F8).
+
+        It has free factors, of the sum of the ranks, as `hora_torch.freeze` makes them; they are not trained further.
+
+        Raises
+        ------
+        HoraError
+            If `combination_type` is not ``"cat"``, a name or weight is wrong, or the adapters have no such sum. Nothing
+            has changed then.
+        """
+        if combination_type != "cat" or any(value is not None for value in options.values()):
+            raise HoraError(
+                f"adapters are combined exactly, by combination_type='cat', got {combination_type!r} with {options}: "
+                "for an approximation of lower rank export them with export_lora and combine those"
+            )
+        add_sum(self, adapters, weights, adapter_name)
 
     def _unload_and_optionally_merge(
         self,

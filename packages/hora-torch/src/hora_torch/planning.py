@@ -57,11 +57,11 @@ class LayerPlan:
         """One line per projection: weight, rows, heads and where they are known from."""
         lines = []
         for p, site in self.sites.items():
-            rows = range(*site.layout.rows.indices(site.weight_shape[site.layout.row_axis]))
+            rows = site.layout.rows(site.weight_shape)
             own = site.module.removeprefix(f"{self.name}.") if site.module != self.name else "(itself)"
             shape = site.projection
             lines.append(
-                f"    {p}: {own}.{site.parameter} rows {rows.start}:{rows.stop}, {shape.num_heads} heads x "
+                f"    {p}: {own}.{site.parameter} rows {rows}, {shape.num_heads} heads x "
                 f"{shape.head_dim}, rank {self.spec.rank}; {self.sources.get(p, '')}"
             )
         return "\n".join(lines)
@@ -222,7 +222,8 @@ def _recorded(model: nn.Module, names: Iterable[str], config: HoraConfig) -> tup
     if recorded != names:
         raise HoraError(
             f"a loaded adapter fits its own base model, missing here: {sorted(recorded - names)[:3]}, not in the "
-            f"adapter: {sorted(names - recorded)[:3]}: load the base model it was trained on (spec F5)"
+            f"adapter: {sorted(names - recorded)[:3]}: load the base model it was trained on (spec F5), or for a new "
+            "adapter set its hora_layers to None, or hora_layers in its file to null"
         )
     for layer in layers:
         for site in layer.sites.values():
