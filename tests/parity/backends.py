@@ -112,7 +112,7 @@ def _torch_merge(weight: Any, delta: Any, layout: Layout) -> Any:
     canonical = layout.read(weight)
     merged = _torch_merge(*(part.reshape(-1, delta.shape[-1]) for part in (canonical, delta)), Layout())
     result = weight.copy()
-    result[layout.index()] = layout.write(merged.reshape(canonical.shape), weight.shape)
+    result[layout.index(weight.shape)] = layout.write(merged.reshape(canonical.shape), weight.shape)
     return result
 
 

@@ -152,11 +152,7 @@ def from_adapter(plan: Plan, adapter: Adapter, *, skip_modules: bool = False) ->
 
 def _file_site(layer: Layer, site: Site, name: str) -> hora_spec.Site:
     """Place of a projection in the PyTorch model: rows of a Linear weight, the same rows as in the tree."""
-    projection, window = layer.shape[site.projection], site.layout.window
-    rows, _ = projection.weight_shape
-    total, layout = rows, Layout()
-    if window is not None and site.layout.axes[window.axis] in ("hk", "h"):
-        unit = 1 if site.layout.axes[window.axis] == "hk" else projection.head_dim
-        total = site.shape[window.axis] * unit
-        layout = Layout(window=Window(0, window.start * unit, window.stop * unit))
-    return hora_spec.Site(f"{name}.{site.module}", "weight", (total, projection.embed_dim), layout, projection)
+    projection, rows = layer.shape[site.projection], site.layout.rows(site.shape)
+    whole = len(rows) == rows.size
+    layout = Layout(window=None if whole else Window(0, rows.start, rows.stop, rows.blocks))
+    return hora_spec.Site(f"{name}.{site.module}", "weight", (rows.size, projection.embed_dim), layout, projection)

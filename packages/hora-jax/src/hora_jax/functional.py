@@ -119,7 +119,7 @@ def merge(weight: Array, delta: Array, layout: Layout) -> Array:
     -----
     Spec M1. `hora_jax.merge` also refuses what rule M3 refuses; under a trace, values are unknown.
     """
-    wide, index = jnp.promote_types(weight.dtype, jnp.float32), layout.index()
+    wide, index = jnp.promote_types(weight.dtype, jnp.float32), layout.index(weight.shape)
     total = weight[index].astype(wide) + layout.write(delta, weight.shape).astype(wide)
     return weight.at[index].set(total.astype(weight.dtype)) if layout.window else total.astype(weight.dtype)
 

@@ -10,6 +10,7 @@ from hora_spec.adapter import Adapter, AdapterLayer, Site
 from hora_spec.combining import combine
 from hora_spec.errors import HoraError
 from hora_spec.files import SPEC_VERSION, layer_from_json, layer_to_json, load_adapter, save_adapter
+from hora_spec.gguf_adapter import export_gguf
 from hora_spec.goldens import Golden, load_goldens
 from hora_spec.init import init_params
 from hora_spec.layout import Layout, Window
@@ -42,6 +43,7 @@ __all__ = [
     "check_params",
     "combine",
     "count_params",
+    "export_gguf",
     "export_lora",
     "init_params",
     "layer_from_json",

@@ -106,8 +106,8 @@ def _rows(name: str, layer: AdapterLayer) -> list[tuple[str, ...]]:
     norms = delta_norms(layer)
     rows = []
     for i, (p, site) in enumerate(layer.sites.items()):
-        window, shape = site.layout.window, site.projection
-        layout = site.layout.pattern + ("" if window is None else f" [{window.start}:{window.stop}]")
+        span, shape = site.layout.span(site.weight_shape), site.projection
+        layout = site.layout.pattern + ("" if span is None else f" [{span}]")
         first = (name, str(layer.spec.rank), f"{count_params(layer.spec, layer.shape):,}") if i == 0 else ("", "", "")
         sizes = (str(shape.num_heads), str(shape.head_dim), str(shape.embed_dim))
         rows.append((*first, p, site.module, layout, *sizes, f"{norms[p]:.4g}"))

@@ -194,9 +194,15 @@ def _site_to_json(site: Site) -> dict[str, Any]:
         "weight_shape": list(site.weight_shape),
         "layout": {
             "pattern": site.layout.pattern,
-            "window": None if window is None else [window.axis, window.start, window.stop],
+            "window": None if window is None else _window_to_json(window),
         },
     }
+
+
+def _window_to_json(window: Window) -> list[int]:
+    """Without blocks where there is one, as readers of the first adapters expect."""
+    blocks = [window.blocks] if window.blocks > 1 else []
+    return [window.axis, window.start, window.stop, *blocks]
 
 
 def _site_from_json(entry: Any) -> Site:
@@ -206,7 +212,7 @@ def _site_from_json(entry: Any) -> Site:
     if not isinstance(text, str):
         raise HoraError(f"a pattern is a string, got {text!r} (spec F2)")
     if window is not None:
-        window = Window(*_integers(window, "a window", 3))
+        window = Window(*_integers(window, "a window", 3, 4))
     return Site(
         module,
         parameter,
@@ -229,10 +235,10 @@ def _values(entry: Any, keys: tuple[str, ...], what: str) -> list[Any]:
     return [entry[key] for key in keys]
 
 
-def _integers(values: Any, what: str, count: int | None = None) -> list[int]:
+def _integers(values: Any, what: str, *counts: int) -> list[int]:
     whole = isinstance(values, list) and all(type(value) is int for value in values)
-    if not whole or len(values) != (count or len(values)):
-        raise HoraError(f"{what} is a list of {count or ''} integers, got {values!r} (spec F2)")
+    if not whole or len(values) not in (counts or (len(values),)):
+        raise HoraError(f"{what} is a list of {' or '.join(map(str, counts))} integers, got {values!r} (spec F2)")
     return values
 
 

@@ -11,6 +11,7 @@ from hora_spec.adapter import Adapter, AdapterLayer, Site, check_adapter
 from hora_spec.errors import HoraError
 from hora_spec.spec import AdapterSpec
 
+_Index = slice | NDArray[np.intp]
 _ADAPTABLE = {"weight", "kernel", "in_proj_weight"}
 
 
@@ -142,22 +143,19 @@ def _join(module: str, pieces: list[_Piece]) -> LoraModule:
     return LoraModule(a, b, scaling * rank, site.parameter, site.layout.axes == ("d", "hk"))
 
 
-def _place(site: Site) -> tuple[slice, slice, tuple[int, int]]:
+def _place(site: Site) -> tuple[_Index, _Index, tuple[int, int]]:
     """Rows and columns of a projection in the (out, in) matrix of its module, and that matrix's shape."""
-    layout, sizes = site.layout, dict(zip(site.layout.axes, site.weight_shape, strict=True))
-    unit = 1 if "hk" in sizes else sizes["k"]
-    shape = (sizes["hk"] if "hk" in sizes else sizes["h"] * unit, sizes["d"])
-    if layout.window is None:
-        return slice(None), slice(None), shape
-    axis, window = layout.axes[layout.window.axis], slice(layout.window.start, layout.window.stop)
-    if axis == "d":
-        return slice(None), window, shape
-    if axis not in ("hk", "h"):
+    layout, rows = site.layout, site.layout.rows(site.weight_shape)
+    shape = (rows.size, site.weight_shape[layout.axes.index("d")])
+    span, axis = layout.span(site.weight_shape), layout.window and layout.axes[layout.window.axis]
+    if axis == "d" and span is not None:
+        return rows.index, span.index, shape
+    if axis is not None and axis not in layout.row_axes:
         raise HoraError(
             f"LoRA adapts rows of a matrix (out, in), got {layout} for {site.module}: merge the adapter instead "
             "(spec F6)"
         )
-    return slice(window.start * unit, window.stop * unit), slice(None), shape
+    return rows.index, slice(None), shape
 
 
 def _padded(module: LoraModule, rank: int) -> LoraModule:

@@ -121,14 +121,14 @@ def merge(weight: Array, delta: Array, layout: Layout) -> Array:
     """
     if not np.isfinite(delta).all():
         raise HoraError("only a finite delta can be merged, got NaN or infinity: training diverged (spec M3)")
-    index = layout.index()
+    entries = _entries(layout, weight.shape)
     with np.errstate(over="ignore"):
-        total = (np.float64(weight[index]) + layout.write(np.float64(delta), weight.shape)).astype(weight.dtype)
+        total = (np.float64(weight.ravel()[entries]) + np.float64(delta)).astype(weight.dtype)
     if not np.isfinite(total.astype(np.float64)).all():
         raise HoraError(f"the merged weight overflows {weight.dtype}: merge into a wider dtype (spec M3)")
-    merged = weight.copy()
-    merged[index] = total
-    return merged
+    merged = weight.ravel().copy()
+    merged[entries] = total
+    return merged.reshape(weight.shape)
 
 
 def grads(
@@ -262,6 +262,19 @@ def _backward_b(
         grad_z = (grad_z - grad_z.mean(axis=0) - z * (grad_z * z).mean(axis=0)) / std
     group = layer.group_size(p)
     result["head_embed"][head * group : (head + 1) * group] += grad_z / group
+
+
+def _entries(layout: Layout, shape: tuple[int, ...]) -> Array:
+    """Number in the stored weight of each canonical entry (heads * head_dim, embed), layers first (spec L1, L2)."""
+    numbers, axes = np.arange(math.prod(shape)).reshape(shape), layout.axes
+    if (window := layout.window) is not None:
+        blocks = np.split(numbers, window.blocks, window.axis)
+        parts = [block.swapaxes(0, window.axis)[window.start : window.stop] for block in blocks]
+        numbers = np.concatenate(parts).swapaxes(0, window.axis)
+    order = [axes.index(axis) for axis in ("l", "g", "h", "hk", "k", "d") if axis in axes]
+    numbers = numbers.transpose(order + [i for i, axis in enumerate(axes) if axis == "1"])
+    embed = numbers.shape[order.index(axes.index("d"))]
+    return numbers.reshape(numbers.shape[0], -1, embed) if layout.stacked else numbers.reshape(-1, embed)
 
 
 def _normal_cdf(u: Array) -> Array:

@@ -120,21 +120,23 @@ def _factor_b(
     group = layer.group_size(projection)
     if group not in hidden:
         hidden[group] = _hidden(spec, params, group)
-    b = nn.functional.linear(hidden[group], _gained(params[f"b_out.{projection}"], spec.gain_b)).permute(1, 2, 0)
+    b = nn.functional.linear(hidden[group], _gained(params[f"b_out.{projection}"], spec.gain_b))
+    b = b.view(spec.rank, -1, b.shape[-1]).permute(1, 2, 0)
     return b + params[f"b.{projection}"] if spec.residual else b
 
 
 def _hidden(spec: AdapterSpec, params: Params, group: int) -> Tensor:
-    """``s(W_1 LN(E_i))`` of the mean embedding of every `group` heads, (rank, heads, hidden).
+    """``s(W_1 LN(E_i))`` of the mean embedding of every `group` heads, (rank * heads, hidden).
 
-    With the ranks first, what is computed from it is B transposed, in one piece.
+    A matrix, since torch makes four nodes of a product with more axes; the ranks first, so that what is computed from
+    it is B transposed, in one piece.
     """
     embed = params["head_embed"].permute(2, 0, 1)
     if group > 1:
         embed = embed.unflatten(1, (-1, group)).mean(2)
     if spec.normalize:
         embed = torch.layer_norm(embed, embed.shape[-1:], eps=LAYER_NORM_EPS)
-    return activation(spec.activation, nn.functional.linear(embed, params["b_in"]))
+    return activation(spec.activation, nn.functional.linear(embed.flatten(0, 1), params["b_in"]))
 
 
 def _gained(weight: Tensor, gain: float) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from hora_spec import Factors, HoraError, Site
+from hora_spec.layout import Span
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -18,7 +19,7 @@ from hora_torch.functional import stacked
 from hora_torch.hypernet import HoraHypernet
 from hora_torch.lifetime import handed, kept
 from hora_torch.linear import Branch, add_branches, has_hooks, low_rank_linear
-from hora_torch.merging import Addition, fingerprint, mergeable, merged_weight, value_of, write
+from hora_torch.merging import Addition, fingerprint, mergeable, merged_weight, on_all_rows, value_of, write
 from hora_torch.planning import LayerPlan
 from hora_torch.sharding import check_rows_alone, is_sharded, of_this_process
 from hora_torch.targets import out_in
@@ -39,13 +40,10 @@ class Attachment:
     dropout: float
     route: str
     leader: "HoraLayer | None"
-    rows: Mapping[str, slice] = field(init=False)
+    rows: Mapping[str, Span] = field(init=False)
 
     def __post_init__(self) -> None:
-        rows = {}
-        for p, site in self.sites.items():
-            start, stop, _ = site.layout.rows.indices(site.weight_shape[site.layout.row_axis])
-            rows[p] = slice(start, stop)
+        rows = {p: site.layout.rows(site.weight_shape) for p, site in self.sites.items()}
         object.__setattr__(self, "rows", rows)
 
 
@@ -269,10 +267,11 @@ class HoraLayer(BaseTunerLayer):
         """What adapters add to each stored weight, from factors that are generated now."""
         additions: dict[str, list[Addition]] = {}
         for name in adapter_names:
-            branches = self.branches(name)
-            for p, site in self.hora_attached[name].sites.items():
-                branch = branches[p]
-                additions.setdefault(site.parameter, []).append((site.layout, branch.a, branch.b, branch.scaling))
+            attached, hypernet = self.hora_attached[name], self.hypernet(name)
+            factors = hypernet(attached.sites, gained=False)
+            for p, site in attached.sites.items():
+                addition = site.layout, *stacked(factors[p]), self._scaling[name] * hypernet.gain
+                additions.setdefault(site.parameter, []).append(addition)
         return additions
 
     def _working(self) -> list[str]:
@@ -407,7 +406,14 @@ class HoraLinear(nn.Module, HoraLayer):
 
 
 def _branches(attached: Attachment, factors: Mapping[str, Factors], scaling: float) -> dict[str, Branch]:
-    return {p: Branch(*stacked(factors[p]), scaling, rows.start, rows.stop) for p, rows in attached.rows.items()}
+    return {p: _branch(*stacked(factors[p]), scaling, rows) for p, rows in attached.rows.items()}
+
+
+def _branch(a: Tensor, b: Tensor, scaling: float, rows: Span) -> Branch:
+    """Rows in several blocks become all rows, with zeros where others are: one product writes each once."""
+    if rows.blocks == 1:
+        return Branch(a, b, scaling, rows.start, rows.stop)
+    return Branch(a, on_all_rows(b, rows), scaling, 0, rows.size)
 
 
 def is_plain(base: nn.Module) -> bool:

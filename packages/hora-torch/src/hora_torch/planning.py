@@ -57,11 +57,11 @@ class LayerPlan:
         """One line per projection: weight, rows, heads and where they are known from."""
         lines = []
         for p, site in self.sites.items():
-            rows = range(*site.layout.rows.indices(site.weight_shape[site.layout.row_axis]))
+            rows = site.layout.rows(site.weight_shape)
             own = site.module.removeprefix(f"{self.name}.") if site.module != self.name else "(itself)"
             shape = site.projection
             lines.append(
-                f"    {p}: {own}.{site.parameter} rows {rows.start}:{rows.stop}, {shape.num_heads} heads x "
+                f"    {p}: {own}.{site.parameter} rows {rows}, {shape.num_heads} heads x "
                 f"{shape.head_dim}, rank {self.spec.rank}; {self.sources.get(p, '')}"
             )
         return "\n".join(lines)

@@ -65,9 +65,9 @@ def _merge(weight: Array, delta: Array, layout: Layout) -> Array:
     wide = np.result_type(weight.dtype, np.float32)
     merged = weight.copy()
     with np.errstate(over="ignore"):
-        total = weight[layout.index()].astype(wide) + layout.write(delta.astype(wide), weight.shape)
-        merged[layout.index()] = total.astype(weight.dtype)
-    if not np.isfinite(merged[layout.index()].astype(wide)).all():
+        total = weight[layout.index(weight.shape)].astype(wide) + layout.write(delta.astype(wide), weight.shape)
+        merged[layout.index(weight.shape)] = total.astype(weight.dtype)
+    if not np.isfinite(merged[layout.index(weight.shape)].astype(wide)).all():
         raise HoraError(f"the merged weight overflows {weight.dtype}: merge into a wider dtype (spec M3)")
     return merged
 
