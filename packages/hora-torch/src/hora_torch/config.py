@@ -12,6 +12,7 @@ from hora_spec.files import LAYERS_DIGEST, check_digests, layers_digest
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from hora_torch.card import write_card
 from hora_torch.foreign import check_arguments
 from hora_torch.saving import check_directory, read_checked, written_digest
 
@@ -185,7 +186,9 @@ class HoraConfig(PeftConfig):
         return read_checked(path_json_file) or super().from_json_file(path_json_file, **kwargs)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write ``adapter_config.json``; PEFT, which has just written the tensors, gets their digest into it (spec F7).
+        """Write ``adapter_config.json``, and how to load the adapter into ``README.md``.
+
+        PEFT, which has just written the tensors, gets their digest into the config (spec F7).
 
         PEFT is known by the keyword ``auto_mapping_dict``. Others, such as Transformers, write the tensors later: the
         digest of what lies there would be wrong, so there is none.
@@ -193,4 +196,5 @@ class HoraConfig(PeftConfig):
         written = copy.copy(self)
         written.hora_tensors_sha256 = written_digest(save_directory) if "auto_mapping_dict" in kwargs else None
         super(HoraConfig, written).save_pretrained(save_directory, **kwargs)
+        write_card(save_directory, self.base_model_name_or_path)
         self.hora_tensors_sha256 = None  # that of a file read earlier, which this config may have left behind
