@@ -9,6 +9,7 @@ from hora_jax.adapter import delta, factors, init, merge, replace_weights, weigh
 from hora_jax.files import export_lora, from_adapter, load_adapter, load_specs, save_adapter, to_adapter
 from hora_jax.plan import Layer, Plan, plan
 from hora_jax.targets import Site, Target
+from hora_jax.verification import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "Report",
     "Site",
     "Target",
+    "Verification",
     "adapt",
     "delta",
     "export_lora",
@@ -35,6 +37,7 @@ __all__ = [
     "replace_weights",
     "save_adapter",
     "to_adapter",
+    "verify",
     "weights",
 ]
 

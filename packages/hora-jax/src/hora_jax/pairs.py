@@ -107,10 +107,11 @@ def _rows(site: Site, b: Array) -> Array:
 
 
 def _padded(site: Site, factor: Array) -> Array:
-    """A factor of the window, with zeros in the rest of the weight."""
-    window = site.layout.window
-    if window is None:
+    """A factor of the window, with zeros in the rest of the weight: around the span in each of its blocks."""
+    window, span = site.layout.window, site.layout.span(site.shape)
+    if window is None or span is None:
         return factor
-    around = [(0, 0)] * factor.ndim
-    around[window.axis] = (window.start, site.shape[window.axis] - window.stop)
-    return jnp.pad(factor, around)
+    before, after = factor.shape[: window.axis], factor.shape[window.axis + 1 :]
+    around = [*((0, 0),) * (window.axis + 1), span.around, *((0, 0),) * len(after)]
+    blocks = factor.reshape(*before, span.blocks, -1, *after)
+    return jnp.pad(blocks, around).reshape(*before, span.size, *after)

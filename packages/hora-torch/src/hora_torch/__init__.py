@@ -8,8 +8,10 @@ from hora_torch import functional
 from hora_torch.config import HoraConfig
 from hora_torch.export import export_lora, to_adapter
 from hora_torch.freezing import freeze
+from hora_torch.groups import param_groups
 from hora_torch.layer import HoraLayer, HoraLinear
 from hora_torch.lifetime import cached_factors
+from hora_torch.lora_only import install
 from hora_torch.model import HoraModel
 from hora_torch.planning import Plan, plan
 from hora_torch.registration import add_peft_type, register
@@ -18,6 +20,7 @@ from hora_torch.verification import Report, verify
 
 add_peft_type()
 register()
+install()
 
 __version__ = "0.1.0"
 
@@ -32,6 +35,7 @@ __all__ = [
     "export_lora",
     "freeze",
     "functional",
+    "param_groups",
     "plan",
     "report",
     "to_adapter",

@@ -70,7 +70,8 @@ def rows_of_one_head(record: Record, sites: Mapping[str, Site], names: Mapping[s
         for p, site in sites.items():
             if names[p] not in reached:
                 continue
-            used, shape = reached[names[p]][site.layout.rows].nonzero().flatten(), site.projection
+            rows, shape = site.layout.rows(site.weight_shape), site.projection
+            used = reached[names[p]][rows.index].nonzero().flatten()
             if len(used) == shape.num_heads * shape.head_dim and shape.num_heads > 1:
                 continue  # a norm over all heads, or heads that talk: every row acts on every head
             touched, expected = set((used // shape.head_dim).tolist()), 1 if roles[p] == "v" else shape.head_dim
