@@ -9,6 +9,7 @@ from hora_torch.config import HoraConfig
 from hora_torch.export import export_lora, to_adapter
 from hora_torch.freezing import freeze
 from hora_torch.groups import param_groups
+from hora_torch.joint import joint_a
 from hora_torch.layer import HoraLayer, HoraLinear
 from hora_torch.lifetime import cached_factors
 from hora_torch.lora_only import install
@@ -35,6 +36,7 @@ __all__ = [
     "export_lora",
     "freeze",
     "functional",
+    "joint_a",
     "param_groups",
     "plan",
     "report",

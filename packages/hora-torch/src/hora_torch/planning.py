@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hora_spec import AdapterSpec, HoraError, LayerShape, Site, layer_from_json, layer_to_json
+from hora_spec import AdapterSpec, HoraError, LayerShape, Site, layer_from_json, layer_to_json, param_shapes
 from peft import PeftModel
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
@@ -33,6 +33,9 @@ class LayerPlan:
     spec: AdapterSpec
     sites: Mapping[str, Site]
     sources: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        param_shapes(self.spec, self.shape)  # refuses what does not fit together
 
     @property
     def leader(self) -> str:
