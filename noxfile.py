@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 
 import nox
+from filelock import FileLock
 
 nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["lint", "types", "parity", "docs", "tests"]
 nox.options.error_on_missing_interpreters = True
 
 ROOT = Path(__file__).parent
-CONSTRAINTS = ROOT / "constraints.txt"
+VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 PACKAGES = ("hora-spec", "hora-torch", "hora-jax", "hora-bench")
 SOURCES = tuple(f"packages/{name}/src" for name in PACKAGES)
@@ -37,7 +38,7 @@ TEST_ENV = {
 
 def environment(session: nox.Session, name: str, *, packages=(), groups=(), constrained=True) -> Path:
     """Bin folder of the shared environment ``name``, created and filled when it is missing or out of date."""
-    folder = ROOT / ".nox" / f"{name}-{sys.version_info.major}.{sys.version_info.minor}"
+    folder = ROOT / ".nox" / f"{name}-{VERSION}"
     binaries = folder / ("Scripts" if os.name == "nt" else "bin")
     python = binaries / "python"
 
@@ -46,19 +47,33 @@ def environment(session: nox.Session, name: str, *, packages=(), groups=(), cons
         requirements += ["--editable", f"packages/{package}"]
 
     digest = hashlib.sha256(repr((sys.version, requirements, constrained)).encode())
-    for file in (CONSTRAINTS, *sorted(ROOT.glob("packages/*/pyproject.toml"))):
+    for file in (*pins(), *sorted(ROOT.glob("packages/*/pyproject.toml"))):
         digest.update(file.read_bytes())
     stamp = folder / "installed.sha256"
-    if stamp.exists() and stamp.read_text() == digest.hexdigest():
-        return binaries
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # two sessions at once share environments, too
+        if stamp.exists() and stamp.read_text() == digest.hexdigest():
+            return binaries
 
-    stamp.unlink(missing_ok=True)
-    if not python.exists():
-        session.run(sys.executable, "-m", "virtualenv", "--quiet", str(folder), external=True)
-    constraint = ("--constraint", str(CONSTRAINTS)) if constrained else ()
-    run(session, binaries, "python", "-m", "pip", "install", "--quiet", *constraint, *requirements)
-    stamp.write_text(digest.hexdigest())
+        stamp.unlink(missing_ok=True)
+        if not python.exists():
+            session.run(sys.executable, "-m", "virtualenv", "--quiet", str(folder), external=True)
+        run(session, binaries, "python", *PIP_INSTALL, *(constraints() if constrained else ()), *requirements)
+        stamp.write_text(digest.hexdigest())
     return binaries
+
+
+PIP_INSTALL = ("-m", "pip", "install", "--quiet")
+
+
+def pins() -> list[Path]:
+    """Files of exact versions: the repository's, and the build of torch that ``run`` chose for this machine."""
+    return [file for file in (ROOT / "constraints.txt", ROOT / ".nox" / f"torch-{VERSION}.txt") if file.exists()]
+
+
+def constraints() -> list[str]:
+    """Options of pip that pin versions."""
+    return [f"--constraint={file}" for file in pins()]
 
 
 def beside(session: nox.Session, binaries: Path, group: str) -> Path:
@@ -66,14 +81,16 @@ def beside(session: nox.Session, binaries: Path, group: str) -> Path:
 
     They print when they are imported, and PEFT and Transformers import whatever they find.
     """
-    folder = ROOT / ".nox" / f"{group}-{sys.version_info.major}.{sys.version_info.minor}"
+    folder = ROOT / ".nox" / f"{group}-{VERSION}"
     requirements = nox.project.dependency_groups(PYPROJECT, group)
-    digest = hashlib.sha256(repr((sys.version, requirements, CONSTRAINTS.read_bytes())).encode()).hexdigest()
+    pinned = [file.read_bytes() for file in pins()]
+    digest = hashlib.sha256(repr((sys.version, requirements, pinned)).encode()).hexdigest()
     stamp = folder / "installed.sha256"
-    if not (stamp.exists() and stamp.read_text() == digest):
-        options = ("--quiet", "--no-deps", "--upgrade", "--target", str(folder), "--constraint", str(CONSTRAINTS))
-        run(session, binaries, "python", "-m", "pip", "install", *options, *requirements)
-        stamp.write_text(digest)
+    with FileLock(f"{folder}.lock"):
+        if not (stamp.exists() and stamp.read_text() == digest):
+            options = ("--no-deps", "--upgrade", f"--target={folder}", *constraints())
+            run(session, binaries, "python", *PIP_INSTALL, *options, *requirements)
+            stamp.write_text(digest)
     return folder
 
 
@@ -169,7 +186,7 @@ def peft_conformance(session):
     """PEFT's own tests, from its source distribution, run on HoraConfig."""
     tools = everything(session)
     extra = nox.project.dependency_groups(PYPROJECT, "conformance")
-    run(session, tools, "python", "-m", "pip", "install", "--quiet", "--constraint", str(CONSTRAINTS), *extra)
+    run(session, tools, "python", *PIP_INSTALL, *constraints(), *extra)
     run(session, tools, "python", "packages/hora-torch/conformance/run.py", *session.posargs, env=TEST_ENV)
 
 
@@ -188,7 +205,7 @@ def mutation(session):
     """Change one thing at a time in hora-torch and hora-jax, and see that a test notices (``-- hora_torch.linear``)."""
     tools = everything(session)
     extra = nox.project.dependency_groups(PYPROJECT, "mutation")
-    run(session, tools, "python", "-m", "pip", "install", "--quiet", "--constraint", str(CONSTRAINTS), *extra)
+    run(session, tools, "python", *PIP_INSTALL, *constraints(), *extra)
     run(session, tools, "python", "tests/mutation/run.py", *session.posargs, env=TEST_ENV)
 
 

@@ -13,6 +13,7 @@ from hora_spec import (
     AdapterLayer,
     AdapterSpec,
     HoraError,
+    LayerShape,
     Layout,
     ProjectionShape,
     Site,
@@ -23,8 +24,10 @@ from hora_spec import (
     param_shapes,
     save_adapter,
 )
+from hora_spec.goldens.stored import load_stored_goldens
 from safetensors.numpy import load_file, save_file
 
+STORED = load_stored_goldens()
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 
@@ -195,6 +198,26 @@ def test_f2_the_config_describes_every_layer(saved):
     assert layer_to_json(*layer_from_json(entry)) == entry
 
 
+@pytest.mark.parametrize("name", [name for name, golden in STORED.items() if golden.weight.ndim == 2])
+def test_f2_every_stored_form_survives_a_file(tmp_path, name):
+    golden = STORED[name]
+    sites = {p: Site("a", "weight", golden.weight.shape, golden.layouts[p], golden.shapes[p]) for p in golden.layouts}
+    spec = AdapterSpec(2)
+    shapes = param_shapes(spec, LayerShape({p: site.projection for p, site in sites.items()}))
+    params = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
+    save_adapter(tmp_path / "a", Adapter({"a": AdapterLayer(spec, sites, params)}))
+    assert load_adapter(tmp_path / "a").layers["a"].sites == sites
+
+
+def test_f2_a_window_of_one_block_is_written_as_the_first_readers_expect():
+    shape = ProjectionShape(2, 2, 4)
+    for blocks, window in ((1, [0, 0, 4]), (2, [0, 0, 2, 2])):
+        site = Site("a", "weight", (12, 4), Layout(window=Window(*window[:3], blocks)), shape)
+        entry = layer_to_json("a", AdapterSpec(2), {"q": site})
+        assert entry["projections"]["q"]["layout"]["window"] == window
+        assert layer_from_json(entry)[2] == {"q": site}
+
+
 def test_f2_the_first_module_of_the_model_leads(saved):
     for name in ("model.layers.0.attn", "model.layers.1.attn"):
         assert load_adapter(saved).layers[name].leader == f"{name}.q_proj"
@@ -241,8 +264,10 @@ def q(config, index=0):
         (lambda c: q(c).update(num_heads=3), r"needs shape \(9, 8\)"),
         (lambda c: q(c)["layout"].update(pattern="h w"), "a pattern names"),
         (lambda c: q(c)["layout"].update(pattern=None), "a pattern is a string"),
-        (lambda c: q(c)["layout"].update(window=[0, 4]), "3 integers"),
+        (lambda c: q(c)["layout"].update(window=[0, 4]), "3 or 4 integers"),
         (lambda c: q(c)["layout"].update(window=[0, 4, 2]), "start < stop"),
+        (lambda c: q(c)["layout"].update(window=[0, 0, 2, 0]), "blocks >= 1"),
+        (lambda c: q(c)["layout"].update(window=[0, 0, 2, 2, 2]), "3 or 4 integers"),
         (lambda c: q(c, 2)["layout"].update(window=[1, 6, 10]), "adapted once"),
         (lambda c: q(c, 2).update(weight_shape=[4, 16]), "one shape"),
         (lambda c: q(c).update(weight_shape=[1, 12, 8], layout={"pattern": "l (h k) d", "window": None}), "stacked"),

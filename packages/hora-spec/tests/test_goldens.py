@@ -5,12 +5,13 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hora_spec import ACTIVATIONS, AdapterSpec, HoraError, load_goldens, param_shapes
+from hora_spec import ACTIVATIONS, AdapterSpec, HoraError, Layout, load_goldens, param_shapes
 from hora_spec.goldens import VERSION, build
 from hora_spec.goldens.__main__ import main
-from hora_spec.testing import REFERENCE, REGIMES, VECTORIZED, check_golden
+from hora_spec.goldens.stored import load_stored_goldens
+from hora_spec.testing import REFERENCE, REGIMES, VECTORIZED, check_golden, check_stored
 
-GOLDENS = load_goldens()
+GOLDENS, STORED = load_goldens(), load_stored_goldens()
 EACH = pytest.mark.parametrize("golden", GOLDENS.values(), ids=GOLDENS)
 
 CASE_BYTES = 16_000
@@ -27,6 +28,11 @@ def several(golden, name):
 
 COVERAGE = {
     "residual": lambda g: g.spec.residual,
+    "a gate": lambda g: g.spec.gate not in (None, 1) and g.spec.gain == "transfer",
+    "a gate of one": lambda g: g.spec.gate == 1 and g.spec.gain == "transfer",
+    "a gate without a gain": lambda g: g.spec.gate is not None and g.spec.gain != "transfer",
+    "one A for all projections": lambda g: g.spec.tie_a and g.spec.trains_a,
+    "one fixed A for all projections": lambda g: g.spec.tie_a and not g.spec.trains_a,
     "no residual": lambda g: g.spec.generates_b and not g.spec.residual,
     "residual beside a generated A": lambda g: g.spec.residual and g.spec.generates_a,
     "equal heads": lambda g: heads(g) == {g.layer.num_heads} and g.layer.num_heads > 1,
@@ -57,7 +63,9 @@ def test_the_corpus_covers(what):
 def test_every_valid_method_is_covered():
     present = {(g.spec.sharing, g.spec.a_source, g.spec.activation, g.spec.gain) for g in GOLDENS.values()}
     valid = set()
-    for method in product(("full", "a", "b", "none"), ("direct", "hypernetwork"), ACTIVATIONS, ("transfer", 1.0)):
+    fixed = product(("full", "a", "b", "none"), ("fixed",), ("leaky_relu",), ("transfer",))
+    trained = product(("full", "a", "b", "none"), ("direct", "hypernetwork"), ACTIVATIONS, ("transfer", 1.0))
+    for method in (*fixed, *trained):
         try:
             AdapterSpec(**dict(zip(("sharing", "a_source", "activation", "gain"), method, strict=True)))
         except HoraError:
@@ -136,15 +144,42 @@ def test_no_goldens_are_an_error(version):
 
 def test_the_command_proves_them_unchanged(capsys):
     main([])
-    assert f"v1: {len(GOLDENS)} of {len(GOLDENS)} goldens unchanged" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    for version in range(1, VERSION + 1):
+        count = len(load_goldens(version))
+        assert f"v{version}: {count} of {count} goldens unchanged" in said
+    assert f"{len(STORED)} of {len(STORED)} stored weights unchanged" in said
 
 
 def test_writing_is_deterministic_and_never_overwrites(tmp_path, capsys):
     folders = tmp_path / "one", tmp_path / "other"
     for folder in folders:
         main(["--write", str(folder)])
-    for file in folders[0].iterdir():
-        assert file.read_bytes() == (folders[1] / file.name).read_bytes()
+    files = [file for file in folders[0].rglob("*") if file.is_file()]
+    assert len(files) == len(GOLDENS) + len(STORED)
+    for file in files:
+        assert file.read_bytes() == (folders[1] / file.relative_to(folders[0])).read_bytes()
     with pytest.raises(HoraError, match="which exists"):
         main(["--write", str(folders[0])])
     assert "written to" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("backend", [REFERENCE, VECTORIZED], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("name", STORED)
+def test_l4_weights_stored_as_models_store_them_are_read_and_merged(name, backend):
+    check_stored(backend, STORED[name])
+
+
+def test_stored_weights_cover_every_kind_of_layout():
+    layouts = [layout for golden in STORED.values() for layout in golden.layouts.values()]
+    windows = [layout.window for layout in layouts if layout.window is not None]
+    assert {layout.pattern for layout in layouts} == {"(h k) d", "d (h k)", "d h k", "d g h k", "d l g h k"}
+    assert {window.blocks for window in windows} == {1, 2, 3, 4}
+    assert all(golden.merged.shape == golden.weight.shape for golden in STORED.values())
+
+
+def test_a_stored_weight_that_is_read_otherwise_is_seen():
+    golden = STORED["gpt_neox"]
+    wrong = {p: Layout(layout.pattern, replace(layout.window, blocks=1)) for p, layout in golden.layouts.items()}
+    with pytest.raises((AssertionError, HoraError)):
+        check_stored(REFERENCE, replace(golden, layouts=wrong))

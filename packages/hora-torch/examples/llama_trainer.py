@@ -21,7 +21,7 @@ def main(base: str, output: str, steps: int = 20) -> None:
     Trainer(model, arguments, train_dataset=data).train()
 
     model.save_pretrained(f"{output}/adapter")
-    hora_torch.export_lora(model, f"{output}/lora")  # what vLLM, llama.cpp and others serve
+    hora_torch.export_lora(model, f"{output}/lora")  # what vLLM and others serve
     model.merge_and_unload().save_pretrained(f"{output}/merged")
 
 

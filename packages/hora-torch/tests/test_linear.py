@@ -47,6 +47,16 @@ def test_a_weight_and_bias_that_train_get_their_gradients(route):
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3), ()])
+def test_no_tokens_and_a_single_one_keep_their_shape(route, shape):
+    _, weight, bias, a, b = given()
+    x = torch.ones(*shape, EMBED, dtype=torch.float64, requires_grad=True)
+    y = hora_linear(x, weight, bias, Factors(a, b), 0.5, route=route)
+    torch.testing.assert_close(y, plain(x, weight, bias, a, b))
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
 @pytest.mark.parametrize("trained", ["a", "b"])
 def test_frozen_inputs_and_factors_get_none(route, trained):
     x, weight, bias, a, b = given(grad=False)

@@ -17,6 +17,8 @@ FORMS = {
     "conv1d": (Layout("d (h k)"), (5, 6)),
     "fused rows": (Layout("(h k) d", Window(0, 6, 12)), (18, 5)),
     "fused columns": (Layout("d (h k)", Window(1, 3, 9)), (5, 18)),
+    "rows by head": (Layout("(h k) d", Window(0, 4, 6, blocks=3)), (21, 5)),
+    "columns by head": (Layout("d (h k)", Window(1, 0, 3, blocks=2)), (5, 18)),
 }
 
 
@@ -49,8 +51,19 @@ def test_the_sum_is_that_of_the_reference_rounded_once(form, dtype):
     unit = torch.finfo(dtype).eps
     np.testing.assert_allclose(merged.double().numpy(), expected, rtol=unit, atol=4e-7 if unit > 1e-10 else 1e-15)
     outside = torch.ones(shape, dtype=torch.bool)
-    outside[layout.index()] = False
+    outside[layout.index(outside.shape)] = False
     assert torch.equal(merged[outside], weight[outside])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", [form for form, (layout, _) in FORMS.items() if layout.window])
+def test_l4_rows_outside_the_window_keep_every_bit(form, dtype):
+    layout, shape = FORMS[form]
+    weight, a, b = given(shape, dtype)
+    weight = -torch.zeros_like(weight)  # adding zero would make it positive
+    outside = torch.ones(shape, dtype=torch.bool)
+    outside[layout.index(shape)] = False
+    assert torch.signbit(merged_weight(weight, [(layout, a, b, 0.5)]))[outside].all()
 
 
 def test_a_thousand_cycles_in_bfloat16_leave_the_base_identical():

@@ -81,6 +81,8 @@ def export_lora(
     config: Mapping[str, Any] | None = None,
     modules: Phi | None = None,
     dtype: DTypeLike = np.float32,
+    compact: bool = False,
+    for_server: str | None = None,
 ) -> None:
     """Write an adapter as a standard LoRA adapter that computes the same, exactly and without an SVD (spec F6).
 
@@ -89,18 +91,21 @@ def export_lora(
     plan, phi
         A plan and its adapter.
     directory
-        A new or empty directory; PEFT, vLLM, llama.cpp and others read it.
+        New, empty, or left by an export that was interrupted.
     config, modules
         As for `save_adapter`.
-    dtype
-        Floating dtype of the LoRA tensors.
+    dtype, compact, for_server
+        As for `hora_spec.export_lora`: dtype of the tensors, whether modules keep ranks and alphas of their own, and
+        the server whose limits are checked.
 
     Raises
     ------
     HoraError
-        If phi does not fit the plan, or the directory is not empty. Nothing is written then.
+        If phi does not fit the plan, the directory is not empty, or the server takes no such adapter. Nothing is
+        written then.
     """
-    hora_spec.export_lora(to_adapter(plan, phi, config=config, modules=modules), directory, dtype=dtype)
+    adapter = to_adapter(plan, phi, config=config, modules=modules)
+    hora_spec.export_lora(adapter, directory, dtype=dtype, compact=compact, for_server=for_server)
 
 
 def to_adapter(plan: Plan, phi: Phi, *, config: Mapping[str, Any] | None = None, modules: Phi | None = None) -> Adapter:
@@ -147,11 +152,7 @@ def from_adapter(plan: Plan, adapter: Adapter, *, skip_modules: bool = False) ->
 
 def _file_site(layer: Layer, site: Site, name: str) -> hora_spec.Site:
     """Place of a projection in the PyTorch model: rows of a Linear weight, the same rows as in the tree."""
-    projection, window = layer.shape[site.projection], site.layout.window
-    rows, _ = projection.weight_shape
-    total, layout = rows, Layout()
-    if window is not None and site.layout.axes[window.axis] in ("hk", "h"):
-        unit = 1 if site.layout.axes[window.axis] == "hk" else projection.head_dim
-        total = site.shape[window.axis] * unit
-        layout = Layout(window=Window(0, window.start * unit, window.stop * unit))
-    return hora_spec.Site(f"{name}.{site.module}", "weight", (total, projection.embed_dim), layout, projection)
+    projection, rows = layer.shape[site.projection], site.layout.rows(site.shape)
+    whole = len(rows) == rows.size
+    layout = Layout(window=None if whole else Window(0, rows.start, rows.stop, rows.blocks))
+    return hora_spec.Site(f"{name}.{site.module}", "weight", (rows.size, projection.embed_dim), layout, projection)

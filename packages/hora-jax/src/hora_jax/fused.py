@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 
 import jax.numpy as jnp
 from hora_spec import Factors, HoraError
+from hora_spec.layout import Span
 from jaxtyping import Array
 
 from hora_jax.adapter import unstack
@@ -51,7 +52,7 @@ def _by_path(layer: Layer) -> dict[str, tuple[Site, ...]]:
 
 def _form(site: Site) -> Form:
     """Letters of one layer's weight; axes of length one, each of which may hold several maps, have their own."""
-    free = iter("abcefg")
+    free = iter("abcefi")
     axes = (axis for axis in site.layout.axes if axis != "l")
     return Form("".join({"hk": "o"}.get(axis, axis) if axis != "1" else next(free) for axis in axes))
 
@@ -75,17 +76,21 @@ def _part(site: Site, factors: Factors) -> tuple[Array, Array]:
     if a.ndim == b.ndim:
         b = jnp.einsum("lhkr,hg->lhkgr", b, jnp.eye(heads, dtype=b.dtype)).reshape(layers, heads, head_dim, -1)
         a = a.reshape(layers, heads * rank, -1)
-    form, window = _form(site), site.layout.window
-    rows = (heads, head_dim) if form.rows == "hk" else (heads * head_dim,)
-    b = b.reshape(layers, *(1,) * len(form.maps), *rows, -1)
-    if window is None:
+    form, sizes = _form(site), dict(zip(site.layout.axes, site.layout.window_shape(site.shape), strict=True))
+    b = b.reshape(layers, *(1,) * len(form.maps), *(sizes[axis] for axis in site.layout.row_axes), -1)
+    window, span = site.layout.window, site.layout.span(site.shape)
+    if window is None or span is None:
         return a, b
     before = site.layout.axes[: window.axis]
     letter = form.weight[len(before) - before.count("l")]
-    around = (window.start, site.shape[window.axis] - window.stop)
-    if letter == "d":
-        return jnp.pad(a, ((0, 0), (0, 0), around)), b
-    return a, jnp.pad(b, [around if name == letter else (0, 0) for name in f"l{form.b}"])
+    return (_spread(a, 2, span), b) if letter == "d" else (a, _spread(b, f"l{form.b}".index(letter), span))
+
+
+def _spread(values: Array, axis: int, span: Span) -> Array:
+    """Values of a span among zeros for the rest of the axis."""
+    before, after = values.shape[:axis], values.shape[axis + 1 :]
+    padding = [(0, 0)] * axis + [(0, 0), span.around] + [(0, 0)] * len(after)
+    return jnp.pad(values.reshape(*before, span.blocks, -1, *after), padding).reshape(*before, span.size, *after)
 
 
 def _placed(site: Site, factor: Array) -> Array:

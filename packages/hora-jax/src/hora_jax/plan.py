@@ -4,12 +4,11 @@ A plan is frozen, hashable data. It knows paths and shapes, no arrays and no mod
 model, its state, a Linen or plain dict, an Equinox module, and `jax.eval_shape` of any of them.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import groupby, pairwise
+from itertools import chain, combinations, groupby, pairwise
 from operator import attrgetter
 from typing import Any
 
@@ -158,9 +157,11 @@ def _check_matched(targets: tuple[Target, ...], matches: list[Match], paths: lis
         different = list(dict.fromkeys(re.sub(r"\b\d+\b", "*", path) for path in paths))
         near = get_close_matches(wanted[0].replace("**.", ""), different, n=6, cutoff=0.0)
         raise HoraError(f"every projection matches a leaf, got none for {wanted}: the nearest paths are {near}")
-    by_place = sorted((hit.site for hit in matches), key=lambda site: (site.path, _span(site)))
-    for first, second in pairwise(by_place):
-        if first.path == second.path and _span(second)[0] < _span(first)[1]:
+    by_path: dict[str, list[Site]] = {}
+    for hit in matches:
+        by_path.setdefault(hit.site.path, []).append(hit.site)
+    for first, second in chain.from_iterable(combinations(sites, 2) for sites in by_path.values()):
+        if first.layout.overlaps(second.layout, first.shape):
             raise HoraError(
                 f"a part of a leaf is adapted once, got {first.projection!r} and {second.projection!r} in "
                 f"{first.path}: narrow the targets' paths, or use fused= or a Window (spec L2)"
@@ -177,14 +178,9 @@ def _check_complete(targets: tuple[Target, ...], layers: list[Layer]) -> None:
             )
 
 
-def _span(site: Site) -> tuple[float, float]:
-    window = site.layout.window
-    return (window.start, window.stop) if window else (0, math.inf)
-
-
 def _describe(site: Site, shape: LayerShape) -> str:
     p, window = shape[site.projection], site.layout.window
-    part = f"[{window.start}:{window.stop} of axis {window.axis}]" if window else ""
+    part = f"[{site.layout.span(site.shape)} of axis {window.axis}]" if window else ""
     return (
         f"  {site.projection}: heads={p.num_heads} head_dim={p.head_dim} embed={p.embed_dim}, "
         f"{site.layout.pattern!r} in {site.path}{part} {site.shape}"

@@ -39,8 +39,8 @@ class Form:
     Parameters
     ----------
     weight
-        Letters in stored order: d embed; o heads and head_dim joined, or h heads and k head_dim; any other letter is an
-        axis of several maps that leads the output, as in the einsum ``...d,chdk->c...hk``.
+        Letters in stored order: d embed; o heads and head_dim joined, or h heads and k head_dim; g groups of heads; any
+        other letter is an axis of several maps that leads the output, as in the einsum ``...d,chdk->c...hk``.
     a
         Letters of A: ``"rd"``, or ``"hrd"`` when each head has its own.
     """
@@ -51,12 +51,12 @@ class Form:
     @cached_property
     def maps(self) -> str:
         """Letters of the axes that lead the output."""
-        return "".join(letter for letter in self.weight if letter not in "dohk")
+        return "".join(letter for letter in self.weight if letter not in "dgohk")
 
     @cached_property
     def rows(self) -> str:
-        """Letters of heads and head_dim, in the output's order."""
-        return "o" if "o" in self.weight else "hk"
+        """Letters of groups, heads and head_dim, in the output's order."""
+        return "".join(letter for letter in "gohk" if letter in self.weight)
 
     @cached_property
     def b(self) -> str:

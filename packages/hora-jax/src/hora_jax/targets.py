@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from math import prod
 from operator import attrgetter
 from typing import Any
 
@@ -125,7 +126,7 @@ def _layout(target: Target, shape: tuple[int, ...], path: str) -> Layout:
     if target.fused is None:
         return layout
     index, parts = target.fused
-    axis = layout.axes.index("hk") if "hk" in layout.axes else layout.axes.index("h")
+    axis = layout.axes.index(layout.row_axes[0])
     if not 0 <= index < parts or shape[axis] % parts:
         raise HoraError(
             f"fused=(index, parts) needs index < parts, and parts to divide the axis, got {target.fused} for axis "
@@ -137,14 +138,15 @@ def _layout(target: Target, shape: tuple[int, ...], path: str) -> Layout:
 
 def _projection(target: Target, site: Site, leaf: Leaf, params: Any) -> ProjectionShape:
     sizes = dict(zip(site.layout.axes, site.layout.window_shape(site.shape), strict=True))
-    heads = sizes.get("h", target.heads) if isinstance(target.heads, str) or target.heads is None else target.heads
+    shown = sizes["h"] * sizes.get("g", 1) if "h" in sizes else target.heads
+    heads = shown if isinstance(target.heads, str) or target.heads is None else target.heads
     if isinstance(heads, str):
         heads = _attribute(params, _unboxed(leaf.keys)[:-2], heads, site.path)
     if heads is None:
         raise HoraError(
             f"{site.layout.pattern!r} does not show the head count of {site.path}, got heads=None: pass it (spec S3)"
         )
-    rows = sizes.get("hk") or sizes["h"] * sizes["k"]
+    rows = prod(sizes[axis] for axis in site.layout.row_axes)
     if rows % heads:
         raise HoraError(
             f"heads must divide the {rows} rows of {site.projection!r} in {site.path}, got {heads} (spec S3)"

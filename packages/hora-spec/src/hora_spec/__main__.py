@@ -11,7 +11,8 @@ from hora_spec import reference
 from hora_spec.adapter import Adapter, AdapterLayer
 from hora_spec.errors import HoraError
 from hora_spec.files import load_adapter
-from hora_spec.lora import export_lora, to_lora
+from hora_spec.lora import to_lora
+from hora_spec.lora_files import export_lora
 from hora_spec.shapes import count_params
 
 _HEAD = ("layer", "rank", "params", "projection", "module", "layout", "heads", "head_dim", "embed", "|delta|")
@@ -105,8 +106,8 @@ def _rows(name: str, layer: AdapterLayer) -> list[tuple[str, ...]]:
     norms = delta_norms(layer)
     rows = []
     for i, (p, site) in enumerate(layer.sites.items()):
-        window, shape = site.layout.window, site.projection
-        layout = site.layout.pattern + ("" if window is None else f" [{window.start}:{window.stop}]")
+        span, shape = site.layout.span(site.weight_shape), site.projection
+        layout = site.layout.pattern + ("" if span is None else f" [{span}]")
         first = (name, str(layer.spec.rank), f"{count_params(layer.spec, layer.shape):,}") if i == 0 else ("", "", "")
         sizes = (str(shape.num_heads), str(shape.head_dim), str(shape.embed_dim))
         rows.append((*first, p, site.module, layout, *sizes, f"{norms[p]:.4g}"))

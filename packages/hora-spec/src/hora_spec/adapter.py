@@ -89,6 +89,11 @@ class AdapterLayer:
         """Path of the layer's first target module."""
         return next(iter(self.sites.values())).module
 
+    @property
+    def modules(self) -> list[str]:
+        """Paths of the adapted modules, in model order."""
+        return list(dict.fromkeys(site.module for site in self.sites.values()))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
@@ -155,18 +160,11 @@ def _check_sites(sites: Iterable[Site]) -> None:
         if len({site.weight_shape for site in shared}) > 1:
             raise HoraError(f"a weight has one shape, got {[s.weight_shape for s in shared]} for {module} (spec F2)")
         for one, other in itertools.combinations(shared, 2):
-            if _overlap(one.layout, other.layout):
+            if one.layout.overlaps(other.layout, one.weight_shape):
                 raise HoraError(
                     f"each part of a weight is adapted once, got {one.layout} and {other.layout} for "
                     f"{module}.{parameter}: give them disjoint windows (spec F2)"
                 )
-
-
-def _overlap(one: Layout, other: Layout) -> bool:
-    a, b = one.window, other.window
-    if a is None or b is None or a.axis != b.axis:
-        return True
-    return a.start < b.stop and b.start < a.stop
 
 
 def _check_leaders(layers: Mapping[str, AdapterLayer]) -> None:

@@ -118,7 +118,7 @@ def save_adapter(directory: str | os.PathLike[str], adapter: Adapter) -> None:
     data = encode(tensors)
     layers = [layer_to_json(name, layer.spec, layer.sites) for name, layer in adapter.layers.items()]
     config = {
-        **_peft_keys(adapter.layers),
+        **peft_keys(adapter.layers),
         **adapter.config,
         "peft_type": PEFT_TYPE,
         "hora_spec_version": SPEC_VERSION,
@@ -194,9 +194,15 @@ def _site_to_json(site: Site) -> dict[str, Any]:
         "weight_shape": list(site.weight_shape),
         "layout": {
             "pattern": site.layout.pattern,
-            "window": None if window is None else [window.axis, window.start, window.stop],
+            "window": None if window is None else _window_to_json(window),
         },
     }
+
+
+def _window_to_json(window: Window) -> list[int]:
+    """Without blocks where there is one, as readers of the first adapters expect."""
+    blocks = [window.blocks] if window.blocks > 1 else []
+    return [window.axis, window.start, window.stop, *blocks]
 
 
 def _site_from_json(entry: Any) -> Site:
@@ -206,7 +212,7 @@ def _site_from_json(entry: Any) -> Site:
     if not isinstance(text, str):
         raise HoraError(f"a pattern is a string, got {text!r} (spec F2)")
     if window is not None:
-        window = Window(*_integers(window, "a window", 3))
+        window = Window(*_integers(window, "a window", 3, 4))
     return Site(
         module,
         parameter,
@@ -229,10 +235,10 @@ def _values(entry: Any, keys: tuple[str, ...], what: str) -> list[Any]:
     return [entry[key] for key in keys]
 
 
-def _integers(values: Any, what: str, count: int | None = None) -> list[int]:
+def _integers(values: Any, what: str, *counts: int) -> list[int]:
     whole = isinstance(values, list) and all(type(value) is int for value in values)
-    if not whole or len(values) != (count or len(values)):
-        raise HoraError(f"{what} is a list of {count or ''} integers, got {values!r} (spec F2)")
+    if not whole or len(values) not in (counts or (len(values),)):
+        raise HoraError(f"{what} is a list of {' or '.join(map(str, counts))} integers, got {values!r} (spec F2)")
     return values
 
 
@@ -259,14 +265,14 @@ def _prefix(layer: AdapterLayer) -> str:
     return f"{PREFIX}{layer.leader}.hora_hyper."
 
 
-def _peft_keys(layers: Mapping[str, AdapterLayer]) -> dict[str, Any]:
+def peft_keys(layers: Mapping[str, AdapterLayer]) -> dict[str, Any]:
     """What PEFT's config of the method holds, as far as it follows from the layers."""
     first = next(iter(layers.values())).spec
     fields = first.to_dict()
     rank, alpha = fields.pop("rank"), fields.pop("alpha")
     ranks, alphas = {}, {}
     for layer in layers.values():
-        for module in _modules(layer.sites.values()):
+        for module in layer.modules:
             if layer.spec.rank != rank:
                 ranks[pattern(module)] = layer.spec.rank
             if layer.spec.alpha != alpha:
@@ -275,12 +281,8 @@ def _peft_keys(layers: Mapping[str, AdapterLayer]) -> dict[str, Any]:
         "r": rank,
         "hora_alpha": alpha,
         **fields,
-        "target_modules": [module for layer in layers.values() for module in _modules(layer.sites.values())],
+        "target_modules": [module for layer in layers.values() for module in layer.modules],
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
         "inference_mode": True,
     }
-
-
-def _modules(sites: Iterable[Site]) -> list[str]:
-    return list(dict.fromkeys(site.module for site in sites))

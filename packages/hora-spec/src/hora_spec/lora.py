@@ -1,24 +1,18 @@
 """Exact conversion to a standard LoRA adapter: factors are copied into place, nothing is decomposed (spec F6)."""
 
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from hora_spec import reference
 from hora_spec.adapter import Adapter, AdapterLayer, Site, check_adapter
-from hora_spec.directory import write_pair
 from hora_spec.errors import HoraError
-from hora_spec.files import PREFIX, pattern
 from hora_spec.spec import AdapterSpec
-from hora_spec.tensors import encode
 
+_Index = slice | NDArray[np.intp]
 _ADAPTABLE = {"weight", "kernel", "in_proj_weight"}
-_CARRIED = ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "modules_to_save", "peft_version")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,29 +75,25 @@ def to_lora(adapter: Adapter) -> dict[str, LoraModule]:
     return {module: _join(module, parts) for module, parts in pieces.items()}
 
 
-def export_lora(adapter: Adapter, directory: str | os.PathLike[str], *, dtype: DTypeLike = np.float32) -> None:
-    """Write an adapter as a standard PEFT LoRA directory, which PEFT, vLLM and others read (spec F6).
+def portable(modules: Mapping[str, LoraModule]) -> dict[str, LoraModule]:
+    """The same updates in the one form that no server misreads: one rank for all, and a scaling of 1 (spec F6).
+
+    Servers differ in what they make of ranks and alphas that vary; llama.cpp scales by alpha over the rank of each
+    tensor, whatever the patterns of the config say. Here every module has the largest rank, filled up with zeros,
+    alpha is that rank, and b has taken in the scaling.
 
     Parameters
     ----------
-    adapter
-        The adapter; modules that were trained whole travel along.
-    directory
-        New, empty, or left by an export that was interrupted.
-    dtype
-        Float16, float32 or float64: the LoRA tensors are computed in float64 and rounded once.
+    modules
+        As from `to_lora`.
 
-    Raises
-    ------
-    HoraError
-        As `to_lora`; or if the directory holds anything, or a factor overflows `dtype` (spec F3, F6). Nothing has been
-        written then.
+    Returns
+    -------
+    dict
+        Module path to `LoraModule`, float64: nothing has been rounded for a file yet.
     """
-    modules = to_lora(adapter)
-    tensors: dict[str, NDArray[Any]] = {PREFIX + name: value for name, value in adapter.modules.items()}
-    for path, module in modules.items():
-        tensors |= {f"{PREFIX}{path}.{name}": _cast(path, value, dtype) for name, value in _tensors(module).items()}
-    write_pair(Path(directory), _config(modules, adapter.config), encode(tensors), replace=False)
+    rank = max(module.rank for module in modules.values())
+    return {path: _padded(module, rank) for path, module in modules.items()}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -153,66 +143,23 @@ def _join(module: str, pieces: list[_Piece]) -> LoraModule:
     return LoraModule(a, b, scaling * rank, site.parameter, site.layout.axes == ("d", "hk"))
 
 
-def _place(site: Site) -> tuple[slice, slice, tuple[int, int]]:
+def _place(site: Site) -> tuple[_Index, _Index, tuple[int, int]]:
     """Rows and columns of a projection in the (out, in) matrix of its module, and that matrix's shape."""
-    layout, sizes = site.layout, dict(zip(site.layout.axes, site.weight_shape, strict=True))
-    unit = 1 if "hk" in sizes else sizes["k"]
-    shape = (sizes["hk"] if "hk" in sizes else sizes["h"] * unit, sizes["d"])
-    if layout.window is None:
-        return slice(None), slice(None), shape
-    axis, window = layout.axes[layout.window.axis], slice(layout.window.start, layout.window.stop)
-    if axis == "d":
-        return slice(None), window, shape
-    if axis not in ("hk", "h"):
+    layout, rows = site.layout, site.layout.rows(site.weight_shape)
+    shape = (rows.size, site.weight_shape[layout.axes.index("d")])
+    span, axis = layout.span(site.weight_shape), layout.window and layout.axes[layout.window.axis]
+    if axis == "d" and span is not None:
+        return rows.index, span.index, shape
+    if axis is not None and axis not in layout.row_axes:
         raise HoraError(
             f"LoRA adapts rows of a matrix (out, in), got {layout} for {site.module}: merge the adapter instead "
             "(spec F6)"
         )
-    return slice(window.start * unit, window.stop * unit), slice(None), shape
+    return rows.index, slice(None), shape
 
 
-def _tensors(module: LoraModule) -> dict[str, NDArray[np.float64]]:
-    tensors = {"lora_A.weight": module.a, "lora_B.weight": module.b}
-    if module.parameter == "in_proj_weight":
-        # PEFT 0.21 adapts in_proj and out_proj of nn.MultiheadAttention together or not at all: out_proj by zero
-        embed = module.a.shape[1]
-        tensors["base_layer.out_proj.lora_A.weight"] = np.zeros((module.rank, embed))
-        tensors["base_layer.out_proj.lora_B.weight"] = np.zeros((embed, module.rank))
-    return tensors
-
-
-def _config(modules: Mapping[str, LoraModule], config: Mapping[str, Any]) -> dict[str, Any]:
-    """PEFT's LoRA config; the largest rank is the default, because servers allocate by it."""
-    default = max(modules.values(), key=lambda module: module.rank)
-    ranks = {pattern(path): module.rank for path, module in modules.items() if module.rank != default.rank}
-    alphas = {pattern(path): _number(module.alpha) for path, module in modules.items() if module.alpha != default.alpha}
-    return {
-        **{key: config[key] for key in _CARRIED if key in config},
-        "peft_type": "LORA",
-        "r": default.rank,
-        "lora_alpha": _number(default.alpha),
-        "rank_pattern": ranks,
-        "alpha_pattern": alphas,
-        "target_modules": list(modules),
-        "lora_dropout": 0.0,
-        "bias": {"hora_only": "lora_only"}.get(bias := config.get("bias", "none"), bias),
-        "fan_in_fan_out": all(module.fan_in_fan_out for module in modules.values()),
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
-
-
-def _number(value: float) -> int | float:
-    return int(value) if float(value).is_integer() else value
-
-
-def _cast(path: str, value: NDArray[np.float64], dtype: DTypeLike) -> NDArray[Any]:
-    if np.dtype(dtype) not in (np.float16, np.float32, np.float64):
-        raise HoraError(f"LoRA tensors are float16, float32 or float64, got {np.dtype(dtype)} (spec F6)")
-    with np.errstate(over="ignore"):
-        cast = value.astype(dtype)
-    if not np.isfinite(cast).all():
-        raise HoraError(f"the LoRA factors of {path} overflow {cast.dtype}: export in a wider dtype (spec F6)")
-    return cast
+def _padded(module: LoraModule, rank: int) -> LoraModule:
+    a, b = np.zeros((rank, module.a.shape[1])), np.zeros((len(module.b), rank))
+    a[: module.rank] = module.a
+    b[:, : module.rank] = module.b * (module.alpha / module.rank)
+    return replace(module, a=a, b=b, alpha=float(rank))

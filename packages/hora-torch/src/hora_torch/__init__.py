@@ -9,8 +9,10 @@ from hora_torch.config import HoraConfig
 from hora_torch.export import export_lora, to_adapter
 from hora_torch.findings import Report
 from hora_torch.freezing import freeze
+from hora_torch.groups import param_groups
 from hora_torch.layer import HoraLayer, HoraLinear
 from hora_torch.lifetime import cached_factors
+from hora_torch.lora_only import install
 from hora_torch.model import HoraModel
 from hora_torch.planning import Plan, plan
 from hora_torch.registration import add_peft_type, register
@@ -19,6 +21,7 @@ from hora_torch.verification import verify
 
 add_peft_type()
 register()
+install()
 
 __version__ = "0.1.0"
 
@@ -33,6 +36,7 @@ __all__ = [
     "export_lora",
     "freeze",
     "functional",
+    "param_groups",
     "plan",
     "report",
     "to_adapter",

@@ -1,15 +1,19 @@
 """``HoraConfig``: what a user of PEFT writes instead of ``LoraConfig``."""
 
 import copy
+import inspect
+import math
 import os
-from dataclasses import InitVar, dataclass, field
-from typing import Any
+from dataclasses import InitVar, dataclass, field, fields
+from typing import Any, Self
 
 from hora_spec import SPEC_VERSION, AdapterSpec, HoraError
 from hora_spec.files import LAYERS_DIGEST, check_digests, layers_digest
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from hora_torch.card import write_card
+from hora_torch.foreign import check_arguments
 from hora_torch.saving import check_directory, read_checked, written_digest
 
 PLAIN_ORDERS = ("q k v", "k v", "q k")
@@ -22,17 +26,22 @@ class HoraConfig(PeftConfig):
 
     Parameters
     ----------
-    r, hidden_dim, head_embed_dim, sharing, a_source, activation, gain, residual, normalize
-        The method, see `hora_spec.AdapterSpec`.
+    r, hidden_dim, head_embed_dim, sharing, a_source, activation, gain, residual, normalize, gate, tie_a
+        The method, see `hora_spec.AdapterSpec`; `hora_spec.PRESETS` has named settings.
     hora_alpha
         ``scaling = hora_alpha / r``; None means scaling 1.
+    use_rslora
+        ``scaling = hora_alpha / sqrt(r)`` instead (arXiv 2312.03732); files hold the alpha that gives it.
     hora_dropout
         Probability that an input feature of the branch is dropped in training.
     target_modules
         Names or a regular expression, as for any PEFT method, or ``"all-linear"``. None adapts the query and value
         projections of every attention module found.
     exclude_modules, modules_to_save, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern
-        As in ``LoraConfig``. The targets of one attention module share a hypernetwork, hence one rank and one alpha.
+        As in ``LoraConfig``, but what matches nothing is an error. The targets of one attention module share a
+        hypernetwork, hence one rank and one alpha.
+    trainable_token_indices
+        Rows of the embedding that are trained as they are, as in ``LoraConfig``.
     fused_projections
         Which parts of a fused weight (``qkv``, ``c_attn``, ``in_proj``) are adapted.
     num_heads, num_kv_heads
@@ -65,6 +74,7 @@ class HoraConfig(PeftConfig):
     hidden_dim: int = 40
     head_embed_dim: int = 40
     hora_alpha: float | None = None
+    use_rslora: bool = False
     hora_dropout: float = 0.0
     sharing: str = "full"
     a_source: str = "direct"
@@ -72,9 +82,12 @@ class HoraConfig(PeftConfig):
     gain: float | str = "transfer"
     residual: bool = False
     normalize: bool = True
+    gate: float | None = None
+    tie_a: bool = False
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -92,6 +105,11 @@ class HoraConfig(PeftConfig):
     hora_layers_sha256: InitVar[str | None] = None
     hora_tensors_sha256: str | None = None
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Refuse arguments of other methods with the names they have here."""
+        check_arguments(kwargs, list(inspect.signature(cls.__init__).parameters)[1:])
+        return super().__new__(cls)
+
     def __post_init__(self, hora_layers_sha256: str | None) -> None:
         super().__post_init__()
         self.peft_type = PeftType.HORA
@@ -105,6 +123,8 @@ class HoraConfig(PeftConfig):
         self.spec()
         if not 0 <= self.hora_dropout < 1:
             raise HoraError(f"hora_dropout must be in [0, 1), got {self.hora_dropout!r}")
+        if self.use_rslora and self.hora_alpha is None and not self.alpha_pattern:
+            raise HoraError("use_rslora divides hora_alpha by sqrt(r), got none: pass hora_alpha, or leave it out")
         for name, allowed in (("route", ("auto", "branch", "merge")), ("bias", ("none", "all", "hora_only"))):
             if getattr(self, name) not in allowed:
                 raise HoraError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
@@ -130,10 +150,13 @@ class HoraConfig(PeftConfig):
 
     def spec(self, rank: int | None = None, alpha: float | None = None) -> AdapterSpec:
         """The method of one layer; `rank` and `alpha` override those of the config."""
-        names = ("hidden_dim", "head_embed_dim", "sharing", "a_source", "activation", "gain", "residual", "normalize")
+        names = [each.name for each in fields(AdapterSpec) if each.name not in ("rank", "alpha")]
         method: dict[str, Any] = {name: getattr(self, name) for name in names}
         alpha = self.hora_alpha if alpha is None else alpha
-        return AdapterSpec(self.r if rank is None else rank, alpha=alpha, **method)
+        spec = AdapterSpec(self.r if rank is None else rank, alpha=alpha, **method)
+        if self.use_rslora and spec.alpha is not None:
+            return spec.replace(alpha=spec.alpha * math.sqrt(spec.rank))
+        return spec
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values; sets become sorted lists, so equal configs write equal files."""
@@ -163,7 +186,9 @@ class HoraConfig(PeftConfig):
         return read_checked(path_json_file) or super().from_json_file(path_json_file, **kwargs)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write ``adapter_config.json``; PEFT, which has just written the tensors, gets their digest into it (spec F7).
+        """Write ``adapter_config.json``, and how to load the adapter into ``README.md``.
+
+        PEFT, which has just written the tensors, gets their digest into the config (spec F7).
 
         PEFT is known by the keyword ``auto_mapping_dict``. Others, such as Transformers, write the tensors later: the
         digest of what lies there would be wrong, so there is none.
@@ -171,4 +196,5 @@ class HoraConfig(PeftConfig):
         written = copy.copy(self)
         written.hora_tensors_sha256 = written_digest(save_directory) if "auto_mapping_dict" in kwargs else None
         super(HoraConfig, written).save_pretrained(save_directory, **kwargs)
+        write_card(save_directory, self.base_model_name_or_path)
         self.hora_tensors_sha256 = None  # that of a file read earlier, which this config may have left behind

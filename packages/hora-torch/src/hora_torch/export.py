@@ -32,9 +32,14 @@ def to_adapter(model: nn.Module, adapter_name: str | None = None) -> Adapter:
     Raises
     ------
     HoraError
-        If there is no such adapter.
+        If there is no such adapter, or it acts at another scale than that of its training.
     """
     name = adapter_name_of(model, adapter_name)
+    if scale := rescaled(model, name):
+        raise HoraError(
+            f"an adapter is taken out as it was trained, {name!r} acts at {scale}: call unscale_layer() of the adapted "
+            "modules, or make the weight its own with add_weighted_adapter"
+        )
     config = model.peft_config[name]
     with _onloaded(model, name):
         state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
@@ -56,6 +61,8 @@ def export_lora(
     *,
     adapter_name: str | None = None,
     dtype: DTypeLike = np.float32,
+    compact: bool = False,
+    for_server: str | None = None,
 ) -> None:
     """Write an adapter as a standard LoRA adapter that computes the same, exactly and without an SVD (spec F6).
 
@@ -64,18 +71,20 @@ def export_lora(
     model
         A ``PeftModel``, or a model into which an adapter was injected.
     directory
-        A new or empty directory; PEFT, vLLM, llama.cpp and others read it.
+        New, empty, or left by an export that was interrupted.
     adapter_name
         Which adapter; may be left out when the model has one.
-    dtype
-        Floating dtype of the LoRA tensors.
+    dtype, compact, for_server
+        As for `hora_spec.export_lora`: dtype of the tensors, whether modules keep ranks and alphas of their own, and
+        the server whose limits are checked.
 
     Raises
     ------
     HoraError
-        If there is no such adapter, a value is not finite, or a weight is adapted that LoRA cannot.
+        If there is no such adapter, a value is not finite, a weight is adapted that LoRA cannot, or the server takes no
+        such adapter.
     """
-    write_lora(to_adapter(model, adapter_name), directory, dtype=dtype)
+    write_lora(to_adapter(model, adapter_name), directory, dtype=dtype, compact=compact, for_server=for_server)
 
 
 def adapter_name_of(model: nn.Module, adapter_name: str | None) -> str:
@@ -88,6 +97,16 @@ def adapter_name_of(model: nn.Module, adapter_name: str | None) -> str:
     if adapter_name is None or adapter_name not in names:
         raise HoraError(f"adapter_name is one of {names}, got {adapter_name!r}: name an adapter of this model")
     return adapter_name
+
+
+def rescaled(model: nn.Module, adapter_name: str) -> str:
+    """Where an adapter acts at another scale than that of its training, and at which; empty if nowhere."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, HoraLayer) and adapter_name in layer.hora_attached:
+            trained, scaling = layer.hora_attached[adapter_name].scaling, layer.scaling[adapter_name]
+            if scaling != trained:
+                return f"{scaling / trained:g} times its scale in {path!r}"
+    return ""
 
 
 @contextmanager

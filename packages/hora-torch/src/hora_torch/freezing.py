@@ -45,13 +45,18 @@ def freeze(model: nn.Module, adapter_name: str | None = None) -> None:
     frozen = {leader: _frozen(leader.hora_hyper[name]) for leader in leaders}
     for leader, hypernet in frozen.items():
         leader.hora_hyper[name] = hypernet
-        leader.frozen_peft_weight_names = leader.frozen_peft_weight_names | {name: ("hora_hyper",)}
+        keep_frozen(leader, name)
     config = model.peft_config[name] = copy.copy(model.peft_config[name])  # others may have the same
     specs = {hypernet.name: hypernet.spec for hypernet in frozen.values()}
     config.hora_layers = [entry | {"spec": specs[entry["name"]].to_dict()} for entry in config.hora_layers]
     config.given_layers = config.hora_layers
     for key, value in _free(config.spec()).items():
         setattr(config, key, value)
+
+
+def keep_frozen(leader: HoraLayer, adapter_name: str) -> None:
+    """No method of PEFT shall train the parameters that a leader owns."""
+    leader.frozen_peft_weight_names = leader.frozen_peft_weight_names | {adapter_name: ("hora_hyper",)}
 
 
 def _frozen(hypernet: HoraHypernet) -> HoraHypernet:
@@ -73,4 +78,5 @@ def _frozen(hypernet: HoraHypernet) -> HoraHypernet:
 def _free(spec: AdapterSpec) -> dict[str, Any]:
     """What a spec becomes when both factors are parameters."""
     sharing = "a" if spec.sharing in ("full", "a") else "none"
-    return {"sharing": sharing, "a_source": "direct", "gain": "transfer", "residual": False}
+    free = {"a_source": "direct", "gain": "transfer", "residual": False, "gate": None, "tie_a": False}
+    return {"sharing": sharing, **free}

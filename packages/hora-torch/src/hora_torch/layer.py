@@ -1,12 +1,15 @@
 """An adapted module: its base layer, the branches of its adapters, merging."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from hora_spec import Factors, HoraError, Site
+from hora_spec.layout import Span
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -16,7 +19,7 @@ from hora_torch.functional import stacked
 from hora_torch.hypernet import HoraHypernet
 from hora_torch.lifetime import handed, kept
 from hora_torch.linear import Branch, add_branches, has_hooks, low_rank_linear
-from hora_torch.merging import Addition, fingerprint, mergeable, merged_weight, value_of, write
+from hora_torch.merging import Addition, fingerprint, mergeable, merged_weight, on_all_rows, value_of, write
 from hora_torch.planning import LayerPlan
 from hora_torch.sharding import check_rows_alone, is_sharded, of_this_process
 from hora_torch.targets import out_in
@@ -27,20 +30,20 @@ BASE = "__base__"
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """What one adapter adds to one module. The leader owns the layer's hypernetwork; None is the module itself."""
+    """What one adapter adds to one module. The leader owns the layer's hypernetwork; None is the module itself.
+
+    ``scaling`` is that of the method (spec D1); `HoraLayer.scaling` is what acts at the moment.
+    """
 
     sites: Mapping[str, Site]
     scaling: float
     dropout: float
     route: str
     leader: "HoraLayer | None"
-    rows: Mapping[str, slice] = field(init=False)
+    rows: Mapping[str, Span] = field(init=False)
 
     def __post_init__(self) -> None:
-        rows = {}
-        for p, site in self.sites.items():
-            start, stop, _ = site.layout.rows.indices(site.weight_shape[site.layout.row_axis])
-            rows[p] = slice(start, stop)
+        rows = {p: site.layout.rows(site.weight_shape) for p, site in self.sites.items()}
         object.__setattr__(self, "rows", rows)
 
 
@@ -52,13 +55,15 @@ class HoraLayer(BaseTunerLayer):
     """
 
     adapter_layer_names = ("hora_hyper",)
-    other_param_names = ("hora_attached",)
+    other_param_names = ("hora_attached", "_scaling")
+    cast_input_dtype_enabled = True  # PEFT's helper turns it off for a while; inputs are never cast, factors are
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.hora_hyper = nn.ModuleDict()
         self.hora_attached: dict[str, Attachment] = {}
+        self._scaling: dict[str, float] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._originals: dict[str, Tensor] = {}
@@ -81,6 +86,7 @@ class HoraLayer(BaseTunerLayer):
         self.hora_attached[adapter_name] = Attachment(
             sites, plan.spec.scaling, config.hora_dropout, config.route, leader
         )
+        self._scaling[adapter_name] = plan.spec.scaling
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -93,6 +99,46 @@ class HoraLayer(BaseTunerLayer):
     def out_features(self) -> int:
         """Output width of the base layer."""
         return out_in(self.get_base_layer())[0]
+
+    @property
+    def scaling(self) -> Mapping[str, float]:
+        """Factor of each adapter's delta at the moment, to be changed as a whole, or by `set_scale` and its like.
+
+        It holds for this process: files, exports and copies into other adapters are of the adapter as it was trained.
+        """
+        return MappingProxyType(self._scaling)
+
+    @scaling.setter
+    def scaling(self, values: Mapping[str, float]) -> None:
+        changed = [name for name, value in values.items() if self._scaling.get(name, value) != value]
+        if merged := [name for name in changed if name in self.merged_adapters]:
+            raise HoraError(
+                f"the scale of an adapter is changed while it is not merged, {merged} are: call unmerge_adapter first, "
+                "or the change would not be seen"
+            )
+        for name in changed:
+            if not math.isfinite(values[name]):
+                raise HoraError(f"a scale is a finite number, got {values[name]!r} for {name!r}")
+        self._scaling.update({name: float(values[name]) for name in changed})
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Let an adapter act `scale` times as strongly as it was trained; nothing if it is not in this module."""
+        if adapter in self._scaling:
+            self.scaling = {adapter: scale * self.hora_attached[adapter].scaling}
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the present scaling of all active adapters."""
+        self.scaling = {name: self._scaling[name] * scale for name in self._present()}
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the present scaling of all active adapters, or go back to that of training."""
+        self.scaling = {
+            name: self.hora_attached[name].scaling if scale is None else self._scaling[name] / scale
+            for name in self._present()
+        }
+
+    def _present(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self._scaling]
 
     def hypernet(self, adapter_name: str) -> HoraHypernet:
         """The hypernetwork that generates this module's factors."""
@@ -108,11 +154,12 @@ class HoraLayer(BaseTunerLayer):
     def branches(self, adapter_name: str, *, keep_rate: float = 1.0) -> dict[str, Branch]:
         """Branches of one adapter by projection, generated now; inputs of which `keep_rate` survive dropout."""
         attached, hypernet = self.hora_attached[adapter_name], self.hypernet(adapter_name)
-        return _branches(attached, hypernet(attached.sites, gained=False), hypernet.gain / keep_rate)
+        scaling = self._scaling[adapter_name] * hypernet.gain / keep_rate
+        return _branches(attached, hypernet(attached.sites, gained=False), scaling)
 
     def _branches_of_call(self, adapter_name: str, keep_rate: float = 1.0) -> dict[str, Branch]:
         """As `branches`, from one generation for the whole layer where a call of the model or a scope is open."""
-        hypernet = self.hypernet(adapter_name)
+        hypernet, scaling = self.hypernet(adapter_name), self._scaling[adapter_name]
         if torch.is_grad_enabled():
             if (store := handed(hypernet)) is None:
                 return self.branches(adapter_name, keep_rate=keep_rate)
@@ -120,14 +167,15 @@ class HoraLayer(BaseTunerLayer):
             if not store.keys() >= attached.sites.keys():
                 store.update(hypernet(gained=False))
             factors = {p: store.pop(p) for p in attached.sites}
-            return _branches(attached, factors, hypernet.gain / keep_rate)
+            return _branches(attached, factors, scaling * hypernet.gain / keep_rate)
         if keep_rate != 1 or (store := kept(hypernet)) is None:
             return self.branches(adapter_name, keep_rate=keep_rate)
-        if self not in store:
+        if (self, scaling) not in store:
             if hypernet not in store:
                 store[hypernet] = hypernet(gained=False)
-            store[self] = _branches(self.hora_attached[adapter_name], store[hypernet], hypernet.gain)
-        return store[self]
+            attached = self.hora_attached[adapter_name]
+            store[self, scaling] = _branches(attached, store[hypernet], scaling * hypernet.gain)
+        return store[self, scaling]
 
     def get_delta_weight(self, adapter_name: str) -> Tensor | dict[str, Tensor]:
         """Dense update in the stored form of the weight, zero outside the adapted windows.
@@ -219,10 +267,11 @@ class HoraLayer(BaseTunerLayer):
         """What adapters add to each stored weight, from factors that are generated now."""
         additions: dict[str, list[Addition]] = {}
         for name in adapter_names:
-            branches = self.branches(name)
-            for p, site in self.hora_attached[name].sites.items():
-                branch = branches[p]
-                additions.setdefault(site.parameter, []).append((site.layout, branch.a, branch.b, branch.scaling))
+            attached, hypernet = self.hora_attached[name], self.hypernet(name)
+            factors = hypernet(attached.sites, gained=False)
+            for p, site in attached.sites.items():
+                addition = site.layout, *stacked(factors[p]), self._scaling[name] * hypernet.gain
+                additions.setdefault(site.parameter, []).append(addition)
         return additions
 
     def _working(self) -> list[str]:
@@ -256,7 +305,7 @@ class HoraLayer(BaseTunerLayer):
         target = device or next(base.parameters()).device
         if target.type == "meta":  # offloaded: where accelerate runs it
             target = getattr(getattr(base, "_hf_hook", None), "execution_device", None) or "cpu"
-        if not any(param.is_meta for param in hypernet.parameters()):
+        if not any(param.is_meta for param in hypernet.params().values()):
             hypernet.to(target)
 
 
@@ -356,9 +405,15 @@ class HoraLinear(nn.Module, HoraLayer):
         return "hora." + super().__repr__()
 
 
-def _branches(attached: Attachment, factors: Mapping[str, Factors], gain: float) -> dict[str, Branch]:
-    scaling = attached.scaling * gain
-    return {p: Branch(*stacked(factors[p]), scaling, rows.start, rows.stop) for p, rows in attached.rows.items()}
+def _branches(attached: Attachment, factors: Mapping[str, Factors], scaling: float) -> dict[str, Branch]:
+    return {p: _branch(*stacked(factors[p]), scaling, rows) for p, rows in attached.rows.items()}
+
+
+def _branch(a: Tensor, b: Tensor, scaling: float, rows: Span) -> Branch:
+    """Rows in several blocks become all rows, with zeros where others are: one product writes each once."""
+    if rows.blocks == 1:
+        return Branch(a, b, scaling, rows.start, rows.stop)
+    return Branch(a, on_all_rows(b, rows), scaling, 0, rows.size)
 
 
 def is_plain(base: nn.Module) -> bool:

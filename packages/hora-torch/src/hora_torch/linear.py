@@ -10,6 +10,7 @@ a tall one from the right (measured with MKL, R = 8).
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -83,7 +84,7 @@ def low_rank_linear(
     merges = _merges(route, x, keep)
     few = route == "auto" and not merges and x.numel() <= _FEW
     if few or (is_observed() and not torch.compiler.is_compiling()):
-        return _with_branches(nn.functional.linear(x, weight, bias), x, branches, keep)
+        return _by_operations(x, weight, bias, branches, keep)
     windows, first = [], 0
     for branch in branches:
         last = first + branch.a.shape[0]
@@ -116,24 +117,47 @@ def add_branches(y: Tensor, x: Tensor, branches: Sequence[Branch], *, keep: Tens
             f"a base layer maps {tuple(x.shape)} to {(*x.shape[:-1], '>= ' + str(last))}, got {tuple(y.shape)}: its "
             "output is gathered or sharded in a way that adapters cannot follow"
         )
-    return _with_branches(y, x, branches, keep)
-
-
-def _with_branches(y: Tensor, x: Tensor, branches: Sequence[Branch], keep: Tensor | None) -> Tensor:
     a, b, scaling = _as_one(branches, y.shape[-1])
-    addition = nn.functional.linear(nn.functional.linear(_kept(x, keep), a.to(x)), b.to(x))
+    addition = nn.functional.linear(nn.functional.linear(_kept(x, keep), a.to(x)), b.T.to(x))
     return torch.add(y, addition.to(y.dtype), alpha=scaling)
 
 
+def _by_operations(
+    x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Branch], keep: Tensor | None
+) -> Tensor:
+    """In matrices, since torch makes four nodes of a product with more axes; the sum is rounded once."""
+    a, b, scaling = _as_one(branches, weight.shape[0])
+    rows = _rows(x)
+    y = nn.functional.linear(rows, weight, bias)
+    u = nn.functional.linear(rows if keep is None else rows * _rows(keep), a.to(x))
+    return torch.addmm(y, u, b.to(x), alpha=scaling).view(*x.shape[:-1], weight.shape[0])
+
+
 def _as_one(branches: Sequence[Branch], columns: int) -> tuple[Tensor, Tensor, float]:
-    """Factors a (R, embed) and b (columns, R) of all branches together, and their scaling."""
+    """Factors a (R, embed) and the transpose of b, (R, columns), of all branches together, and their scaling."""
     if len(branches) == 1 and branches[0].b.shape[0] == columns:
-        return branches[0][:3]
+        return branches[0].a, branches[0].b.T, branches[0].scaling
     common = branches[0].scaling
     if any(branch.scaling != common for branch in branches):
         common, branches = 1.0, [branch._replace(b=branch.b * branch.scaling) for branch in branches]
+    a = branches[0].a if len(branches) == 1 else torch.cat([branch.a for branch in branches])
+    if all(one.stop <= other.start for one, other in pairwise(branches)):
+        return a, _diagonal(branches, columns), common
     rows = [nn.functional.pad(branch.b.T, (branch.start, columns - branch.stop)) for branch in branches]
-    return torch.cat([branch.a for branch in branches]), torch.cat(rows).T, common
+    return a, torch.cat(rows), common
+
+
+def _diagonal(branches: Sequence[Branch], columns: int) -> Tensor:
+    """The transposes of b one below the other, each in its columns; faster than padding each."""
+    blocks, stop = [], 0
+    for branch in branches:
+        if branch.start > stop:
+            blocks.append(branch.b.new_empty(0, branch.start - stop))
+        blocks.append(branch.b.T)
+        stop = branch.stop
+    if columns > stop:
+        blocks.append(branches[0].b.new_empty(0, columns - stop))
+    return torch.block_diag(*blocks)
 
 
 def autocast_enabled(x: Tensor) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from hora_spec import HoraError, Layout
+from hora_spec.layout import Span
 from torch import Tensor, nn
 
 from hora_torch.sharding import is_sharded, part_of_weight
@@ -58,12 +59,12 @@ def merged_weight(
     for _, a, b, scaling in additions:
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise HoraError(f"{_broken(name)}: only a finite delta can be merged, its factors are not (spec M3)")
-        limit += scaling * float((a.abs().amax(1).double() * b.abs().amax(0).double()).sum())
+        limit += abs(scaling) * float((a.abs().amax(1).double() * b.abs().amax(0).double()).sum())
     working = torch.float64 if weight.dtype == torch.float64 else torch.float32
     merged = weight.clone() if weight.dtype == working else torch.empty_like(weight)
     if weight.dtype == working:
         for layout, a, b, scaling in additions:
-            _as_rows(merged, layout)[layout.rows].addmm_(b.to(working), a.to(working), alpha=scaling)
+            _add(_as_rows(merged, layout), layout.rows(weight.shape), a.to(working), b.to(working), scaling)
     else:
         _merge_in_chunks(weight, merged, additions, working)
     unsafe = limit > torch.finfo(working).max / 4 or weight.dtype == torch.float16
@@ -119,10 +120,23 @@ def value_of(stored: nn.Parameter) -> Tensor:
     return stored.data.to_local().clone() if is_sharded(stored) else stored.data
 
 
+def on_all_rows(b: Tensor, rows: Span) -> Tensor:
+    """`b` (rows of a span, rank) among zeros for all other rows of the stored weight, (all rows, rank)."""
+    return nn.functional.pad(b.unflatten(0, (rows.blocks, -1)), (0, 0, *rows.around)).flatten(0, 1)
+
+
+def _add(matrix: Tensor, rows: Span, a: Tensor, b: Tensor, scaling: float) -> None:
+    """``scaling * b a`` onto `rows` of a matrix; the other rows are not touched."""
+    if rows.blocks == 1:
+        matrix[rows.index].addmm_(b, a, alpha=scaling)
+        return
+    blocks = matrix.unflatten(0, (rows.blocks, -1))[:, rows.start : rows.stop]
+    blocks.baddbmm_(b.unflatten(0, (rows.blocks, -1)), a.expand(rows.blocks, -1, -1), alpha=scaling)
+
+
 def _part(addition: Addition, weight: Tensor) -> Addition:
     layout, a, b, scaling = addition
-    start, stop, _ = layout.rows.indices(weight.shape[layout.row_axis])
-    b = nn.functional.pad(b, (0, 0, start, weight.shape[layout.row_axis] - stop))
+    b = on_all_rows(b, layout.rows(tuple(weight.shape)))
     return Layout(layout.pattern), *part_of_weight(a, b, weight, layout.row_axis), scaling
 
 
@@ -143,13 +157,23 @@ def _merge_in_chunks(
     """Rows pass through a small float32 buffer, so that the sum costs hardly more than copying the weight."""
     source, target = (_as_rows(tensor, additions[0][0]) for tensor in (weight, merged))
     step = max(1, _CHUNK_BYTES // (4 * source.shape[1]))
-    factors = [(layout.rows, a.to(working), b.to(working), scaling) for layout, a, b, scaling in additions]
+    pieces = [
+        piece
+        for layout, a, b, scaling in additions
+        for piece in _contiguous(layout.rows(weight.shape), a.to(working), b.to(working), scaling)
+    ]
     for first in range(0, source.shape[0], step):
         last = min(first + step, source.shape[0])
         buffer = source[first:last].to(working)
-        for rows, a, b, scaling in factors:
-            start, stop, _ = rows.indices(source.shape[0])
+        for start, stop, a, b, scaling in pieces:
             low, high = max(first, start), min(last, stop)
             if low < high:
                 buffer[low - first : high - first].addmm_(b[low - start : high - start], a, alpha=scaling)
         target[first:last] = buffer
+
+
+def _contiguous(rows: Span, a: Tensor, b: Tensor, scaling: float) -> list[tuple[int, int, Tensor, Tensor, float]]:
+    """Start and stop of each run of rows, and the factors there."""
+    size = rows.stop - rows.start
+    starts = range(rows.start, rows.size, rows.size // rows.blocks)
+    return [(start, start + size, a, part, scaling) for start, part in zip(starts, b.split(size), strict=True)]

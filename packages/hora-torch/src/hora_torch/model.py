@@ -13,7 +13,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from hora_torch.attention import HoraMultiheadAttention
+from hora_torch.combining import add_sum
 from hora_torch.config import HoraConfig
+from hora_torch.export import rescaled
 from hora_torch.hypernet import HoraHypernet
 from hora_torch.layer import BASE, HoraLayer, HoraLinear, tied_weights
 from hora_torch.lifetime import during_call
@@ -72,8 +74,8 @@ class HoraModel(BaseTuner):
         if config.given_layers is not None:
             for hypernet in _hypernets(model, adapter_name):
                 hypernet.await_values(needed=self._loads_unchecked)
-        if plan.left_out:
-            warnings.warn(f"{plan.headline()} (hora_torch.plan says which and why)", stacklevel=2)
+        if text := plan.warning():
+            warnings.warn(text, stacklevel=2)
 
     def _prepare_adapter_config(self, peft_config: HoraConfig, model_config: dict[str, Any]) -> HoraConfig:
         return peft_config
@@ -133,6 +135,31 @@ class HoraModel(BaseTuner):
                     layer.restore_merged(names)
             raise
 
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        **options: Any,
+    ) -> None:
+        """Add an adapter whose delta is the weighted sum of others, exactly (spec F8).
+
+        It has free factors, of the sum of the ranks, as `hora_torch.freeze` makes them; they are not trained further.
+
+        Raises
+        ------
+        HoraError
+            If `combination_type` is not ``"cat"``, a name or weight is wrong, or the adapters have no such sum. Nothing
+            has changed then.
+        """
+        if combination_type != "cat" or any(value is not None for value in options.values()):
+            raise HoraError(
+                f"adapters are combined exactly, by combination_type='cat', got {combination_type!r} with {options}: "
+                "for an approximation of lower rank export them with export_lora and combine those"
+            )
+        add_sum(self, adapters, weights, adapter_name)
+
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -191,6 +218,15 @@ class HoraModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: HoraConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Tensors of an adapter as files hold them, which is without the scale at which it acts here."""
+        if scale := rescaled(model, adapter_name):
+            warnings.warn(f"{adapter_name!r} acts at {scale}, which is not saved", stacklevel=2)
+        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -17,6 +17,7 @@ from torch import nn
 
 from hora_torch.config import HoraConfig
 from hora_torch.heads import DisagreeError, UnknownRowsError, identifier, matches
+from hora_torch.said import check_layers, check_patterns, unmatched
 from hora_torch.sites import Found, check_recorded, find_sites, is_candidate, not_in_use
 from hora_torch.targets import base_module, no_default, no_match, short_names, targets_of
 
@@ -56,11 +57,11 @@ class LayerPlan:
         """One line per projection: weight, rows, heads and where they are known from."""
         lines = []
         for p, site in self.sites.items():
-            rows = range(*site.layout.rows.indices(site.weight_shape[site.layout.row_axis]))
+            rows = site.layout.rows(site.weight_shape)
             own = site.module.removeprefix(f"{self.name}.") if site.module != self.name else "(itself)"
             shape = site.projection
             lines.append(
-                f"    {p}: {own}.{site.parameter} rows {rows.start}:{rows.stop}, {shape.num_heads} heads x "
+                f"    {p}: {own}.{site.parameter} rows {rows}, {shape.num_heads} heads x "
                 f"{shape.head_dim}, rank {self.spec.rank}; {self.sources.get(p, '')}"
             )
         return "\n".join(lines)
@@ -76,6 +77,8 @@ class Plan:
         In model order.
     left_out
         Path of each attention module, or of a part of it, that is not adapted by default, and why.
+    unmatched
+        Names in ``target_modules`` that no module has.
     target_modules
         Names that choose the adapted modules, in PEFT's meaning.
     """
@@ -83,6 +86,7 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     left_out: Mapping[str, str]
     target_modules: Any = None
+    unmatched: tuple[str, ...] = ()
 
     def headline(self) -> str:
         """How many attention modules are adapted."""
@@ -91,12 +95,20 @@ class Plan:
         text = f"HoRA adapts {len(adapted)} of {len(adapted | self.left_out.keys())} attention modules"
         return text + (f", {len(partly)} of them in part" if partly else "")
 
+    def warning(self) -> str:
+        """What may not be as it was meant, in one line; empty if there is nothing."""
+        if self.unmatched:
+            return f"target_modules names {list(self.unmatched)}, which no module is called"
+        return f"{self.headline()} (hora_torch.plan says which and why)" if self.left_out else ""
+
     def __str__(self) -> str:
         lines = [self.headline()]
         for names, text in _together((layer.name, layer.describe()) for layer in self.layers):
             lines += [f"  {names}", text]
         for names, why in _together((name, why.replace(name, "...")) for name, why in self.left_out.items()):
             lines += [f"  not {names}", f"    {why}"]
+        if self.unmatched:
+            lines.append(f"  {self.warning()}")
         return "\n".join(lines)
 
 
@@ -164,7 +176,7 @@ def planned_layer(config: HoraConfig, module: str) -> LayerPlan | None:
 
 def _new_plan(model: nn.Module, names: Iterable[str], config: HoraConfig, default: bool) -> Plan:
     names, left_out = list(names), {}
-    _check_used(config, names)
+    check_patterns(config, ("num_heads", "row_order"), names)
     found: dict[str, list[Found]] = {}
     uncertain: set[str] = set()
     references = _references(model)
@@ -187,9 +199,14 @@ def _new_plan(model: nn.Module, names: Iterable[str], config: HoraConfig, defaul
     layers = tuple(_layer_plan(name, sites, config) for name, sites in found.items() if sites and name not in uncertain)
     if not layers and not config.exclude_modules and not config.modules_to_save:
         raise no_default(left_out) if default else no_match(model, config)
+    if layers:
+        adapted = [module for layer in layers for module in layer.modules]
+        check_patterns(config, ("rank_pattern", "alpha_pattern"), adapted)
+        check_layers(config, adapted)
+    unknown = () if default else tuple(unmatched(config, (name for name, _ in _modules(model))))
     if default and left_out:
         config.target_modules = short_names(model, [module for layer in layers for module in layer.modules])
-    return Plan(layers, left_out, config.target_modules)
+    return Plan(layers, left_out, config.target_modules, unknown)
 
 
 def _layer_plan(name: str, found: list[Found], config: HoraConfig) -> LayerPlan:
@@ -205,7 +222,8 @@ def _recorded(model: nn.Module, names: Iterable[str], config: HoraConfig) -> tup
     if recorded != names:
         raise HoraError(
             f"a loaded adapter fits its own base model, missing here: {sorted(recorded - names)[:3]}, not in the "
-            f"adapter: {sorted(names - recorded)[:3]}: load the base model it was trained on (spec F5)"
+            f"adapter: {sorted(names - recorded)[:3]}: load the base model it was trained on (spec F5), or for a new "
+            "adapter set its hora_layers to None, or hora_layers in its file to null"
         )
     for layer in layers:
         for site in layer.sites.values():
@@ -260,17 +278,6 @@ def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Named modules of the model, without what is inside of adapters."""
     inside = tuple(f"{key}." for key, module in model.named_modules() if isinstance(module, BaseTunerLayer))
     return [(key, module) for key, module in model.named_modules() if key and not key.startswith(inside)]
-
-
-def _check_used(config: HoraConfig, names: Iterable[str]) -> None:
-    """Raise if what the user says of modules by name is said of none of the targets."""
-    for field in ("num_heads", "row_order"):
-        said = getattr(config, field)
-        idle = (
-            [key for key in said if not any(matches(key, name) for name in names)] if isinstance(said, Mapping) else []
-        )
-        if idle:
-            raise HoraError(f"{field} speaks of targets, got {idle}, which none of them is called: correct the names")
 
 
 def _references(model: nn.Module) -> dict[nn.Module, list[str]]:

@@ -19,8 +19,8 @@ class _Planned:
 
     def by_head(self, masks: Masks) -> Tensor:
         """Its own of some marked rows, (heads, head_dim)."""
-        shape = self.site.projection
-        return masks[self.module][self.site.layout.rows].reshape(shape.num_heads, shape.head_dim)
+        shape, rows = self.site.projection, self.site.layout.rows(self.site.weight_shape)
+        return masks[self.module][rows.index].reshape(shape.num_heads, shape.head_dim)
 
 
 def rows_of_one_head(record: Record, sites: Mapping[str, Site], names: Mapping[str, str]) -> str:

@@ -23,8 +23,10 @@ class Trace:
 
     def takes_part(self, name: str, site: Site | None = None) -> bool:
         """Whether the output depends on a layer that had an input, or on one projection in it."""
-        rows = slice(None) if site is None or site.parameter != "weight" else site.layout.rows
-        return any(bool(used[rows].any()) for used in self._rows.get(name, ()))
+        own = slice(None)
+        if site is not None and site.parameter == "weight":
+            own = site.layout.rows(site.weight_shape).index
+        return any(bool(used[own].any()) for used in self._rows.get(name, ()))
 
     def moves(self, param: Tensor) -> bool:
         """Whether the output has a gradient for the parameter."""

@@ -49,9 +49,9 @@ def verify(model: nn.Module, batch: Any) -> Report:
 
     Notes
     -----
-    Costs six or seven passes of the model, one of them backward too, and some twenty derivatives of each attention. While
-    it runs, what is zero in a new adapter is replaced by random values, so that there is an update to look at, and each
-    pass starts from one seed; generators of random numbers are left as they were.
+    Costs six or seven passes of the model, one of them backward too, and some twenty derivatives of each attention.
+    While it runs, what is zero in a new adapter is replaced by random values, so that there is an update to look at,
+    and each pass starts from one seed; generators of random numbers are left as they were.
 
     Examples
     --------

@@ -28,7 +28,7 @@ from hora_spec.testing.laws import (
     law_scale_and_shift,
     law_start,
 )
-from hora_spec.testing.merging import check_merge, check_merge_refuses, stored_forms
+from hora_spec.testing.merging import check_merge, check_merge_refuses, check_stored, stored_forms
 from hora_spec.testing.vectorized import VECTORIZED
 
 CHECKS = (
@@ -67,6 +67,7 @@ __all__ = [
     "check_linear_grads",
     "check_merge",
     "check_merge_refuses",
+    "check_stored",
     "corpus",
     "law_finite_differences",
     "law_merged_forward",

@@ -6,8 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hora_spec.errors import HoraError
+from hora_spec.goldens.stored import StoredGolden
 from hora_spec.layout import Layout, Window
-from hora_spec.shapes import ProjectionShape
+from hora_spec.shapes import LayerShape, ProjectionShape
+from hora_spec.spec import AdapterSpec
 from hora_spec.testing.backend import REFERENCE, Backend
 from hora_spec.testing.case import Case, numpy_dtype
 from hora_spec.testing.claim import Claim
@@ -27,11 +29,25 @@ def stored_forms(shape: ProjectionShape) -> tuple[tuple[Layout, tuple[int, ...]]
         (Layout("(h k) d", Window(0, rows, 2 * rows)), (3 * rows, d)),  # fused qkv rows
         (Layout("d (h k)", Window(1, 1, 1 + rows)), (d, rows + 4)),  # fused columns
         (Layout("1 h d k", Window(0, 1, 2)), (2, h, d, k)),  # one of several kernels along an axis
+        (Layout("(h k) d", Window(0, 2 * k, 3 * k, blocks=h)), (3 * rows, d)),  # [head][q k v]
+        (Layout("d (h k)", Window(1, k + 1, 2 * k + 1, blocks=h)), (d, h * (2 * k + 1))),  # ... of unequal widths
+        (Layout("d h k", Window(2, 2, 2 + k)), (d, h, k + 3)),  # latent attention: [head][k_nope v]
+        (Layout("h d k", Window(0, 0, 1, blocks=h)), (2 * h, d, k)),  # [head][q k] along an axis of heads
+        (Layout("d g h k"), (d, 1, h, k)),  # heads in one group
+        (Layout("d g h k"), (d, h, 1, k)),  # penzai: a head in each group
+        (Layout("h g d k", Window(0, 1, 1 + h // _groups(h))), (2 + h // _groups(h), _groups(h), d, k)),
+        (Layout("g (h k) d", Window(1, k, k + rows // _groups(h))), (_groups(h), k + rows // _groups(h), d)),
+        (Layout("l d g h k", Window(4, 0, k)), (2, d, _groups(h), h // _groups(h), k + 1)),
         (Layout("l (h k) d"), (2, rows, d)),
         (Layout("l d h k"), (2, d, h, k)),
         (Layout("d (h k) l"), (d, rows, 2)),
         (Layout("l d (h k)", Window(2, rows, 2 * rows)), (2, d, 3 * rows)),  # stacked and fused
     )
+
+
+def _groups(heads: int) -> int:
+    """The smallest number of groups of several heads each; one if there is none."""
+    return next((groups for groups in range(2, heads) if heads % groups == 0), 1)
 
 
 def check_merge(backend: Backend, case: Case, dtype: str = "float32") -> float:
@@ -52,6 +68,26 @@ def check_merge(backend: Backend, case: Case, dtype: str = "float32") -> float:
                 other = REFERENCE.merge(weight.astype(np.float32), delta, layout).astype(weight.dtype)
                 expected = np.where(got == other, other, expected)
             claim.equal(f"merged {p!r}", got, expected)
+    return 0.0
+
+
+def check_stored(backend: Backend, golden: StoredGolden, dtype: str = "float32") -> float:
+    """Every delta of a stored golden merged in turn gives its merged weight, to the bit (spec L1 to L4, M1).
+
+    Also that its layouts read and write what the weight was put together from.
+    """
+    case = Case(AdapterSpec(), LayerShape(golden.shapes))
+    merged = golden.weight
+    for p, layout in golden.layouts.items():
+        claim = Claim("check_stored", backend, case, dtype, "L1, L2, L4", f"{golden!r}: {layout!r}")
+        layout.check(golden.weight.shape, golden.shapes[p])
+        claim.equal(f"{p!r} as read", layout.read(golden.weight), golden.parts[p])
+        written = golden.weight.copy()
+        written[layout.index(written.shape)] = layout.write(golden.parts[p], written.shape)
+        claim.equal(f"{p!r} as written", written, golden.weight)
+        merged = np.asarray(backend.merge(merged, golden.deltas[p], layout))
+    claim = Claim("check_stored", backend, case, dtype, "L1, L2, L4", f"{golden!r}: merge")
+    claim.equal("the merged weight", merged, golden.merged)
     return 0.0
 
 

@@ -1,5 +1,6 @@
 """Mutants of the adapted projection, of its backward pass, and of merging."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -118,7 +119,7 @@ def double_rounding(backend: Backend) -> Backend:
     """The merged weight is rounded to half precision, then to the weight's dtype."""
 
     def merge(weight: Array, delta: Array, layout: Layout) -> Array:
-        index, merged = layout.index(), backend.merge(weight, delta, layout)
+        index, merged = layout.index(weight.shape), backend.merge(weight, delta, layout)
         merged = np.array(merged)
         merged[index] = merged[index].astype(np.float16).astype(weight.dtype)
         return merged
@@ -142,6 +143,46 @@ def window_at_the_start(backend: Backend) -> Backend:
         if layout.window is not None:
             axis, start, stop = layout.window.axis, layout.window.start, layout.window.stop
             layout = Layout(layout.pattern, Window(axis, 0, stop - start))
+        return backend.merge(weight, delta, layout)
+
+    return backend._replace(merge=merge)
+
+
+@mutant("L2", check_merge)
+def blocks_as_one(backend: Backend) -> Backend:
+    """A window of blocks is read as one range that begins in the first block."""
+    return _on_blocks(backend, lambda w: Window(w.axis, w.start, w.start + w.blocks * (w.stop - w.start)))
+
+
+@mutant("L2", check_merge)
+def parts_before_blocks(backend: Backend) -> Backend:
+    """Rows stored as [head][q k v] are read as [q k v][head]."""
+    return _on_blocks(backend, lambda w: Window(w.axis, w.blocks * w.start, w.blocks * w.stop))
+
+
+@mutant("L2", check_merge)
+def blocks_backwards(backend: Backend) -> Backend:
+    """The blocks of a window follow each other in the opposite order."""
+
+    def merge(weight: Array, delta: Array, layout: Layout) -> Array:
+        if layout.window is not None and layout.window.blocks > 1 and "hk" in layout.axes:
+            blocks = delta.reshape(layout.window.blocks, -1, delta.shape[-1])
+            delta = blocks[::-1].reshape(delta.shape)
+        return backend.merge(weight, delta, layout)
+
+    return backend._replace(merge=merge)
+
+
+@mutant("L1", check_merge)
+def groups_within_heads(backend: Backend) -> Backend:
+    """Heads stored in groups are numbered across the groups."""
+
+    def merge(weight: Array, delta: Array, layout: Layout) -> Array:
+        if "g" in layout.axes:
+            groups = dict(zip(layout.axes, layout.window_shape(weight.shape), strict=True))["g"]
+            width = layout.window_shape(weight.shape)[layout.axes.index("k")] if "k" in layout.axes else 1
+            rows = delta.reshape(*delta.shape[:-2], groups, -1, width, delta.shape[-1])
+            delta = rows.swapaxes(-4, -3).reshape(delta.shape)
         return backend.merge(weight, delta, layout)
 
     return backend._replace(merge=merge)
@@ -177,5 +218,14 @@ def careless_merge(backend: Backend) -> Backend:
             return backend.merge(weight, delta, layout)
         except HoraError:
             return weight
+
+    return backend._replace(merge=merge)
+
+
+def _on_blocks(backend: Backend, change: Callable[[Window], Window]) -> Backend:
+    def merge(weight: Array, delta: Array, layout: Layout) -> Array:
+        if layout.window is not None and layout.window.blocks > 1:
+            layout = Layout(layout.pattern, change(layout.window))
+        return backend.merge(weight, delta, layout)
 
     return backend._replace(merge=merge)

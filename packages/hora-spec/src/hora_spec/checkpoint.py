@@ -1,0 +1,204 @@
+"""Checkpoints of models as safetensors files, read and rewritten tensor by tensor."""
+
+import json
+import operator
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from hora_spec.errors import HoraError
+from hora_spec.tensors import damaged, data_length, header_length
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor in a safetensors file: where its bytes are, and what they mean in the words of safetensors."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model directory with its weights as safetensors.
+
+    Parameters
+    ----------
+    directory
+        As `transformers` saves it.
+    config
+        Content of ``config.json``.
+    entries
+        Tensor name to place, of all shards.
+    sharded
+        Whether an index says which file holds which tensor.
+    """
+
+    directory: Path
+    config: Mapping[str, Any]
+    entries: Mapping[str, Entry]
+    sharded: bool
+
+    @property
+    def shards(self) -> list[Path]:
+        """Files that hold tensors, in order of their names."""
+        return sorted({entry.file for entry in self.entries.values()})
+
+    @property
+    def others(self) -> list[Path]:
+        """Files beside the weights that belong to the model: configs, the tokenizer, code, the index of the shards."""
+        index = {self.directory / _INDEX} if self.sharded else set()
+        files = {path for path in self.directory.iterdir() if path.is_file() and not _is_weights(path)}
+        return sorted(files | index)
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """What the files of a model directory say about its tensors, none of which is read.
+
+    Raises
+    ------
+    HoraError
+        If there are no safetensors, a file is damaged, or the index names other tensors than the files hold.
+    """
+    if not directory.is_dir():
+        raise HoraError(f"a checkpoint is a directory, got {str(directory)!r}, which is none: check the path")
+    config = _json(directory / "config.json") if (directory / "config.json").exists() else {}
+    if (directory / _SINGLE).exists():
+        return Checkpoint(directory, config, _entries(directory / _SINGLE), sharded=False)
+    if not (directory / _INDEX).exists():
+        raise HoraError(
+            f"a checkpoint has {_SINGLE} or {_INDEX}, {str(directory)!r} has neither: save the model with "
+            "save_pretrained, as safetensors"
+        )
+    places = _json(directory / _INDEX).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise HoraError(f"{directory / _INDEX} maps tensors to files, got another content: download it again")
+    entries: dict[str, Entry] = {}
+    for name in sorted(set(places.values())):
+        if Path(name).name != name:
+            raise HoraError(f"{directory / _INDEX} names files beside it, got {name!r}")
+        entries |= _entries(directory / name)
+    if entries.keys() != places.keys():
+        odd = sorted(entries.keys() ^ places.keys())
+        raise HoraError(f"{_INDEX} names the tensors of its files, got others, such as {odd[0]}: download it again")
+    return Checkpoint(directory, config, entries, sharded=True)
+
+
+def read_tensor(entry: Entry) -> bytearray:
+    """The bytes of one tensor, row-major and little-endian."""
+    data = bytearray(entry.stop - entry.start)
+    with open(entry.file, "rb") as file:
+        file.seek(entry.start)
+        if file.readinto(data) != len(data):
+            raise damaged(entry.file, "it became shorter")
+    return data
+
+
+def rewrite(
+    checkpoint: Checkpoint,
+    out: Path,
+    changes: Mapping[str, Callable[[Entry], bytes | bytearray]],
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write a checkpoint into the directory `out` with some tensors changed, one tensor in memory at a time.
+
+    Parameters
+    ----------
+    checkpoint
+        The source. Its headers, its shards and all files beside the weights stay what they are.
+    out
+        An empty directory.
+    changes
+        Tensor name to a function that returns its new bytes, of the same dtype and shape.
+    progress
+        Called with the bytes written and their total.
+    """
+    total, done = sum(path.stat().st_size for path in checkpoint.shards), 0
+    for path in checkpoint.others:
+        shutil.copyfile(path, out / path.name)
+    for path in checkpoint.shards:
+        with open(path, "rb") as source, open(out / path.name, "xb") as target:
+            for size in _rewritten(checkpoint, path, source, target, changes):
+                done += size
+                if progress is not None:
+                    progress(done, total)
+
+
+def _rewritten(
+    checkpoint: Checkpoint,
+    path: Path,
+    source: BinaryIO,
+    target: BinaryIO,
+    changes: Mapping[str, Callable[[Entry], bytes | bytearray]],
+) -> Iterator[int]:
+    """Copy one shard, changed where it must be; sizes of what was written."""
+    changed = {name: entry for name, entry in checkpoint.entries.items() if entry.file == path and name in changes}
+    for name, entry in sorted(changed.items(), key=lambda item: item[1].start):
+        yield from _copied(source, target, entry.start - source.tell())
+        data = changes[name](entry)
+        if len(data) != entry.stop - entry.start:
+            raise ValueError(f"{name} has {entry.stop - entry.start} bytes, got {len(data)}")
+        target.write(data)
+        source.seek(entry.stop)
+        yield len(data)
+    yield from _copied(source, target, path.stat().st_size - source.tell())
+
+
+def _copied(source: BinaryIO, target: BinaryIO, size: int) -> Iterator[int]:
+    while size:
+        data = source.read(min(size, _CHUNK))
+        if not data:
+            raise damaged(Path(source.name), "it became shorter")
+        target.write(data)
+        size -= len(data)
+        yield len(data)
+
+
+def _entries(path: Path) -> dict[str, Entry]:
+    """Tensors of a file, whose header is true."""
+    if not path.is_file():
+        raise HoraError(f"a checkpoint has all of its files, {str(path)!r} is absent: download it again")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = header_length(file.read(8), path)
+        header = file.read(min(length, size))
+    if size != 8 + length + data_length(header, path):
+        raise damaged(path, f"it has {size} bytes, its header announces another number")
+    return {
+        name: _entry(path, name, entry, 8 + length)
+        for name, entry in json.loads(header).items()
+        if name != "__metadata__"
+    }
+
+
+def _entry(path: Path, name: str, entry: Any, offset: int) -> Entry:
+    try:
+        shape = tuple(map(operator.index, entry["shape"]))
+        start, stop = (offset + operator.index(value) for value in entry["data_offsets"])
+        return Entry(path, str(entry["dtype"]), shape, start, stop)
+    except (TypeError, LookupError, ValueError) as error:
+        raise damaged(path, f"its header describes {name} in no known way") from error
+
+
+def _is_weights(path: Path) -> bool:
+    """Whether a file holds weights in whatever form, or is the index of such files."""
+    return path.suffix in _WEIGHTS or path.name.endswith(".index.json")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise HoraError(f"{path} must be JSON: {error}; it is damaged, download it again") from error
+    if not isinstance(content, dict):
+        raise HoraError(f"{path} must be a JSON object, got a {type(content).__name__}")
+    return content

@@ -1,0 +1,121 @@
+"""What users of other methods write: it works, or the error says what it is called here."""
+
+import dataclasses
+import math
+
+import hora_spec
+import hora_torch
+import peft
+import pytest
+import torch
+from hora_spec import HoraError
+from hora_torch import HoraConfig
+from hora_torch.foreign import UnknownArgumentError
+
+SMALL = {"r": 2, "hidden_dim": 6, "head_embed_dim": 5, "init_weights": False}
+LORA_FIELDS = [field.name for field in dataclasses.fields(peft.LoraConfig) if field.init]
+
+
+@pytest.fixture
+def llama(families):
+    return families["llama"]
+
+
+@pytest.mark.parametrize("name", LORA_FIELDS)
+def test_every_argument_of_lora_is_known_or_refused_with_its_name_or_a_reason(name):
+    if name in {field.name for field in dataclasses.fields(HoraConfig)}:
+        return
+    with pytest.raises(UnknownArgumentError, match=f"unexpected keyword argument '{name}': (?!the arguments|did you)"):
+        HoraConfig(**{name: None})
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("lora_alpha", "called hora_alpha here"), ("hiden_dim", r"\['hidden_dim'"), ("zzz", "the arguments are")],
+)
+def test_an_unknown_argument_is_python_s_error_and_ours(name, hint):
+    with pytest.raises(HoraError, match=hint):
+        HoraConfig(**{name: 16})
+    with pytest.raises(TypeError, match=hint):
+        HoraConfig(**{name: 16})
+
+
+def test_a_config_file_of_a_newer_version_is_still_peft_s_warning():
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['newer'\]"):
+        config = HoraConfig.from_peft_type(peft_type="HORA", r=3, newer=1)
+    assert config.r == 3
+
+
+def test_rslora_divides_by_the_root_of_the_rank_in_every_reader(llama, tmp_path):
+    config = HoraConfig(**SMALL, hora_alpha=3.0, use_rslora=True, rank_pattern={"layers.1.self_attn.[qv]_proj": 4})
+    model = peft.get_peft_model(llama.model(), config)
+    model.save_pretrained(tmp_path)
+    layers = hora_spec.load_adapter(tmp_path).layers.values()
+    assert [layer.spec.scaling for layer in layers] == pytest.approx([3 / math.sqrt(2), 3 / math.sqrt(4)])
+    loaded = peft.PeftModel.from_pretrained(llama.model(), tmp_path)
+    inputs = llama.inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(**inputs).logits, model.eval()(**inputs).logits)
+
+
+def test_rslora_without_an_alpha_would_do_nothing_and_is_refused():
+    with pytest.raises(HoraError, match="use_rslora divides hora_alpha"):
+        HoraConfig(use_rslora=True)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"rank_pattern": {"layers.7.self_attn.q_proj": 4}},
+        {"alpha_pattern": {"queries": 4}},
+        {"num_heads": {"queries": 4}},
+        {"row_order": {"qkv": "q k v"}},
+        {"layers_to_transform": [0, 2], "target_modules": ["q_proj", "v_proj"]},
+        {"layers_to_transform": 0, "layers_pattern": "blocks", "target_modules": ["q_proj", "v_proj"]},
+    ],
+    ids=lambda kwargs: next(iter(kwargs)),
+)
+def test_what_is_said_of_modules_that_are_no_targets_is_an_error(llama, kwargs):
+    with pytest.raises(HoraError, match="|".join(kwargs)):
+        hora_torch.plan(llama.model(), HoraConfig(**SMALL | kwargs))
+
+
+def test_a_target_that_no_module_is_called_is_said(llama):
+    config = HoraConfig(**SMALL, target_modules=["q_proj", "v_prj"])
+    assert "target_modules names ['v_prj']" in str(hora_torch.plan(llama.model(), config))
+    with pytest.warns(UserWarning, match=r"\['v_prj'\], which no module is called"):
+        peft.get_peft_model(llama.model(), config)
+
+
+def test_trained_tokens_are_trained_saved_exported_and_merged(llama, tmp_path):
+    inputs = llama.inputs()
+    tokens = inputs["input_ids"].unique()[:3].tolist()
+    model = peft.get_peft_model(llama.model(), HoraConfig(**SMALL, trainable_token_indices=tokens)).train()
+    before = model.eval()(**inputs).logits.detach()
+    optimizer = torch.optim.SGD(hora_torch.param_groups(model, 0.1))
+    model.train()(**inputs).logits.square().mean().backward()
+    optimizer.step()
+    with torch.no_grad():
+        expected = model.eval()(**inputs).logits
+    assert not torch.allclose(before, expected)
+    model.save_pretrained(tmp_path / "hora")
+    hora_torch.export_lora(model, tmp_path / "lora")
+    for directory in ("hora", "lora"):
+        loaded = peft.PeftModel.from_pretrained(llama.model(), tmp_path / directory).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(model.merge_and_unload()(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_failed_injection_takes_its_trained_tokens_back(llama, monkeypatch):
+    model = llama.model()
+    names = [name for name, _ in model.named_modules()]
+    monkeypatch.setattr(hora_torch.HoraModel, "set_adapter", _fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        peft.get_peft_model(model, HoraConfig(**SMALL, trainable_token_indices=[1], modules_to_save=["lm_head"]))
+    assert [name for name, _ in model.named_modules()] == names
+
+
+def _fail(*args, **kwargs):
+    raise RuntimeError("on purpose")

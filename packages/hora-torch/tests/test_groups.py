@@ -1,0 +1,117 @@
+"""Parameter groups: A and B apart, everything once, nothing by a name that HoRA does not have."""
+
+import hora_torch
+import peft
+import peft.optimizers
+import pytest
+import torch
+from hora_spec import HoraError
+from hora_torch import HoraConfig
+
+SMALL = {"r": 2, "hidden_dim": 6, "head_embed_dim": 5}
+METHODS = {
+    "default": {},
+    "A generated": {"a_source": "hypernetwork", "residual": True},
+    "A free": {"sharing": "b"},
+    "both free": {"sharing": "none"},
+    "raw embeddings": {"normalize": False},
+}
+
+
+def adapted(family, **kwargs):
+    return peft.get_peft_model(family.model(), HoraConfig(**SMALL | kwargs))
+
+
+def named(model, groups):
+    names = {param: name for name, param in model.named_parameters()}
+    return {group["name"]: {names[param] for param in group["params"]} for group in groups}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_trained_parameter_is_in_one_group(families, method):
+    model = adapted(families["llama"], modules_to_save=["lm_head"], bias="all", **METHODS[method])
+    groups = hora_torch.param_groups(model, 1e-3, ratio=4, weight_decay=0.1)
+    params = [param for group in groups for param in group["params"]]
+    assert len(params) == len(set(params))
+    assert set(params) == {param for param in model.parameters() if param.requires_grad}
+    assert all(group["params"] for group in groups)
+    torch.optim.AdamW(groups).step()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parameters_are_told_apart_by_the_factor_that_depends_on_them(families, method):
+    model = adapted(families["llama"], init_weights=False, **METHODS[method])
+    found = named(model, hora_torch.param_groups(model, 1e-3))
+    hypernet = next(module for module in model.modules() if isinstance(module, hora_torch.hypernet.HoraHypernet))
+    (a, b), own = hypernet()["q"], dict(hypernet.named_parameters())
+    for part, factor in (("A", a), ("B", b)):
+        grads = torch.autograd.grad(factor.sum(), list(own.values()), allow_unused=True)
+        reached = {key for key, grad in zip(own, grads, strict=True) if grad is not None and "v" not in key.split(".")}
+        listed = {name for key, names in found.items() if key[0] == part for name in names if "layers.0" in name}
+        assert {name.partition(".default.")[2] for name in listed} - {"a.v", "a_out.v", "b.v", "b_out.v"} == reached
+
+
+def test_rates_and_decay_are_as_said(families):
+    model = adapted(families["llama"], a_source="hypernetwork", modules_to_save=["lm_head", "norm"])
+    groups = {group["name"]: group for group in hora_torch.param_groups(model, 1e-3, ratio=16, weight_decay=0.1)}
+    assert {name: (group["lr"], group["weight_decay"]) for name, group in groups.items()} == {
+        "A": (1e-3, 0.1),
+        "A, no decay": (1e-3, 0.0),
+        "B": (16e-3, 0.1),
+        "B, no decay": (16e-3, 0.0),
+        "other": (1e-3, 0.1),
+        "other, no decay": (1e-3, 0.0),
+    }
+    found = named(model, groups.values())
+    assert all(name.endswith("a_seed") for name in found["A, no decay"])
+    assert all(name.endswith("head_embed") for name in found["B, no decay"])
+    assert all("norm" in name for name in found["other, no decay"])
+
+
+def test_embeddings_that_are_not_normalised_decay(families):
+    model = adapted(families["llama"], normalize=False)
+    assert {group["name"] for group in hora_torch.param_groups(model, 1e-3)} == {"A", "B"}
+
+
+def test_an_inactive_adapter_is_in_no_group(families):
+    model = adapted(families["llama"])
+    model.add_adapter("other", HoraConfig(**SMALL))
+    names = set.union(*named(model, hora_torch.param_groups(model, 1e-3)).values())
+    assert names
+    assert all(".default." in name for name in names)
+
+
+@pytest.mark.parametrize("kwargs", [{"lr": 0.0}, {"ratio": -1.0}, {"weight_decay": -0.1}, {"lr": float("nan")}])
+def test_rates_out_of_their_domain_are_refused(families, kwargs):
+    with pytest.raises(HoraError, match="lr and ratio"):
+        hora_torch.param_groups(adapted(families["llama"]), **({"lr": 1e-3} | kwargs))
+
+
+def test_a_model_in_which_nothing_is_trained_has_no_groups(families):
+    model = adapted(families["llama"])
+    hora_torch.freeze(model)
+    with pytest.raises(HoraError, match="got none that requires gradients"):
+        hora_torch.param_groups(model, 1e-3)
+
+
+OPTIMIZERS = {
+    "create_loraplus_optimizer": {"optimizer_cls": torch.optim.AdamW, "lr": 1e-3, "loraplus_lr_ratio": 16},
+    "create_lorafa_optimizer": {"r": 2, "lora_alpha": 2, "lr": 1e-3},
+    "create_riemannian_optimizer": {"optimizer_cls": torch.optim.AdamW, "lr": 1e-3},
+}
+
+
+@pytest.mark.parametrize("name", peft.optimizers.__all__)
+def test_each_of_peft_s_optimisers_refuses_hora_and_still_takes_lora(families, name):
+    create = getattr(peft.optimizers, name)
+    before = adapted(families["llama"])
+    with pytest.raises(ValueError, match=r"hora_torch\.param_groups|did not find any trainable lora_A"):
+        create(before, **OPTIMIZERS[name])
+    lora = peft.get_peft_model(families["llama"].model(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    create(lora, **OPTIMIZERS[name])
+
+
+def test_knowing_hora_twice_is_harmless():
+    names = peft.optimizers.loraplus.get_parameter_names
+    hora_torch.lora_only.install()
+    assert peft.optimizers.loraplus.get_parameter_names is names
