@@ -20,6 +20,7 @@ from hora_spec.merged import save_merged
 from hora_spec.reference import Factors
 from hora_spec.shapes import LayerShape, ProjectionShape, check_params, count_params, param_shapes
 from hora_spec.spec import LAYER_NORM_EPS, AdapterSpec
+from hora_spec.verification import verify_export
 
 __version__ = "0.1.0"
 
@@ -56,4 +57,5 @@ __all__ = [
     "save_adapter",
     "save_merged",
     "to_lora",
+    "verify_export",
 ]
