@@ -305,7 +305,7 @@ class HoraLayer(BaseTunerLayer):
         target = device or next(base.parameters()).device
         if target.type == "meta":  # offloaded: where accelerate runs it
             target = getattr(getattr(base, "_hf_hook", None), "execution_device", None) or "cpu"
-        if not any(param.is_meta for param in hypernet.parameters()):
+        if not any(param.is_meta for param in hypernet.params().values()):
             hypernet.to(target)
 
 
