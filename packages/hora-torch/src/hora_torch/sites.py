@@ -25,11 +25,12 @@ _OF_MULTIHEAD = "the shape of nn.MultiheadAttention"
 
 
 class Found(NamedTuple):
-    """A projection that a target holds, and how its rows and heads are known."""
+    """A projection that a target holds, how its rows and heads are known, and whether it shares nothing (spec S4)."""
 
     role: str
     site: Site
     source: str
+    alone: bool = False
 
 
 def find_sites(model: nn.Module, name: str, config: HoraConfig) -> Iterator[Found]:
@@ -60,7 +61,7 @@ def find_sites(model: nn.Module, name: str, config: HoraConfig) -> Iterator[Foun
     order, rows = attention.order(own), attention.rows(own)
     for found in rows:
         if order not in PLAIN_ORDERS or found.role in config.fused_projections:
-            yield Found(found.role, _site(name, module, found, whole=len(rows) == 1), found.source)
+            yield Found(found.role, _site(name, module, found, whole=len(rows) == 1), found.source, found.alone)
 
 
 def is_candidate(model: nn.Module, name: str) -> bool:
