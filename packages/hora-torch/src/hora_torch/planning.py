@@ -177,7 +177,8 @@ def _includes_everything(config: HoraConfig, model: nn.Module) -> bool:
         return False
     names = {name: base_module(module) for name, module in _modules(model)}
     whole = {name for name, module in names.items() if isinstance(module, nn.MultiheadAttention)}
-    config.target_modules = {name for name in config.target_modules if name.rpartition(".")[0] not in whole} | whole
+    found = set(config.target_modules or ())
+    config.target_modules = {name for name in found if name.rpartition(".")[0] not in whole} | whole
     return True
 
 
