@@ -9,6 +9,8 @@ import torch
 from hora_spec import Site
 from torch import Tensor, nn
 
+from hora_torch.targets import CONVOLUTIONS, base_module
+
 
 @dataclass(frozen=True, slots=True)
 class Trace:
@@ -57,7 +59,9 @@ def traced(run: Callable[[], Tensor], layers: Mapping[str, nn.Module], params: I
     grads = _gradients(output, [*params, *(beside for _, beside in calls)])
     for (name, _), grad in zip(calls, grads[len(params) :], strict=True):
         if grad is not None:
-            rows[name].append((grad != 0).flatten(0, -2).any(0))
+            base = base_module(layers[name])
+            axis = -1 - len(base.kernel_size) if isinstance(base, CONVOLUTIONS) else -1
+            rows[name].append((grad != 0).movedim(axis, -1).flatten(0, -2).any(0))
     moved = (id(param) for param, grad in zip(params, grads, strict=False) if grad is not None and bool(grad.any()))
     return Trace(rows, frozenset(moved))
 

@@ -16,6 +16,7 @@ from hora_torch.layer import HoraLayer, tied_weights
 from hora_torch.merging import mergeable
 from hora_torch.probing import UntoldError, recorded
 from hora_torch.rows import rows_of_one_head
+from hora_torch.targets import CONVOLUTIONS
 from hora_torch.tracing import Trace, floating, traced
 
 _NO_PART = "no adapted layer takes part in this output"
@@ -169,7 +170,11 @@ class _Trial:
         for name, layer in self.layers.items():
             for key in self.active[name]:
                 for p, site in layer.hora_attached[key].sites.items():
-                    if site.parameter == "weight" and trace.called(name):
+                    if site.projection.num_heads == 1 and p.rpartition("_")[2] not in ("q", "k", "v"):
+                        yield Finding(question, name, "ok", "by its one head")
+                    elif isinstance(layer.get_base_layer(), CONVOLUTIONS):
+                        yield Finding(question, name, "unknown", "the channels of a convolution are not followed")
+                    elif site.parameter == "weight" and trace.called(name):
                         attentions.setdefault(name.rpartition(".")[0], {})[p] = name.rpartition(".")[2], site
                     elif site.parameter != "weight":
                         yield Finding(question, name, "ok", "by the shape of nn.MultiheadAttention")
