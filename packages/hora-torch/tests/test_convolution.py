@@ -128,3 +128,23 @@ def test_each_sample_of_a_batch_gets_its_adapter():
     agree(mixed[:1].detach(), model(x[:1]).detach())
     with model.disable_adapter():
         agree(mixed[1:].detach(), model(x[1:]).detach())
+
+
+@pytest.mark.parametrize("name", ["2d", "strides", "groups of 2d"])
+def test_i7_a_joint_start_reads_what_the_kernel_sees(name):
+    build, shape = CASES[name]
+    torch.manual_seed(0)
+    config = HoraConfig(r=2, sharing="a", a_source="fixed", target_modules=["0"])
+    model = peft.get_peft_model(nn.Sequential(build()), config).eval()
+    batch = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    start = hora_torch.joint_a(model, [batch], lambda model, x: model(x).square().sum())
+    base = build()
+    torch.manual_seed(0)
+    base = build()
+    base(batch).square().sum().backward()
+    (name,) = start.params
+    a = torch.from_numpy(next(iter(start.params[name].values())))
+    rows = torch.linalg.svd(base.weight.grad.flatten(1), full_matrices=False).Vh[:2]
+    torch.testing.assert_close(
+        a / a.norm(dim=1, keepdim=True), rows * torch.sign((rows * a).sum(1, keepdim=True)), rtol=1e-3, atol=1e-4
+    )

@@ -1,5 +1,6 @@
 """Convolutions that are linear maps of channels: a kernel of one, in one group or several."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,11 @@ class HoraConv(HoraLinear):
     In groups, A is common to all of them: it is that of the stored weight (out, in / groups), whose rows are those of
     all groups (spec D2).
     """
+
+    def input_of(self, projection: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """What a projection reads in a call with these arguments, (positions * groups, embed)."""
+        base, x = self.get_base_layer(), args[0] if args else kwargs["x"]
+        return _positions(x, base.stride).unflatten(-1, (base.groups, -1)).flatten(0, -2)
 
     def _add(self, result: Any, x: Tensor, branches: list[Branch], keep: Tensor | None = None) -> Tensor:
         """As that of a linear map of what each position holds, channels last."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hora_spec import AdapterSpec, HoraError, LayerShape, Site, layer_from_json, layer_to_json
+from hora_spec import AdapterSpec, HoraError, LayerShape, Site, layer_from_json, layer_to_json, param_shapes
 from peft import PeftModel
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
@@ -35,6 +35,9 @@ class LayerPlan:
     sites: Mapping[str, Site]
     sources: Mapping[str, str]
     alone: bool = False
+
+    def __post_init__(self) -> None:
+        param_shapes(self.spec, self.shape)  # refuses what does not fit together
 
     @property
     def leader(self) -> str:
