@@ -53,13 +53,17 @@ class DisagreeError(UnknownRowsError):
 
 
 class Rows(NamedTuple):
-    """Rows ``start : start + width`` of a module, split evenly into heads; `source` says how that is known."""
+    """Rows ``start : start + width`` of a module, split evenly into heads; `source` says how that is known.
+
+    ``alone`` where there are no heads to share anything over, so that the rows are a layer of their own (spec S4).
+    """
 
     role: str
     start: int
     width: int
     heads: int
     source: str
+    alone: bool = False
 
 
 class _Fact(NamedTuple):
@@ -141,6 +145,8 @@ class Attention:
         if order in PLAIN_ORDERS:
             return self._fused(own, order.split())
         role, width = ROLE_OF.get(own), self.widths[own]
+        if role is None and not self._counts(own, None):
+            return [Rows(identifier(own), 0, width, 1, "a map without heads has one", alone=True)]
         heads, source = self._separate(own, role, width, 2 if order == _GATED else 1)
         return [Rows(role or identifier(own), 0, width, heads, source)]
 
