@@ -50,6 +50,7 @@ class Walk:
     dense: Dense
     uses: dict[tuple[Any, ...], Use] = field(default_factory=dict)
     within: tuple[int, ...] = ()
+    place: str = ""
 
     def run(self, program: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
         """Results of a program; those that are planned weights are views."""
@@ -68,7 +69,7 @@ class Walk:
         return value.dense()
 
     def _note(self, view: View, eqn: JaxprEqn | None, *, low_rank: bool) -> Use:
-        name, place = ("output", "") if eqn is None else (eqn.primitive.name, _place(eqn))
+        name, place = ("output", "") if eqn is None else (eqn.primitive.name, _place(eqn) or self.place)
         use = Use(view.path, name, place, low_rank)
         self.uses[(*self.within, id(eqn), view.path)] = use
         return use
@@ -96,7 +97,8 @@ class Walk:
             if name == "dot_general":
                 out = self._dot(eqn, *ins)
             elif call := CALLS.get(name):
-                out = call(replace(self, within=(*self.within, id(eqn))), eqn, ins)
+                inner = replace(self, within=(*self.within, id(eqn)), place=_place(eqn) or self.place)
+                out = call(inner, eqn, ins)
             elif rule := RULES.get(name):
                 out = rule(ins, partial(_bind, eqn), eqn.params)
             if out is not None:
