@@ -9,7 +9,7 @@ from hora_spec import AdapterSpec
 
 params = {"attn": dict(zip("qkv", jax.random.normal(jax.random.key(0), (3, 32, 32)) / 6, strict=True))}
 targets = [hora_jax.Target(f"*.{p}", p, "(h k) d", heads=4, layer="{0}") for p in "qv"]
-plan = hora_jax.plan(params, AdapterSpec(rank=4), targets=targets)
+plan = hora_jax.make_plan(params, AdapterSpec(rank=4), targets=targets)
 phi = hora_jax.init(plan, seed=0)
 x = jax.random.normal(jax.random.key(1), (16, 8, 32))
 
