@@ -49,7 +49,8 @@ def torch_backend(route: str = "branch", *, compiler: str | None = None) -> Back
         leaves = {key: value.requires_grad_() for key, value in _tensors(params).items()}
         deltas = bound("delta", spec, layer)(leaves)
         torch.autograd.backward([deltas[p] for p in layer], [to_torch(cotangents[p]) for p in layer])
-        return {key: from_torch(leaf.grad) for key, leaf in leaves.items()}
+        nothing = {key: torch.zeros_like(leaf) for key, leaf in leaves.items()}  # of what is fixed
+        return {key: from_torch(nothing[key] if leaf.grad is None else leaf.grad) for key, leaf in leaves.items()}
 
     def hora_linear(x: Any, weight: Any, bias: Any, factors: Factors, scaling: float) -> Any:
         return from_torch(linear(*map(to_torch, (x, weight, bias)), _factors(factors), scaling))

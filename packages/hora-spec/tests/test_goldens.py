@@ -28,6 +28,11 @@ def several(golden, name):
 
 COVERAGE = {
     "residual": lambda g: g.spec.residual,
+    "a gate": lambda g: g.spec.gate not in (None, 1) and g.spec.gain == "transfer",
+    "a gate of one": lambda g: g.spec.gate == 1 and g.spec.gain == "transfer",
+    "a gate without a gain": lambda g: g.spec.gate is not None and g.spec.gain != "transfer",
+    "one A for all projections": lambda g: g.spec.tie_a and g.spec.trains_a,
+    "one fixed A for all projections": lambda g: g.spec.tie_a and not g.spec.trains_a,
     "no residual": lambda g: g.spec.generates_b and not g.spec.residual,
     "residual beside a generated A": lambda g: g.spec.residual and g.spec.generates_a,
     "equal heads": lambda g: heads(g) == {g.layer.num_heads} and g.layer.num_heads > 1,
@@ -58,7 +63,9 @@ def test_the_corpus_covers(what):
 def test_every_valid_method_is_covered():
     present = {(g.spec.sharing, g.spec.a_source, g.spec.activation, g.spec.gain) for g in GOLDENS.values()}
     valid = set()
-    for method in product(("full", "a", "b", "none"), ("direct", "hypernetwork"), ACTIVATIONS, ("transfer", 1.0)):
+    fixed = product(("full", "a", "b", "none"), ("fixed",), ("leaky_relu",), ("transfer",))
+    trained = product(("full", "a", "b", "none"), ("direct", "hypernetwork"), ACTIVATIONS, ("transfer", 1.0))
+    for method in (*fixed, *trained):
         try:
             AdapterSpec(**dict(zip(("sharing", "a_source", "activation", "gain"), method, strict=True)))
         except HoraError:
@@ -138,7 +145,9 @@ def test_no_goldens_are_an_error(version):
 def test_the_command_proves_them_unchanged(capsys):
     main([])
     said = capsys.readouterr().out
-    assert f"v1: {len(GOLDENS)} of {len(GOLDENS)} goldens unchanged" in said
+    for version in range(1, VERSION + 1):
+        count = len(load_goldens(version))
+        assert f"v{version}: {count} of {count} goldens unchanged" in said
     assert f"{len(STORED)} of {len(STORED)} stored weights unchanged" in said
 
 

@@ -99,6 +99,18 @@ def test_i5_a_generated_a_has_the_variance_of_a_direct_one(activation, gain, ran
     assert values.var() * 3 * 300 == pytest.approx(1, rel=0.1)
 
 
+def test_i4_a_gate_starts_where_the_spec_says():
+    params = init_params(AdapterSpec(2, residual=True, gate=0.1), LAYER, 0, "layer")
+    assert params["gate.v"].tobytes() == np.float32([0.1]).tobytes()
+
+
+def test_i5_a_tied_or_fixed_a_is_drawn_like_a_direct_one():
+    direct, fixed = (init_params(AdapterSpec(2, sharing="a", a_source=s), LAYER, 0, "x") for s in ("direct", "fixed"))
+    assert direct["a.q"].tobytes() == fixed["a.q"].tobytes()
+    tied = init_params(AdapterSpec(64, sharing="a", tie_a=True), LAYER, 0, "x")["a"]
+    assert 0.9 / np.sqrt(tied.shape[1]) < np.abs(tied).max() <= np.float32(1 / np.sqrt(tied.shape[1]))
+
+
 def test_i5_bounds_of_the_uniform_parameters():
     spec = AdapterSpec(16, a_source="hypernetwork")
     params = init_params(spec, LAYER, 0, "layer")

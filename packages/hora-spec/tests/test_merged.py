@@ -47,6 +47,11 @@ def transposed(block):
     return {p: Site(f"{block}.qkv", "weight", (8, 24), Layout("d (h k)", columns[p]), shapes[p]) for p in columns}
 
 
+def interleaved(block):
+    rows = {"q": Window(0, 0, 3, blocks=4), "v": Window(0, 6, 9, blocks=4)}
+    return {p: Site(f"{block}.qkv", "weight", (36, 8), Layout("(h k) d", rows[p]), HEADS) for p in rows}
+
+
 def adapter_of(sites=split, *, layers=2, sharing="full", modules=None, scale=1.0):
     spec, draw, made = AdapterSpec(2, alpha=3.0, sharing=sharing), np.random.default_rng(0), {}
     for i in range(layers):
@@ -91,7 +96,7 @@ def array(tensor: Stored):
 
 @pytest.mark.parametrize("sharing", ["full", "a", "b", "none"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sites", [split, fused, transposed])
+@pytest.mark.parametrize("sites", [split, fused, transposed, interleaved])
 def test_m4_every_sum_is_rounded_once(sites, dtype, sharing, tmp_path):
     adapter = adapter_of(sites, sharing=sharing)
     base = base_tensors(adapter, DTYPES[dtype])

@@ -2,7 +2,18 @@
 
 import numpy as np
 import pytest
-from hora_spec import ACTIVATIONS, AdapterSpec, HoraError, LayerShape, Layout, ProjectionShape, Window, param_shapes
+from hora_spec import (
+    ACTIVATIONS,
+    AdapterSpec,
+    HoraError,
+    LayerShape,
+    Layout,
+    ProjectionShape,
+    Window,
+    generated_share,
+    init_params,
+    param_shapes,
+)
 from hora_spec.reference import activation, activation_slope, delta, factors, grads, hora_linear, merge, normalize
 
 EPS_ROOT = np.sqrt(1 + 1e-5)  # standard deviation that LN sees for a column of variance one
@@ -50,6 +61,81 @@ def test_g2_two_query_heads_and_one_value_head_by_hand():
     np.testing.assert_allclose(result["v"], [[0.0]])
     params["head_embed"][1] = [[1.0], [7.0]]  # now the mean is (1, 5): v is the same map of LN(1, 5), var 4
     np.testing.assert_allclose(delta(spec, layer, params)["v"], [[3 * 2 * 2 / np.sqrt(4 + 1e-5)]], rtol=1e-15)
+
+
+GATED = AdapterSpec(1, hidden_dim=1, head_embed_dim=2, activation="identity", residual=True, gate=0.5)
+ONE_HEAD = LayerShape({"q": ProjectionShape(1, 1, 1)})
+ONE_HEAD_PARAMS = {
+    "a.q": np.array([[1.0]]),
+    "head_embed": np.array([[[1.0], [3.0]]]),
+    "b_in": np.array([[0.0, 2.0]]),
+    "b_out.q": np.array([[3.0]]),
+    "b.q": np.array([[[7.0]]]),
+    "gate.q": np.array([0.25]),
+}
+
+
+def test_g8_a_gate_by_hand():
+    """Generated 3 * 2 * 1/c, free 7, gate 0.25; both gains are 1 / 1.5, that of B also its own."""
+    gain = 1 / np.sqrt(2 / (3 * np.pi)) / 1.5
+    expected = gain * 6 / EPS_ROOT + 0.25 * 7 / 1.5
+    np.testing.assert_allclose(factors(GATED, ONE_HEAD, ONE_HEAD_PARAMS)["q"].b, [[[expected]]], rtol=1e-15)
+    literal = GATED.replace(gain=2.0)
+    expected = 2 * 6 / EPS_ROOT + 0.25 * 7
+    np.testing.assert_allclose(factors(literal, ONE_HEAD, ONE_HEAD_PARAMS)["q"].b, [[[expected]]], rtol=1e-15)
+
+
+def test_g8_with_a_literal_gain_a_gate_of_one_is_the_residual_exactly():
+    plain = AdapterSpec(1, hidden_dim=1, head_embed_dim=2, activation="identity", residual=True, gain=2.0)
+    without = {key: value for key, value in ONE_HEAD_PARAMS.items() if key != "gate.q"}
+    gated = factors(plain.replace(gate=1.0), ONE_HEAD, without | {"gate.q": np.ones(1)})
+    np.testing.assert_array_equal(gated["q"].b, factors(plain, ONE_HEAD, without)["q"].b)
+
+
+@pytest.mark.parametrize("gate", [0.1, 1.0, 4.0])
+def test_g8_adam_s_first_step_moves_b_as_far_as_lora_s(gate):
+    """One entry of B whose gradient is positive: all that it is a sum of moves by one, in its favour."""
+    spec = AdapterSpec(1, residual=True, gate=gate)
+    layer = LayerShape({"q": ProjectionShape(1, 1, 4)})
+    moves = []
+    for seed in range(50):
+        params = {key: np.float64(value) for key, value in init_params(spec, layer, seed, "layer").items()}
+        hidden = activation(spec.activation, params["b_in"] @ normalize(params["head_embed"][0]))
+        params |= {"b_out.q": np.sign(hidden).T, "b.q": np.ones((1, 1, 1))}
+        moves.append(factors(spec, layer, params)["q"].b.item())
+    assert np.mean(moves) == pytest.approx(1, rel=0.05)
+
+
+def test_g7_a_fixed_a_has_no_gradient_and_is_used_all_the_same():
+    layer = LayerShape.attention(embed_dim=6, num_heads=2)
+    fixed, free = (AdapterSpec(3, sharing="a", a_source=source) for source in ("fixed", "direct"))
+    params = {key: np.ones(shape) for key, shape in param_shapes(free, layer).items()}
+    cotangents = {p: np.ones((6, 6)) for p in layer}
+    np.testing.assert_array_equal(delta(fixed, layer, params)["q"], delta(free, layer, params)["q"])
+    of_fixed, of_free = (grads(spec, layer, params, cotangents) for spec in (fixed, free))
+    assert not of_fixed["a.q"].any()
+    assert of_free["a.q"].all()
+    np.testing.assert_array_equal(of_fixed["b.q"], of_free["b.q"])
+
+
+def test_g7_a_tied_a_learns_from_all_projections():
+    layer = LayerShape.attention(embed_dim=6, num_heads=2)
+    tied, apart = AdapterSpec(3, sharing="a", tie_a=True), AdapterSpec(3, sharing="a")
+    rng = np.random.default_rng(0)
+    cotangents = {p: rng.normal(size=(6, 6)) for p in layer}
+    params = {key: rng.normal(size=shape) for key, shape in param_shapes(tied, layer).items()}
+    copies = {key: value for key, value in params.items() if key != "a"} | {f"a.{p}": params["a"] for p in layer}
+    of_tied, of_copies = grads(tied, layer, params, cotangents), grads(apart, layer, copies, cotangents)
+    np.testing.assert_allclose(of_tied["a"], of_copies["a.q"] + of_copies["a.v"], rtol=1e-15)
+
+
+def test_g8_the_generated_share_by_hand():
+    shares = generated_share(GATED, ONE_HEAD, ONE_HEAD_PARAMS)
+    generated, free = 6 / EPS_ROOT / np.sqrt(2 / (3 * np.pi)) / 1.5, 0.25 * 7 / 1.5
+    assert shares["q"] == pytest.approx(generated**2 / (generated**2 + free**2))
+    assert generated_share(AdapterSpec(1, sharing="a"), ONE_HEAD, {}) == {"q": 0.0}
+    at_start = init_params(GATED, ONE_HEAD, 0, "layer")
+    assert np.isnan(generated_share(GATED, ONE_HEAD, at_start)["q"])
 
 
 def test_g4_a_generated_a_by_hand():

@@ -10,6 +10,8 @@ from hora_spec import (
     check_params,
     count_params,
     init_params,
+    is_trained,
+    name_of_a,
     param_shapes,
 )
 
@@ -112,6 +114,34 @@ def test_s6_canonical_parameters(fields, expected):
     assert shapes == expected
     assert list(shapes) == list(expected)
     assert count_params(spec, GQA) == sum(np.prod(shape) for shape in expected.values())
+
+
+SAME_WIDTH = LayerShape({"q": ProjectionShape(4, 3, 6), "v": ProjectionShape(2, 5, 6)})
+
+
+def test_s6_a_fixed_a_is_stored_and_not_counted_as_trained():
+    spec = AdapterSpec(2, sharing="a", a_source="fixed")
+    assert param_shapes(spec, GQA) == param_shapes(spec.replace(a_source="direct"), GQA)
+    assert [key for key in param_shapes(spec, GQA) if not is_trained(spec, key)] == ["a.q", "a.v"]
+    assert count_params(spec, GQA) == 4 * 3 * 2 + 2 * 5 * 2
+    assert count_params(spec, GQA, trained=False) == count_params(spec.replace(a_source="direct"), GQA)
+
+
+def test_s6_a_tied_a_stands_once():
+    spec = AdapterSpec(2, sharing="a", tie_a=True)
+    assert param_shapes(spec, SAME_WIDTH) == {"a": (2, 6), "b.q": (4, 3, 2), "b.v": (2, 5, 2)}
+    assert not is_trained(spec.replace(a_source="fixed"), "a")
+    assert all(name_of_a(spec, p) == "a" for p in SAME_WIDTH)
+
+
+def test_s6_gates_follow_the_residual():
+    shapes = param_shapes(AdapterSpec(2, residual=True, gate=0.5), GQA)
+    assert list(shapes.items())[-2:] == [("gate.q", (1,)), ("gate.v", (1,))]
+
+
+def test_s8_a_tied_a_needs_one_width():
+    with pytest.raises(HoraError, match=r"equal input widths, got {'q': 6, 'v': 7}.*\(spec S8\)"):
+        param_shapes(AdapterSpec(2, tie_a=True), GQA)
 
 
 def test_s6_llama_7b_has_the_papers_parameter_count():

@@ -22,11 +22,11 @@ def test_s1_numpy_integers_become_python_integers():
     assert type(spec.rank) is int
 
 
-@pytest.mark.parametrize("field", ["alpha", "gain"])
+@pytest.mark.parametrize("field", ["alpha", "gain", "gate"])
 @pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan, "big", True])
-def test_s1_alpha_and_gain_are_finite_and_positive(field, value):
+def test_s1_alpha_gain_and_gate_are_finite_and_positive(field, value):
     with pytest.raises(HoraError, match=rf"{field} must be a finite number above 0.*\(spec S1\)"):
-        AdapterSpec(**{field: value})
+        AdapterSpec(**{field: value}, residual=field == "gate")
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,11 @@ def test_s1_the_papers_reading():
         ({"sharing": "none", "gain": 1.0}, "gain"),
         ({"sharing": "a", "gain": 1.0}, "gain"),
         ({"head_embed_dim": 1}, "head_embed_dim"),
+        ({"gate": 0.5}, "residual"),
+        ({"tie_a": True, "sharing": "b"}, "tie_a"),
+        ({"tie_a": True, "a_source": "hypernetwork"}, "tie_a"),
+        ({"a_source": "fixed", "sharing": "a", "residual": True}, "residual"),
+        ({"a_source": "fixed", "sharing": "a", "gain": 1.0}, "gain"),
     ],
 )
 def test_s2_contradictions_are_refused(fields, cause):

@@ -100,7 +100,8 @@ def grads(spec, layer, params, cotangents):
     leaves = {key: to_torch(value).requires_grad_() for key, value in params.items()}
     delta = functional.delta(spec, layer, leaves)
     torch.autograd.backward([delta[p] for p in layer], [to_torch(cotangents[p]) for p in layer])
-    return {key: to_numpy(leaf.grad) for key, leaf in leaves.items()}
+    nothing = {key: torch.zeros_like(leaf) for key, leaf in leaves.items()}  # of what is fixed
+    return {key: to_numpy(nothing[key] if leaf.grad is None else leaf.grad) for key, leaf in leaves.items()}
 
 
 def backend(

@@ -16,6 +16,7 @@ from hora_spec import (
     HoraError,
     LayerShape,
     Layout,
+    name_of_a,
     param_shapes,
 )
 from jaxtyping import Array, Float
@@ -233,12 +234,16 @@ def _factor_b(spec: AdapterSpec, params: Params, p: str, hidden: Array | None) -
     if hidden is None:
         return params[f"b.{p}"]
     b = spec.gain_b * _einsum("...km,...hmr->...hkr", params[f"b_out.{p}"], hidden)
-    return b + params[f"b.{p}"] if spec.residual else b
+    if not spec.residual:
+        return b
+    free = params[f"b.{p}"]
+    return b + free if spec.gate is None else b + spec.gain_residual * params[f"gate.{p}"][..., None, None] * free
 
 
 def _factor_a(spec: AdapterSpec, params: Params, p: str) -> Array:
     if not spec.generates_a:
-        return params[f"a.{p}"]
+        a = params[name_of_a(spec, p)]
+        return a if spec.trains_a else jax.lax.stop_gradient(a)
     hidden = _ACTIVATIONS[spec.activation](params["a_in"] * params["a_seed"][..., None, :])
     return spec.gain_a * _einsum("...dm,...mr->...rd", params[f"a_out.{p}"], hidden)
 

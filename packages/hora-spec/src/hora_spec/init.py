@@ -82,11 +82,13 @@ def _init_one(
     kind, _, projection = key.partition(".")
     if kind == "a_seed":
         return np.ones(shape, np.float32)
+    if kind == "gate":
+        return np.full(shape, spec.gate, np.float32)
     if kind in ("b_out", "b"):
         return np.zeros(shape, np.float32)
     if kind == "head_embed":
         return normal(raw).reshape(shape).astype(np.float32)
-    bound = _bound(spec, kind, layer[projection].embed_dim if projection else 0)
+    bound = _bound(spec, kind, shape[-1] if kind == "a" else layer[projection].embed_dim if projection else 0)
     return ((2 * uniform(raw) - 1) * bound).reshape(shape).astype(np.float32)
 
 

@@ -83,7 +83,7 @@ def _changes(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Change]:
     whole = {name.replace(".base_layer.", "."): value for name, value in adapter.modules.items()}
     shapes = {path: these[0][0].weight_shape for path, these in parts.items()}
     shapes |= {path: value.shape for path, value in whole.items()}
-    names = _resolve(list(shapes), checkpoint)
+    names = resolve(list(shapes), checkpoint)
     for path, name in names.items():
         _check_entry(name, checkpoint.entries[name], shapes[path])
         _check_untied(name, checkpoint)
@@ -94,7 +94,7 @@ def _changes(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Change]:
     return changes | {names[path]: partial(_encode, value) for path, value in whole.items()}
 
 
-def _resolve(paths: Sequence[str], checkpoint: Checkpoint) -> dict[str, str]:
+def resolve(paths: Sequence[str], checkpoint: Checkpoint) -> dict[str, str]:
     """Path in the adapted model to name in the checkpoint, by one prefix added to all or taken from all."""
     names = checkpoint.entries
     if all(path in names for path in paths):
@@ -174,7 +174,7 @@ def _sum(
     parts: Sequence[_Part], factors: Callable[[AdapterLayer], dict[str, reference.Factors]], entry: Entry
 ) -> bytes:
     """Bytes of a base tensor with the deltas of its projections added, each in its window."""
-    total = _decode(read_tensor(entry), entry)
+    total = read_floats(entry)
     for site, layer, p in parts:
         a, b = factors(layer)[p]
         heads = (b_i @ (a if a.ndim == 2 else a[i]) for i, b_i in enumerate(b))
@@ -183,9 +183,11 @@ def _sum(
     return _encode(total, entry)
 
 
-def _decode(data: bytearray, entry: Entry) -> NDArray[Any]:
-    """A tensor in the dtype of sums: float32, or float64 where it has that."""
-    array = np.frombuffer(data, _FLOATS[entry.dtype]).reshape(entry.shape)
+def read_floats(entry: Entry) -> NDArray[Any]:
+    """A tensor of a checkpoint in the dtype of sums: float32, or float64 where it has that."""
+    if entry.dtype not in _FLOATS:
+        raise HoraError(f"a weight in full precision is floating, {entry.file} has one of {entry.dtype} (spec M1)")
+    array = np.frombuffer(read_tensor(entry), _FLOATS[entry.dtype]).reshape(entry.shape)
     if entry.dtype == "BF16":
         wide = array.astype(np.uint32)
         wide <<= 16

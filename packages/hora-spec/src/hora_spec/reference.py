@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from hora_spec.activations import LEAKY_RELU_SLOPE
 from hora_spec.errors import HoraError
 from hora_spec.layout import Layout
-from hora_spec.shapes import LayerShape, check_params
+from hora_spec.shapes import LayerShape, check_params, name_of_a
 from hora_spec.spec import LAYER_NORM_EPS, AdapterSpec
 
 Array = NDArray[Any]
@@ -34,7 +34,7 @@ class Factors(NamedTuple, Generic[ArrayT]):
 
 
 def factors(spec: AdapterSpec, layer: LayerShape, params: Params) -> dict[str, Factors]:
-    """Factors of every projection: ``B_i = g_B W_2 s(W_1 LN(E_i)) + residual`` and A (spec G1 to G6).
+    """Factors of every projection: ``B_i = g_B W_2 s(W_1 LN(E_i)) + residual`` and A (spec G1 to G6, G8).
 
     Parameters
     ----------
@@ -146,7 +146,7 @@ def grads(
     Returns
     -------
     dict
-        Canonical name to float64 array of the parameter's shape.
+        Canonical name to float64 array of the parameter's shape; zero for a fixed A.
     """
     params = _float64(spec, layer, params)
     result = {key: np.zeros(value.shape) for key, value in params.items()}
@@ -211,7 +211,7 @@ def _head_embedding(spec: AdapterSpec, layer: LayerShape, params: Params, p: str
 
 def _factor_a(spec: AdapterSpec, params: Params, p: str) -> Array:
     if not spec.generates_a:
-        return params[f"a.{p}"]
+        return params[name_of_a(spec, p)]
     hidden = activation(spec.activation, params["a_in"] @ np.diag(params["a_seed"]))
     return (spec.gain_a * params[f"a_out.{p}"] @ hidden).T
 
@@ -223,13 +223,17 @@ def _factor_b(spec: AdapterSpec, layer: LayerShape, params: Params, p: str) -> A
     for i in range(layer[p].num_heads):
         _, z = _head_embedding(spec, layer, params, p, i)
         b_i = spec.gain_b * params[f"b_out.{p}"] @ activation(spec.activation, params["b_in"] @ z)
-        heads.append(b_i + params[f"b.{p}"][i] if spec.residual else b_i)
+        heads.append(b_i + _weight_of_residual(spec, params, p) * params[f"b.{p}"][i] if spec.residual else b_i)
     return np.stack(heads)
+
+
+def _weight_of_residual(spec: AdapterSpec, params: Params, p: str) -> float:
+    return 1.0 if spec.gate is None else spec.gain_residual * float(params[f"gate.{p}"][0])
 
 
 def _backward_a(spec: AdapterSpec, params: Params, p: str, grad_a: Array, result: dict[str, Array]) -> None:
     if not spec.generates_a:
-        result[f"a.{p}"] += grad_a
+        result[name_of_a(spec, p)] += grad_a if spec.trains_a else 0.0
         return
     u = params["a_in"] @ np.diag(params["a_seed"])
     result[f"a_out.{p}"] += spec.gain_a * grad_a.T @ activation(spec.activation, u).T
@@ -247,7 +251,11 @@ def _backward_b(
     grad_b: Array,
     result: dict[str, Array],
 ) -> None:
-    if spec.residual or not spec.generates_b:
+    if spec.residual:
+        result[f"b.{p}"][head] += _weight_of_residual(spec, params, p) * grad_b
+    if spec.gate is not None:
+        result[f"gate.{p}"] += spec.gain_residual * (grad_b * params[f"b.{p}"][head]).sum()
+    if not spec.generates_b:
         result[f"b.{p}"][head] += grad_b
     if not spec.generates_b:
         return

@@ -148,15 +148,22 @@ def param_shapes(spec: AdapterSpec, layer: LayerShape) -> dict[str, tuple[int, .
     """Canonical names and shapes of one layer's parameters, in canonical order (spec S6).
 
     ``a_seed (rank,)``, ``a_in (hidden, rank)``, ``a_out.p (embed, hidden)`` for a generated A; ``a.p (rank, embed)``
-    for a direct one, ``(heads, rank, embed)`` when free per head; ``head_embed (heads, head_embed, rank)``,
-    ``b_in (hidden, head_embed)``, ``b_out.p (head_dim, hidden)`` for a generated B; ``b.p (heads, head_dim, rank)``
-    for a free B or the residual.
+    for a direct or fixed one, ``(heads, rank, embed)`` when free per head, ``a (rank, embed)`` when tied;
+    ``head_embed (heads, head_embed, rank)``, ``b_in (hidden, head_embed)``, ``b_out.p (head_dim, hidden)`` for a
+    generated B; ``b.p (heads, head_dim, rank)`` for a free B or the residual; ``gate.p (1,)`` for its gate.
+
+    Raises
+    ------
+    HoraError
+        If A is tied and input widths differ (spec S8).
     """
     rank, hidden, embed = spec.rank, spec.hidden_dim, spec.head_embed_dim
     shapes: dict[str, tuple[int, ...]] = {}
     if spec.generates_a:
         shapes |= {"a_seed": (rank,), "a_in": (hidden, rank)}
         shapes |= {f"a_out.{p}": (shape.embed_dim, hidden) for p, shape in layer.items()}
+    elif spec.tie_a:
+        shapes["a"] = (rank, _common_embed_dim(layer))
     elif spec.shares_a:
         shapes |= {f"a.{p}": (rank, shape.embed_dim) for p, shape in layer.items()}
     else:
@@ -166,11 +173,23 @@ def param_shapes(spec: AdapterSpec, layer: LayerShape) -> dict[str, tuple[int, .
         shapes |= {f"b_out.{p}": (shape.head_dim, hidden) for p, shape in layer.items()}
     if spec.residual or not spec.generates_b:
         shapes |= {f"b.{p}": (shape.num_heads, shape.head_dim, rank) for p, shape in layer.items()}
+    if spec.gate is not None:
+        shapes |= {f"gate.{p}": (1,) for p in layer}
     return shapes
 
 
-def count_params(spec: AdapterSpec, layer: LayerShape) -> int:
-    """Number of trainable values of one layer (spec S6).
+def is_trained(spec: AdapterSpec, name: str) -> bool:
+    """Whether the parameter called `name` is trained, which all are but a fixed A (spec S6)."""
+    return spec.trains_a or name.partition(".")[0] != "a"
+
+
+def name_of_a(spec: AdapterSpec, projection: str) -> str:
+    """Name of the parameter that is the A of `projection`, where none is generated (spec S6)."""
+    return "a" if spec.tie_a else f"a.{projection}"
+
+
+def count_params(spec: AdapterSpec, layer: LayerShape, *, trained: bool = True) -> int:
+    """Number of trained values of one layer, or with ``trained=False`` of all stored ones (spec S6).
 
     Examples
     --------
@@ -178,7 +197,17 @@ def count_params(spec: AdapterSpec, layer: LayerShape) -> int:
     >>> 32 * count_params(AdapterSpec.paper(32), llama_7b)
     6096384
     """
-    return sum(math.prod(shape) for shape in param_shapes(spec, layer).values())
+    shapes = param_shapes(spec, layer)
+    return sum(math.prod(shape) for name, shape in shapes.items() if not trained or is_trained(spec, name))
+
+
+def _common_embed_dim(layer: LayerShape) -> int:
+    widths = {p: shape.embed_dim for p, shape in layer.items()}
+    if len(set(widths.values())) > 1:
+        raise HoraError(
+            f"one A for all projections of a layer needs equal input widths, got {widths}: use tie_a=False (spec S8)"
+        )
+    return next(iter(widths.values()))
 
 
 def check_params(spec: AdapterSpec, layer: LayerShape, params: Mapping[str, ArrayLike], *, name: str = "") -> None:

@@ -15,7 +15,7 @@ LAYER_NORM_EPS = 1e-5
 """Added to the variance inside the root when a head embedding is normalised (spec G1)."""
 
 Sharing = Literal["full", "a", "b", "none"]
-ASource = Literal["direct", "hypernetwork"]
+ASource = Literal["direct", "hypernetwork", "fixed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,8 @@ class AdapterSpec:
         What heads share: ``"full"`` a common A and generated B, ``"a"`` a common A and free B per head,
         ``"b"`` free A per head and generated B, ``"none"`` both free per head.
     a_source
-        Where a common A comes from: a free matrix (``"direct"``) or a ``"hypernetwork"``.
+        Where A comes from: a free matrix that is trained (``"direct"``), a ``"hypernetwork"``, or a matrix that stays
+        what it is at the start (``"fixed"``).
     activation
         Hidden activation, one of `hora_spec.ACTIVATIONS`.
     gain
@@ -44,6 +45,10 @@ class AdapterSpec:
         positive number is taken literally; 1.0 is the paper's form.
     residual
         Add a free, zero-initialised part to the generated B.
+    gate
+        Weigh the residual by a trained number per projection that starts at this one; ``None`` for a plain sum.
+    tie_a
+        Use one A for all projections of a layer, whose input widths must agree.
     normalize
         Normalise head embeddings along the head_embed axis; ``False`` is offered for the ablation alone.
 
@@ -54,7 +59,8 @@ class AdapterSpec:
 
     Notes
     -----
-    Paper section 4; ``AdapterSpec.paper`` is the paper's reading. Rules S1, S2, G4, G5.
+    Paper section 4; ``AdapterSpec.paper`` is the paper's reading, `hora_spec.PRESETS` names others. Rules S1, S2, G4,
+    G5, G8.
 
     Examples
     --------
@@ -75,6 +81,8 @@ class AdapterSpec:
     gain: float | Literal["transfer"] = "transfer"
     residual: bool = False
     normalize: bool = True
+    gate: float | None = None
+    tie_a: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rank", "hidden_dim", "head_embed_dim"):
@@ -83,10 +91,12 @@ class AdapterSpec:
             object.__setattr__(self, "alpha", _positive_float("alpha", self.alpha, "or None for scaling 1"))
         if self.gain != "transfer":
             object.__setattr__(self, "gain", _positive_float("gain", self.gain, 'or "transfer"'))
+        if self.gate is not None:
+            object.__setattr__(self, "gate", _positive_float("gate", self.gate, "or None for a plain sum"))
         _one_of("sharing", self.sharing, get_args(Sharing))
         _one_of("a_source", self.a_source, get_args(ASource))
         _one_of("activation", self.activation, ACTIVATIONS)
-        for name in ("residual", "normalize"):
+        for name in ("residual", "normalize", "tie_a"):
             if not isinstance(getattr(self, name), bool):
                 raise HoraError(f"{name} must be True or False, got {getattr(self, name)!r} (spec S1)")
         self._check_consistency()
@@ -96,6 +106,15 @@ class AdapterSpec:
             raise HoraError(
                 f'a_source="hypernetwork" needs heads that share A, got sharing={self.sharing!r}, where A is free '
                 'per head: use sharing="full" or "a", or a_source="direct" (spec S2)'
+            )
+        if self.tie_a and (not self.shares_a or self.generates_a):
+            raise HoraError(
+                f"tie_a=True needs heads that share a free or fixed A, got sharing={self.sharing!r} and "
+                f'a_source={self.a_source!r}: use sharing="full" or "a" with a_source="direct" or "fixed" (spec S2)'
+            )
+        if self.gate is not None and not self.residual:
+            raise HoraError(
+                f"a gate weighs the residual, got gate={self.gate} with residual=False: use residual=True (spec S2)"
             )
         if self.residual and not self.generates_b:
             raise HoraError(
@@ -134,6 +153,11 @@ class AdapterSpec:
         return self.shares_a and self.a_source == "hypernetwork"
 
     @property
+    def trains_a(self) -> bool:
+        """Whether A, or what generates it, is trained (spec S6, G7)."""
+        return self.a_source != "fixed"
+
+    @property
     def generates_b(self) -> bool:
         """Whether B comes from the hypernetwork."""
         return self.sharing in ("full", "b")
@@ -155,15 +179,23 @@ class AdapterSpec:
         """Gain ``g_B`` of a generated B (spec G5)."""
         if self.gain != "transfer":
             return self.gain
-        return 1 / (self.hidden_dim * mean_abs_normal(self.activation))
+        return self.gain_residual / (self.hidden_dim * mean_abs_normal(self.activation))
+
+    @property
+    def gain_residual(self) -> float:
+        """Gain of the residual: 1, or ``1 / (1 + gate)`` where the gain is to transfer LoRA's rates (spec G8)."""
+        return 1.0 if self.gate is None or self.gain != "transfer" else 1 / (1 + self.gate)
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated anew."""
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values, in order."""
-        return dataclasses.asdict(self)
+        """Fields as JSON values, in order; those that version 0.1 lacks only where they say something (spec F2)."""
+        values = dataclasses.asdict(self)
+        return {
+            name: value for name, value in values.items() if name not in LATER_FIELDS or value != LATER_FIELDS[name]
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -174,6 +206,10 @@ class AdapterSpec:
                 f"AdapterSpec has the fields {known}, got also {unknown}: written by a newer version? (spec F4)"
             )
         return cls(**values)
+
+
+LATER_FIELDS = {"gate": None, "tie_a": False}
+"""Fields that the first adapters lack, with their defaults: written where they say something (spec F2)."""
 
 
 def positive_int(name: str, value: Any) -> int:

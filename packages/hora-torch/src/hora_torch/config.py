@@ -4,7 +4,7 @@ import copy
 import inspect
 import math
 import os
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, fields
 from typing import Any, Self
 
 from hora_spec import SPEC_VERSION, AdapterSpec, HoraError
@@ -12,6 +12,7 @@ from hora_spec.files import LAYERS_DIGEST, check_digests, layers_digest
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from hora_torch.card import write_card
 from hora_torch.foreign import check_arguments
 from hora_torch.order import Order
 from hora_torch.saving import check_directory, read_checked, written_digest
@@ -23,8 +24,8 @@ class HoraConfig(PeftConfig):
 
     Parameters
     ----------
-    r, hidden_dim, head_embed_dim, sharing, a_source, activation, gain, residual, normalize
-        The method, see `hora_spec.AdapterSpec`.
+    r, hidden_dim, head_embed_dim, sharing, a_source, activation, gain, residual, normalize, gate, tie_a
+        The method, see `hora_spec.AdapterSpec`; `hora_spec.PRESETS` has named settings.
     hora_alpha
         ``scaling = hora_alpha / r``; None means scaling 1.
     use_rslora
@@ -81,6 +82,8 @@ class HoraConfig(PeftConfig):
     gain: float | str = "transfer"
     residual: bool = False
     normalize: bool = True
+    gate: float | None = None
+    tie_a: bool = False
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     modules_to_save: list[str] | None = None
@@ -147,7 +150,7 @@ class HoraConfig(PeftConfig):
 
     def spec(self, rank: int | None = None, alpha: float | None = None) -> AdapterSpec:
         """The method of one layer; `rank` and `alpha` override those of the config."""
-        names = ("hidden_dim", "head_embed_dim", "sharing", "a_source", "activation", "gain", "residual", "normalize")
+        names = [each.name for each in fields(AdapterSpec) if each.name not in ("rank", "alpha")]
         method: dict[str, Any] = {name: getattr(self, name) for name in names}
         alpha = self.hora_alpha if alpha is None else alpha
         spec = AdapterSpec(self.r if rank is None else rank, alpha=alpha, **method)
@@ -183,7 +186,9 @@ class HoraConfig(PeftConfig):
         return read_checked(path_json_file) or super().from_json_file(path_json_file, **kwargs)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write ``adapter_config.json``; PEFT, which has just written the tensors, gets their digest into it (spec F7).
+        """Write ``adapter_config.json``, and how to load the adapter into ``README.md``.
+
+        PEFT, which has just written the tensors, gets their digest into the config (spec F7).
 
         PEFT is known by the keyword ``auto_mapping_dict``. Others, such as Transformers, write the tensors later: the
         digest of what lies there would be wrong, so there is none.
@@ -191,4 +196,5 @@ class HoraConfig(PeftConfig):
         written = copy.copy(self)
         written.hora_tensors_sha256 = written_digest(save_directory) if "auto_mapping_dict" in kwargs else None
         super(HoraConfig, written).save_pretrained(save_directory, **kwargs)
+        write_card(save_directory, self.base_model_name_or_path)
         self.hora_tensors_sha256 = None  # that of a file read earlier, which this config may have left behind

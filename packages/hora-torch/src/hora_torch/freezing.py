@@ -78,4 +78,5 @@ def _frozen(hypernet: HoraHypernet) -> HoraHypernet:
 def _free(spec: AdapterSpec) -> dict[str, Any]:
     """What a spec becomes when both factors are parameters."""
     sharing = "a" if spec.sharing in ("full", "a") else "none"
-    return {"sharing": sharing, "a_source": "direct", "gain": "transfer", "residual": False}
+    free = {"a_source": "direct", "gain": "transfer", "residual": False, "gate": None, "tie_a": False}
+    return {"sharing": sharing, **free}

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from hora_spec import LAYER_NORM_EPS, LEAKY_RELU_SLOPE, AdapterSpec, Factors, LayerShape
+from hora_spec import LAYER_NORM_EPS, LEAKY_RELU_SLOPE, AdapterSpec, Factors, LayerShape, name_of_a
 from torch import Tensor, nn
 
 from hora_torch.linear import Branch, Route, low_rank_linear
@@ -22,7 +22,7 @@ Params = Mapping[str, Tensor]
 def factors(
     spec: AdapterSpec, layer: LayerShape, params: Params, projections: Iterable[str] | None = None
 ) -> dict[str, Factors]:
-    """Factors of the projections of a layer (spec G1 to G6).
+    """Factors of the projections of a layer (spec G1 to G6, G8).
 
     Parameters
     ----------
@@ -99,9 +99,10 @@ def stacked(factors: Factors) -> tuple[Tensor, Tensor]:
 
 
 def factor_a(spec: AdapterSpec, params: Params, projection: str) -> Tensor:
-    """A of one projection: free, or ``(g_A W_2 s(W_1 diag(seed)))^T`` (spec G4)."""
+    """A of one projection: free, fixed, or ``(g_A W_2 s(W_1 diag(seed)))^T`` (spec G4)."""
     if not spec.generates_a:
-        return params[f"a.{projection}"]
+        a = params[name_of_a(spec, projection)]
+        return a if spec.trains_a else a.detach()
     hidden = activation(spec.activation, params["a_in"] * params["a_seed"])
     return hidden.T @ _gained(params[f"a_out.{projection}"], spec.gain_a).T
 
@@ -122,7 +123,10 @@ def _factor_b(
         hidden[group] = _hidden(spec, params, group)
     b = nn.functional.linear(hidden[group], _gained(params[f"b_out.{projection}"], spec.gain_b))
     b = b.view(spec.rank, -1, b.shape[-1]).permute(1, 2, 0)
-    return b + params[f"b.{projection}"] if spec.residual else b
+    if not spec.residual:
+        return b
+    free = params[f"b.{projection}"]
+    return b + free if spec.gate is None else b + _gained(params[f"gate.{projection}"], spec.gain_residual) * free
 
 
 def _hidden(spec: AdapterSpec, params: Params, group: int) -> Tensor:

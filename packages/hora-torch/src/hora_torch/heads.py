@@ -55,7 +55,8 @@ class DisagreeError(UnknownRowsError):
 class Rows(NamedTuple):
     """Rows ``start:stop`` of each of `blocks` equal parts of a module's rows, split evenly into heads.
 
-    `source` says how that is known.
+    `source` says how that is known. ``alone`` where there are no heads to share anything over, so that the rows are a
+    layer of their own (spec S4).
     """
 
     role: str
@@ -65,6 +66,7 @@ class Rows(NamedTuple):
     stop: int
     blocks: int
     source: str
+    alone: bool = False
 
 
 class _Fact(NamedTuple):
@@ -146,6 +148,8 @@ class Attention:
         if order is not None:
             return self._told(own, order) if order.sized else self._fused(own, order)
         role, width = ROLE_OF.get(own), self.widths[own]
+        if role is None and not self._counts(own, None):
+            return [Rows(identifier(own), 1, width, 0, width, 1, "a map without heads has one", alone=True)]
         heads, source = self._separate(own, role, width)
         return [Rows(role or identifier(own), heads, width // heads, 0, width, 1, source)]
 

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterable
 
 import torch
-from hora_spec import AdapterSpec, Factors, HoraError, LayerShape, init_params, param_shapes
+from hora_spec import AdapterSpec, Factors, HoraError, LayerShape, init_params, is_trained, param_shapes
 from torch import Tensor, nn
 
 from hora_torch.functional import factors
@@ -35,8 +35,9 @@ class HoraHypernet(nn.Module):
     Notes
     -----
     Parameters carry the canonical names of `hora_spec.param_shapes`, float32, so that paths in a model are paths in a
-    file. Each belongs to a module that is called whenever factors are generated, this one or one of its banks:
-    whatever moves, gathers or casts the parameters of a called module then works. Nothing is kept between calls.
+    file; a fixed A is a buffer, which no optimiser sees. Each belongs to a module that is called whenever factors are
+    generated, this one or one of its banks: whatever moves, gathers or casts the parameters of a called module then
+    works. Nothing is kept between calls.
     """
 
     def __init__(self, spec: AdapterSpec, layer: LayerShape, *, name: str, seed: int = 0) -> None:
@@ -49,7 +50,11 @@ class HoraHypernet(nn.Module):
             if projection and kind not in self._modules:
                 self.add_module(kind, _Bank())
             owner = self._modules[kind] if projection else self
-            owner.register_parameter(projection or kind, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
+            value = torch.empty(shape, dtype=torch.float32)
+            if is_trained(spec, key):
+                owner.register_parameter(projection or kind, nn.Parameter(value))
+            else:
+                owner.register_buffer(projection or kind, value)
         self.gain, self._ungained = _apart(spec)
         self.reset_parameters()
 
@@ -75,19 +80,20 @@ class HoraHypernet(nn.Module):
         """The parameters are those of a file that is yet to be read; if `needed`, nothing is computed before."""
         self.awaits, self._needed = set(self.params()), needed
         with torch.no_grad():
-            for param in self.parameters() if needed else ():
+            for param in self.params().values() if needed else ():
                 param.fill_(torch.nan)
 
     def params(self) -> dict[str, Tensor]:
-        """Canonical name to parameter, in canonical order."""
+        """Canonical name to parameter, in canonical order, a fixed A included."""
         return {
             key: getattr(self._modules[kind], projection) if projection else getattr(self, kind)
             for key, kind, projection in self._keys
         }
 
-    def registered(self) -> list[nn.Parameter] | None:
+    def registered(self) -> list[Tensor] | None:
         """Parameter objects; None where something else stands in the place of one (a parametrization, a replica)."""
-        found = [param for module in (self, *self._modules.values()) for param in module._parameters.values()]
+        modules = (self, *self._modules.values())
+        found = [value for module in modules for value in (*module._parameters.values(), *module._buffers.values())]
         return found if len(found) == len(self._keys) else None
 
     def forward(self, projections: Iterable[str] | None = None, *, gained: bool = True) -> dict[str, Factors]:

@@ -305,7 +305,7 @@ class HoraLayer(BaseTunerLayer):
         target = device or next(base.parameters()).device
         if target.type == "meta":  # offloaded: where accelerate runs it
             target = getattr(getattr(base, "_hf_hook", None), "execution_device", None) or "cpu"
-        if not any(param.is_meta for param in hypernet.parameters()):
+        if not any(param.is_meta for param in hypernet.params().values()):
             hypernet.to(target)
 
 
@@ -335,6 +335,11 @@ class HoraLinear(nn.Module, HoraLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         nn.Module.__init__(self)
         HoraLayer.__init__(self, base_layer)
+
+    def input_of(self, projection: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """What a projection reads in a call with these arguments, (tokens, embed)."""
+        x = args[0] if args else kwargs["x"]
+        return x.flatten(0, -2)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """Output of the base layer with the active adapters, or with one adapter per sample."""

@@ -149,7 +149,7 @@ def _opened(model: nn.Module, *, call: bool) -> Generator[_Scope, None, None]:
 
 
 def _values(hypernet: HoraHypernet) -> dict[str, Tensor]:
-    return {key: param.detach().clone() for key, param in hypernet.named_parameters() if not param.is_meta}
+    return {key: param.detach().clone() for key, param in hypernet.params().items() if not param.is_meta}
 
 
 def _changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:

@@ -51,6 +51,9 @@ def merged_weight(
             f"only a floating base of 16 bits or more can be merged into, got {weight.dtype}: load the base in its "
             "full dtype, or serve the adapter as LoRA with hora_torch.export_lora (spec M1)"
         )
+    if weight.dim() > 2:  # a convolution with a kernel of one
+        squeezed = [(layout.squeezed, *rest) for layout, *rest in additions]
+        return merged_weight(weight.flatten(1), squeezed, check=check, name=name).view(weight.shape)
     if is_sharded(weight):
         additions = [_part(addition, weight) for addition in additions]
         weight = weight.to_local()

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from hora_torch.attention import HoraMultiheadAttention
 from hora_torch.combining import add_sum
 from hora_torch.config import HoraConfig
+from hora_torch.convolution import HoraConv
 from hora_torch.export import rescaled
 from hora_torch.hypernet import HoraHypernet
 from hora_torch.layer import BASE, HoraLayer, HoraLinear, tied_weights
 from hora_torch.lifetime import during_call
 from hora_torch.planning import make_plan, planned_layer
 from hora_torch.saving import check_loaded
-from hora_torch.targets import base_module
+from hora_torch.targets import CONVOLUTIONS, base_module
 
 
 class HoraModel(BaseTuner):
@@ -95,7 +96,10 @@ class HoraModel(BaseTuner):
         sites = {p: site for p, site in plan.sites.items() if site.module == current_key}
         layer = target
         if not isinstance(target, HoraLayer):
-            kind = HoraMultiheadAttention if isinstance(base_module(target), nn.MultiheadAttention) else HoraLinear
+            base = base_module(target)
+            convolves = isinstance(base, CONVOLUTIONS)
+            kind = HoraConv if convolves else HoraLinear
+            kind = HoraMultiheadAttention if isinstance(base, nn.MultiheadAttention) else kind
             layer = kind(target)
             layer._active_adapter = self.active_adapter
         leader = None if plan.leader == current_key else self.model.get_submodule(plan.leader)

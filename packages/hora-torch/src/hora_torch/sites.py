@@ -12,25 +12,25 @@ from typing import NamedTuple
 
 from hora_spec import HoraError, Layout, ProjectionShape, Site, Window
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from hora_torch.config import HoraConfig
 from hora_torch.heads import FUSED, ROLE_OF, Attention, Rows, UnknownRowsError
 from hora_torch.order import Order
 from hora_torch.row_order import is_where_named, row_order
 from hora_torch.sharding import check_rows_alone, is_sharded
-from hora_torch.targets import base_module, is_supported, out_in
+from hora_torch.targets import CONVOLUTIONS, base_module, is_supported, out_in, stored_form
 
 _MULTIHEAD_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _OF_MULTIHEAD = "the shape of nn.MultiheadAttention"
 
 
 class Found(NamedTuple):
-    """A projection that a target holds, and how its rows and heads are known."""
+    """A projection that a target holds, how its rows and heads are known, and whether it shares nothing (spec S4)."""
 
     role: str
     site: Site
     source: str
+    alone: bool = False
 
 
 def find_sites(model: nn.Module, name: str, config: HoraConfig) -> Iterator[Found]:
@@ -49,8 +49,10 @@ def find_sites(model: nn.Module, name: str, config: HoraConfig) -> Iterator[Foun
     parent = base_module(model.get_submodule(parent_name))
     if not is_supported(module) or isinstance(parent, nn.MultiheadAttention):
         raise HoraError(
-            f"targets are Linear, Conv1D and MultiheadAttention modules, got {type(module).__name__} at {name!r}"
+            "targets are Linear, Conv1D and MultiheadAttention modules, and convolutions with a kernel of one, got "
+            f"{type(module).__name__} at {name!r}"
             + (": its forward is never called, target the MultiheadAttention" if is_supported(module) else "")
+            + (": its update would not be one of a linear map" if isinstance(module, CONVOLUTIONS) else "")
         )
     if _is_bypassed(parent, own):
         raise UnknownRowsError(
@@ -70,7 +72,7 @@ def find_sites(model: nn.Module, name: str, config: HoraConfig) -> Iterator[Foun
             f"{[part.role for part in rows]}: name some of these"
         )
     for part in chosen:
-        yield Found(part.role, _site(name, module, part), part.source)
+        yield Found(part.role, _site(name, module, part), part.source, part.alone)
 
 
 def attention_of(model: nn.Module, name: str) -> tuple[str, str]:
@@ -97,7 +99,7 @@ def is_candidate(model: nn.Module, name: str) -> bool:
         return True
     parent_name, _, own = name.rpartition(".")
     parent = base_module(model.get_submodule(parent_name))
-    if not is_supported(module) or isinstance(parent, nn.MultiheadAttention):
+    if not is_supported(module) or isinstance(parent, nn.MultiheadAttention) or isinstance(module, CONVOLUTIONS):
         return False
     if ROLE_OF.get(own) in ("q", "v") or own in FUSED:
         return True
@@ -157,15 +159,14 @@ def check_recorded(model: nn.Module, site: Site) -> None:
             f"the adapter has {site.parameter!r} of {site.module!r}, which {type(module).__name__} lacks: load the "
             "base model the adapter was trained on (spec F5)"
         )
-    shape, transposed = out_in(module), isinstance(module, Conv1D)
-    if isinstance(module, nn.MultiheadAttention):
-        shape = tuple(weight.shape)
-    shape = shape[::-1] if transposed else shape
+    attends = isinstance(module, nn.MultiheadAttention)
+    shape, pattern = (tuple(weight.shape), Layout().pattern) if attends else stored_form(module)
+    axis = Layout(pattern).row_axis
     axes = {site.layout.row_axis, site.layout.row_axis if site.layout.window is None else site.layout.window.axis}
-    if shape != site.weight_shape or axes != {int(transposed)}:
+    if shape != site.weight_shape or axes != {axis}:
         raise HoraError(
             f"{site.module}.{site.parameter} must have shape {site.weight_shape} and rows as in {site.layout}, got "
-            f"{tuple(shape)} and rows along axis {int(transposed)}: load the base model the adapter was trained on "
+            f"{tuple(shape)} and rows along axis {axis}: load the base model the adapter was trained on "
             "(spec F5)"
         )
 
@@ -182,11 +183,12 @@ def _attention(model: nn.Module, path: str, own: str, config: HoraConfig) -> Att
 
 
 def _site(name: str, module: nn.Module, rows: Rows) -> Site:
-    width, embed = out_in(module)
-    axis = int(isinstance(module, Conv1D))
-    shape, pattern = ((embed, width), "d (h k)") if axis else ((width, embed), "(h k) d")
+    shape, pattern = stored_form(module)
+    axis, (width, embed) = Layout(pattern).row_axis, out_in(module)
     weight = module._parameters.get("weight")
     if weight is not None and is_sharded(weight):
+        if isinstance(module, CONVOLUTIONS):
+            raise HoraError(f"an adapted convolution is whole, the weight of {name!r} is sharded: leave it out")
         check_rows_alone(weight, axis, name)
     window = None
     if rows.heads * rows.head_dim < width:

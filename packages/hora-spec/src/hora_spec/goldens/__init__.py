@@ -21,7 +21,7 @@ from hora_spec.spec import AdapterSpec
 
 Array = NDArray[Any]
 
-VERSION = 1
+VERSION = 2
 """Newest version of the cases."""
 
 
@@ -75,13 +75,13 @@ class Golden:
         return f"load_goldens()[{self.name!r}]"
 
 
-def load_goldens(version: int = VERSION) -> dict[str, Golden]:
+def load_goldens(version: int | None = None) -> dict[str, Golden]:
     """Stored cases by name.
 
     Parameters
     ----------
     version
-        Folder ``v{version}`` of the cases.
+        The cases that this version added, in folder ``v{version}``; by default those of all versions.
 
     Returns
     -------
@@ -99,6 +99,8 @@ def load_goldens(version: int = VERSION) -> dict[str, Golden]:
     >>> golden.spec.rank, golden.delta["q"].shape
     (3, (3, 5))
     """
+    if version is None:
+        return {name: golden for each in range(1, VERSION + 1) for name, golden in load_goldens(each).items()}
     folder = files(__name__) / f"v{version}"
     found = sorted(folder.iterdir(), key=lambda file: file.name) if folder.is_dir() else []
     goldens = [_parse(file.name, file.read_bytes()) for file in found if file.name.endswith(".safetensors")]

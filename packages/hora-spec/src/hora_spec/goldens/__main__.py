@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hora_spec.errors import HoraError
 from hora_spec.goldens import VERSION, load_goldens
-from hora_spec.goldens.build import first_version, verify, write
+from hora_spec.goldens.build import first_version, second_version, verify, write
 from hora_spec.goldens.build_stored import built_stored, write_stored
 from hora_spec.goldens.stored import FOLDER, StoredGolden, load_stored_goldens, serialized
 
@@ -16,10 +16,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--write", type=Path, metavar="DIR", help="write all cases to new folders in DIR")
     folder = parser.parse_args(arguments).write
     if folder is not None:
-        goldens = first_version()
-        write(folder / f"v{VERSION}", goldens)
+        versions = (first_version(), second_version())
+        for version, goldens in enumerate(versions, start=1):
+            write(folder / f"v{version}", goldens)
         write_stored(folder / FOLDER, (stored := built_stored()).values())
-        print(f"{len(goldens)} goldens and {len(stored)} stored weights written to {folder}")
+        print(f"{sum(map(len, versions))} goldens and {len(stored)} stored weights written to {folder}")
         return
     for version in range(1, VERSION + 1):
         results = [verify(golden) for golden in load_goldens(version).values()]

@@ -1,6 +1,7 @@
 """Making goldens, and proving that the stored ones still hold."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hora_spec.errors import HoraError
 from hora_spec.goldens import Golden
 from hora_spec.layout import Layout
 from hora_spec.testing.backend import REFERENCE
-from hora_spec.testing.case import LAYERS, Case, corpus
+from hora_spec.testing.case import LAYERS, Case, first_corpus, second_corpus
 from hora_spec.testing.checks import check_golden
 
 Array = NDArray[Any]
@@ -53,12 +54,23 @@ def rebuilt(golden: Golden) -> Golden:
 
 
 def first_version() -> dict[str, Golden]:
-    """The cases of version 1: the corpus, named by method and layer."""
+    """The cases of version 1, named by method and layer."""
+    return _named(first_corpus())
+
+
+def second_version() -> dict[str, Golden]:
+    """What version 2 adds: a fixed A, one A for all projections, gates."""
+    return _named(second_corpus())
+
+
+def _named(cases: Iterable[Case]) -> dict[str, Golden]:
     layers = {layer: name for name, layer in LAYERS.items()}
     goldens = {}
-    for case in corpus():
+    for case in cases:
         spec = case.spec
-        name = f"{spec.sharing}-{spec.a_source}-{spec.activation}-{spec.gain}-{layers[case.layer]}"
+        words = [spec.sharing, spec.a_source, spec.activation, str(spec.gain)]
+        words += ["tied"] * spec.tie_a + [f"gate_{spec.gate}"] * (spec.gate is not None)
+        name = "-".join((*words, layers[case.layer]))
         goldens[name] = build(name, case)
     return goldens
 

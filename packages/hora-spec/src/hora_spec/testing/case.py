@@ -155,11 +155,42 @@ SIZES: tuple[dict[str, Any], ...] = (
 
 GENERATING = (("full", "direct"), ("full", "hypernetwork"), ("b", "direct"), ("a", "hypernetwork"))
 FREE = (("a", "direct"), ("none", "direct"))
-"""Valid ``(sharing, a_source)`` in which something is generated, and in which nothing is."""
+FIXED = (("full", "fixed"), ("a", "fixed"), ("b", "fixed"), ("none", "fixed"))
+"""Valid ``(sharing, a_source)`` in which something is generated, in which nothing is, and in which A is fixed."""
 
 
 def corpus() -> tuple[Case, ...]:
-    """Every valid sharing, A source, activation and gain once, over all layers, sizes and regimes in turn.
+    """Every case that a backend is judged on: those of all versions of the goldens."""
+    return first_corpus() + second_corpus()
+
+
+def second_corpus() -> tuple[Case, ...]:
+    """A fixed A under every sharing, one A for all projections, and gates beside 1, with and without their gain."""
+    equal_widths = ("equal", "gqa_3_1", "multi_query", "qkv", "square", "gqa_2_1")
+    methods: list[dict[str, Any]] = [
+        *({"sharing": sharing, "a_source": a_source} for sharing, a_source in FIXED),
+        *({"sharing": "full", "residual": True, "gate": gate, "gain": gain} for gate, gain in _GATES),
+        {"sharing": "a", "tie_a": True},
+        {"sharing": "full", "tie_a": True, "activation": "tanh"},
+        {"sharing": "a", "tie_a": True, "a_source": "fixed"},
+        {"sharing": "b", "residual": True, "gate": 1.0, "activation": "gelu", "a_source": "fixed"},
+    ]
+    return tuple(
+        Case(
+            AdapterSpec(**SIZES[n % 2], **method, alpha=(6.0, None)[n // 3 % 2]),
+            LAYERS[equal_widths[n % len(equal_widths)]],
+            seed=100 + n,
+            regime=REGIMES[n % 2],
+        )
+        for n, method in enumerate(methods)
+    )
+
+
+_GATES: tuple[tuple[float, float | str], ...] = ((1.0, "transfer"), (0.25, "transfer"), (3.0, 1.0))
+
+
+def first_corpus() -> tuple[Case, ...]:
+    """Every valid sharing, trained A, activation and gain once, over all layers, sizes and regimes in turn.
 
     Residual, scaling and normalisation alternate where they are allowed.
     """

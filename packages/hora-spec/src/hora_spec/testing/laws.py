@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from hora_spec.layout import Layout
 from hora_spec.reference import Factors
+from hora_spec.shapes import is_trained
 from hora_spec.testing import tolerance
 from hora_spec.testing.backend import REFERENCE, Backend
 from hora_spec.testing.case import Case
@@ -92,7 +93,7 @@ def law_merged_forward(backend: Backend, case: Case, dtype: str = "float32") -> 
 
 
 def law_finite_differences(backend: Backend, case: Case, dtype: str = "float32") -> float:
-    """Gradients are the slopes of the reference's ``sum_p <cotangent_p, delta_p>``, along one line per parameter (G7).
+    """Gradients are the slopes of the reference's ``sum_p <cotangent_p, delta_p>``, along a line per parameter (G7).
 
     The forward and the backward difference of one step enclose every slope between them, at a kink too, so their
     distance bounds the truncation of the central one. Regimes that sit on a kink are left out.
@@ -114,6 +115,8 @@ def law_finite_differences(backend: Backend, case: Case, dtype: str = "float32")
         return sum((weights[p] * u).sum() for p, u in REFERENCE.delta(case.spec, case.layer, given).items())
 
     for key, value in params.items():
+        if not is_trained(case.spec, key):
+            continue
         line = case.draw(f"line.{key}", value.shape).astype(np.float64)
         below, here, above = (loss(params | {key: value + at * line}) for at in (-step, 0.0, step))
         moved = exact.unit * np.abs(got[key] * value).sum()  # the rounding of value + step * line

@@ -15,7 +15,7 @@ from hora_spec.activations import ACTIVATIONS
 from hora_spec.layout import Layout, Window
 from hora_spec.shapes import LayerShape, ProjectionShape
 from hora_spec.spec import AdapterSpec
-from hora_spec.testing.case import FREE, GENERATING, LAYERS, REGIMES, SIZES, Case
+from hora_spec.testing.case import FIXED, FREE, GENERATING, LAYERS, REGIMES, SIZES, Case
 
 
 def layers() -> st.SearchStrategy[LayerShape]:
@@ -26,15 +26,17 @@ def layers() -> st.SearchStrategy[LayerShape]:
 @st.composite
 def specs(draw: Any) -> AdapterSpec:
     """A valid spec of one of the fixed sizes."""
-    sharing, a_source = draw(st.sampled_from(GENERATING + FREE))
+    sharing, a_source = draw(st.sampled_from(GENERATING + FREE + FIXED))
     options: dict[str, Any] = {"sharing": sharing, "a_source": a_source}
-    if (sharing, a_source) in GENERATING:
+    if (sharing, a_source) in GENERATING or sharing in ("full", "b"):
         options |= {
             "activation": draw(st.sampled_from(ACTIVATIONS)),
             "gain": draw(st.sampled_from(("transfer", 1.0, 0.3))),
         }
     if sharing in ("full", "b"):
         options |= {"residual": draw(st.booleans()), "normalize": draw(st.booleans())}
+    if options.get("residual"):
+        options["gate"] = draw(st.sampled_from((None, 1.0, 0.25)))
     return AdapterSpec(**draw(st.sampled_from(SIZES)), **options, alpha=draw(st.sampled_from((None, 6.0, 0.7))))
 
 

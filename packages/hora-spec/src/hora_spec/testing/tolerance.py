@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from hora_spec import reference
 from hora_spec.activations import LEAKY_RELU_SLOPE
 from hora_spec.reference import Factors
-from hora_spec.shapes import LayerShape
+from hora_spec.shapes import LayerShape, name_of_a
 from hora_spec.spec import LAYER_NORM_EPS, AdapterSpec
 from hora_spec.testing.rounding import Format, Rounded, either, join, total
 
@@ -101,18 +101,29 @@ def grads(
         for_a[p] = (b.each(_transpose) @ dense).scale(spec.scaling)
     if spec.generates_a:
         result |= _grads_a(spec, exact, for_a)
+    elif not spec.trains_a:
+        result |= {key: _constant(0.0, value) for key, value in exact.items() if key.partition(".")[0] == "a"}
+    elif spec.tie_a:
+        result["a"] = total(list(for_a.values()))
     else:
         result |= {f"a.{p}": grad for p, grad in for_a.items()}
     if spec.generates_b:
         result |= _grads_b(spec, layer, exact, for_b)
-    if spec.residual or not spec.generates_b:
+    if not spec.generates_b:
         result |= {f"b.{p}": grad for p, grad in for_b.items()}
+    elif spec.residual:
+        result |= {f"b.{p}": _gated(spec, exact, p, grad) for p, grad in for_b.items()}
+    if spec.gate is not None:
+        result |= {
+            f"gate.{p}": (grad * exact[f"b.{p}"]).each(np.ravel).sum(0).each(np.atleast_1d).scale(spec.gain_residual)
+            for p, grad in for_b.items()
+        }
     return result
 
 
 def _factor_a(spec: AdapterSpec, params: Mapping[str, Rounded], p: str) -> Rounded:
     if not spec.generates_a:
-        return params[f"a.{p}"]
+        return params[name_of_a(spec, p)]
     hidden = _activation(spec.activation, params["a_in"] * params["a_seed"])
     return (params[f"a_out.{p}"] @ hidden).scale(spec.gain_a).each(_transpose)
 
@@ -122,7 +133,15 @@ def _factor_b(spec: AdapterSpec, layer: LayerShape, params: Mapping[str, Rounded
         return params[f"b.{p}"]
     u = params["b_in"] @ _embedding(spec, layer, params, p)[0]
     b = (params[f"b_out.{p}"] @ _activation(spec.activation, u)).scale(spec.gain_b)
-    return b + params[f"b.{p}"] if spec.residual else b
+    return b + _gated(spec, params, p, params[f"b.{p}"]) if spec.residual else b
+
+
+def _gated(spec: AdapterSpec, params: Mapping[str, Rounded], p: str, free: Rounded) -> Rounded:
+    """The residual, or the gradient of it, weighed by the gate."""
+    if spec.gate is None:
+        return free
+    gate = params[f"gate.{p}"].each(lambda value: np.broadcast_to(value, free.shape))
+    return (gate * free).scale(spec.gain_residual)
 
 
 def _embedding(
@@ -207,6 +226,10 @@ def _slope(name: str, u: Rounded) -> Rounded:
 
 def _update(a: Rounded, b: Rounded, scaling: float) -> Rounded:
     return (b @ a).each(_join_heads).scale(scaling)
+
+
+def _constant(value: float, like: Rounded) -> Rounded:
+    return Rounded.exact(np.full(like.shape, value), like.format)
 
 
 def _exact(params: Params, fmt: Format) -> dict[str, Rounded]:

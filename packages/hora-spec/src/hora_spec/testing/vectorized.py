@@ -15,7 +15,7 @@ from hora_spec.errors import HoraError
 from hora_spec.init import init_params
 from hora_spec.layout import Layout
 from hora_spec.reference import Factors
-from hora_spec.shapes import LayerShape
+from hora_spec.shapes import LayerShape, name_of_a
 from hora_spec.spec import LAYER_NORM_EPS, AdapterSpec
 from hora_spec.testing.backend import Backend, LinearGrads
 
@@ -85,10 +85,12 @@ def _grads(spec: AdapterSpec, layer: LayerShape, params: Params, cotangents: Map
             grad_u = _like(spec.gain_a, u) * np.einsum("dm,rd->mr", params[f"a_out.{p}"], grad_a) * _slope(spec, u)
             result["a_in"] += grad_u * params["a_seed"]
             result["a_seed"] += (grad_u * params["a_in"]).sum(0)
-        else:
-            result[f"a.{p}"] += grad_a
+        elif spec.trains_a:
+            result[name_of_a(spec, p)] += grad_a
         if spec.residual or not spec.generates_b:
-            result[f"b.{p}"] += grad_b
+            result[f"b.{p}"] += _gated(spec, params, p, grad_b)
+        if spec.gate is not None:
+            result[f"gate.{p}"] += _like(spec.gain_residual, grad_b) * (grad_b * params[f"b.{p}"]).sum()
         if spec.generates_b:
             _grads_b(spec, layer, params, p, grad_b, result)
     return result
@@ -113,7 +115,7 @@ def _grads_b(
 
 def _factor_a(spec: AdapterSpec, params: Params, p: str) -> Array:
     if not spec.generates_a:
-        return params[f"a.{p}"]
+        return params[name_of_a(spec, p)]
     hidden = _activation(spec, params["a_in"] * params["a_seed"])
     return _like(spec.gain_a, hidden) * np.einsum("dm,mr->rd", params[f"a_out.{p}"], hidden)
 
@@ -123,7 +125,11 @@ def _factor_b(spec: AdapterSpec, layer: LayerShape, params: Params, p: str) -> A
         return params[f"b.{p}"]
     hidden = _activation(spec, np.einsum("me,her->hmr", params["b_in"], _embedding(spec, layer, params, p)[0]))
     b = _like(spec.gain_b, hidden) * np.einsum("km,hmr->hkr", params[f"b_out.{p}"], hidden)
-    return b + params[f"b.{p}"] if spec.residual else b
+    return b + _gated(spec, params, p, params[f"b.{p}"]) if spec.residual else b
+
+
+def _gated(spec: AdapterSpec, params: Params, p: str, free: Array) -> Array:
+    return free if spec.gate is None else _like(spec.gain_residual, free) * params[f"gate.{p}"] * free
 
 
 def _embedding(spec: AdapterSpec, layer: LayerShape, params: Params, p: str) -> tuple[Array, Array | None]:

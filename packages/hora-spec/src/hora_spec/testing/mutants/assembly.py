@@ -89,6 +89,46 @@ def scaled_residual(backend: Backend) -> Backend:
     return _on_residual(backend, lambda spec, value: value * np.asarray(spec.gain_b, value.dtype))
 
 
+@mutant("G8", check_factors)
+def ungated(backend: Backend) -> Backend:
+    """The gate is ignored, its gain is not."""
+    return _on_gate(backend, lambda spec, gate: np.ones_like(gate))
+
+
+@mutant("G8", check_factors)
+def inverted_gate(backend: Backend) -> Backend:
+    """The gate weighs the other part: where it should be small it is large."""
+    return _on_gate(backend, lambda spec, gate: 1 - gate)
+
+
+@mutant("G8", check_factors)
+def gate_outside_the_gain(backend: Backend) -> Backend:
+    """The gated residual misses its gain."""
+    return _on_gate(backend, lambda spec, gate: gate / np.asarray(spec.gain_residual, gate.dtype))
+
+
+@mutant("G8", check_factors)
+def one_gate(backend: Backend) -> Backend:
+    """All projections have the gate of the first."""
+
+    def factors(spec: AdapterSpec, layer: LayerShape, params: Params) -> dict[str, Factors]:
+        gates = {key: value for key, value in params.items() if key.startswith("gate.")}
+        return backend.factors(spec, layer, {**params, **dict.fromkeys(gates, next(iter(gates.values()), None))})
+
+    return backend._replace(factors=factors)
+
+
+@mutant("I4", check_init)
+def shut_gate(backend: Backend) -> Backend:
+    """Gates start at one whatever the spec says."""
+
+    def init_params(spec: AdapterSpec, layer: LayerShape, seed: int, name: str) -> Arrays:
+        params = backend.init_params(spec, layer, seed, name)
+        return {key: np.ones_like(value) if key[:4] == "gate" else value for key, value in params.items()}
+
+    return backend._replace(init_params=init_params)
+
+
 @mutant("G4", check_factors)
 def outer_activation(backend: Backend) -> Backend:
     """An activation behind B."""
@@ -149,6 +189,14 @@ def interleaved_heads(backend: Backend) -> Backend:
 def transposed_delta(backend: Backend) -> Backend:
     """The delta transposed, seen where it is square too."""
     return _on_delta(backend, lambda spec, shape, delta: delta.T.reshape(delta.shape))
+
+
+def _on_gate(backend: Backend, change: Callable[[AdapterSpec, Array], Array]) -> Backend:
+    def factors(spec: AdapterSpec, layer: LayerShape, params: Params) -> dict[str, Factors]:
+        changed = {key: change(spec, value) if key[:5] == "gate." else value for key, value in params.items()}
+        return backend.factors(spec, layer, changed)
+
+    return backend._replace(factors=factors)
 
 
 def _on_residual(backend: Backend, change: Callable[[AdapterSpec, Array], Array]) -> Backend:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hora_spec import reference
-from hora_spec.shapes import LayerShape
+from hora_spec.shapes import LayerShape, is_trained
 from hora_spec.spec import AdapterSpec
 from hora_spec.testing.backend import Arrays, Backend
 from hora_spec.testing.checks import check_grads
@@ -76,6 +76,41 @@ def frozen_seed(backend: Backend) -> Backend:
         return {"a_seed": np.zeros_like(honest["a_seed"])} if spec.generates_a else {}
 
     return _on_grads(backend, change)
+
+
+@mutant("G7", check_grads)
+def trained_fixed_a(backend: Backend) -> Backend:
+    """A fixed A gets the gradient of a free one."""
+
+    def change(spec: AdapterSpec, layer: LayerShape, params: Params, cotangents: Params, honest: Arrays) -> Arrays:
+        if spec.trains_a:
+            return {}
+        grads = backend.grads(spec.replace(a_source="direct"), layer, params, cotangents)
+        return {key: value for key, value in grads.items() if not is_trained(spec, key)}
+
+    return _on_grads(backend, change)
+
+
+@mutant("G7", check_grads)
+def tied_to_one(backend: Backend) -> Backend:
+    """One A for all projections learns from the first of them alone."""
+
+    def change(spec: AdapterSpec, layer: LayerShape, params: Params, cotangents: Params, honest: Arrays) -> Arrays:
+        alone = {p: value * np.asarray(i == 0, value.dtype) for i, (p, value) in enumerate(cotangents.items())}
+        return {"a": backend.grads(spec, layer, params, alone)["a"]} if spec.tie_a else {}
+
+    return _on_grads(backend, change)
+
+
+@mutant("G8", check_grads)
+def dead_gate(backend: Backend) -> Backend:
+    """Gates get no gradient."""
+    return _on_grads(
+        backend,
+        lambda spec, layer, params, cotangents, honest: {
+            key: np.zeros_like(value) for key, value in honest.items() if key.startswith("gate.")
+        },
+    )
 
 
 @mutant("G7", check_grads)

@@ -56,6 +56,8 @@ def rewired(
         if spec.generates_a:
             hidden = gain_a * activation(spec.activation, wide["a_in"] * wide["a_seed"])
             given |= {"a_seed": np.ones(spec.rank, dtype), "a_in": hidden.astype(dtype)}
+        if spec.gate is not None:
+            given[f"gate.{p}"] = (spec.gain_residual * wide[f"gate.{p}"]).astype(dtype)
         if spec.generates_b:
             raw = wide["head_embed"]
             groups = raw.reshape(layer[p].num_heads, -1, *raw.shape[1:])
