@@ -201,6 +201,13 @@ def families(session):
 
 
 @nox.session(python=False)
+def capabilities(session):
+    """Everything a method of PEFT may do, tried with HoRA and LoRA; writes docs/guide/capabilities.md."""
+    tools = everything(session)
+    run(session, tools, "python", "packages/hora-torch/capabilities/run.py", *session.posargs, env=TEST_ENV)
+
+
+@nox.session(python=False)
 def mutation(session):
     """Change one thing at a time in hora-torch and hora-jax, and see that a test notices (``-- hora_torch.linear``)."""
     tools = everything(session)

@@ -25,7 +25,7 @@ class HoraConv(HoraLinear):
     def _add(self, result: Any, x: Tensor, branches: list[Branch], keep: Tensor | None = None) -> Tensor:
         """As that of a linear map of what each position holds, channels last."""
         base = self.get_base_layer()
-        x, keep = (None if tensor is None else _positions(tensor, base.stride) for tensor in (x, keep))
+        x, keep = _positions(x, base.stride), None if keep is None else _positions(keep, base.stride)
         y = result.movedim(-1 - len(base.stride), -1)
         if base.groups == 1:
             y = super()._add(y, x, branches, keep)

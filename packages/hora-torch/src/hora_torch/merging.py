@@ -52,7 +52,7 @@ def merged_weight(
             "full dtype, or serve the adapter as LoRA with hora_torch.export_lora (spec M1)"
         )
     if weight.dim() > 2:  # a convolution with a kernel of one
-        squeezed = [(layout.squeezed, *rest) for layout, *rest in additions]
+        squeezed = [(layout.squeezed, a, b, scaling) for layout, a, b, scaling in additions]
         return merged_weight(weight.flatten(1), squeezed, check=check, name=name).view(weight.shape)
     if is_sharded(weight):
         additions = [_part(addition, weight) for addition in additions]

@@ -52,7 +52,11 @@ def find_sites(model: nn.Module, name: str, config: HoraConfig) -> Iterator[Foun
             "targets are Linear, Conv1D and MultiheadAttention modules, and convolutions with a kernel of one, got "
             f"{type(module).__name__} at {name!r}"
             + (": its forward is never called, target the MultiheadAttention" if is_supported(module) else "")
-            + (": its update would not be one of a linear map" if isinstance(module, CONVOLUTIONS) else "")
+            + (
+                ": layouts have no axis for a wider kernel, and none for padding (spec L1)"
+                if isinstance(module, CONVOLUTIONS)
+                else ""
+            )
         )
     if _is_bypassed(parent, own):
         raise UnknownRowsError(
