@@ -3,8 +3,8 @@
     python run.py DIRECTORY [ENGINE=COMMAND ...] [-- ARCHITECTURE ...]
 
 The directory is that of prepare.py. The command of the engines ``vllm`` and ``graphs`` is a Python that has them, that
-of ``node`` the script by_node.mjs beside its packages; llama.cpp runs in this process. Results of what does not run stay.
-The exit status says whether anything is wrong.
+of ``node`` the script by_node.mjs beside its packages; llama.cpp runs in this process. With architectures only their
+results are replaced. The exit status says whether anything is wrong.
 """
 
 import json

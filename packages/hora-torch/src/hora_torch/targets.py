@@ -1,8 +1,10 @@
 """Modules that can be adapted, and the names that choose them."""
 
 import difflib
+import itertools
 from collections.abc import Mapping
 
+import torch
 from hora_spec import HoraError
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
@@ -11,6 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hora_torch.config import HoraConfig
 from hora_torch.heads import FUSED, ROLES, identifier
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class NoTargetError(HoraError, NoMatchingPeftModuleError):
@@ -26,17 +30,43 @@ def is_supported(module: nn.Module) -> bool:
     """Whether a module is a linear map, or an attention with its projections inside."""
     if isinstance(module, (nn.MultiheadAttention, Conv1D, nn.Linear)):
         return True
-    return hasattr(module, "in_features") and hasattr(module, "out_features") and hasattr(module, "weight")
+    if isinstance(module, CONVOLUTIONS):
+        return is_pointwise(module)
+    # codes have names of their own: qweight, W_q, codebooks
+    tensors = itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False))
+    own = hasattr(module, "weight") or next(tensors, None) is not None
+    return own and hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a convolution maps each position by itself: a linear map of its channels, or of groups of them."""
+    return all(size == 1 for size in module.kernel_size) and module.padding in ("valid", (0,) * len(module.kernel_size))
 
 
 def out_in(module: nn.Module) -> tuple[int, int]:
-    """Output and input width of a supported module."""
+    """Rows and columns of the matrix that a supported module stores."""
+    if isinstance(module, CONVOLUTIONS):
+        return module.out_channels, module.in_channels // module.groups
     if isinstance(module, nn.MultiheadAttention):
         return 3 * module.embed_dim, module.embed_dim
     if isinstance(module, Conv1D):
         embed, rows = module.weight.shape
         return rows, embed
     return module.out_features, module.in_features
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the weight of a supported module is; the codes of some are no parameters."""
+    return next(itertools.chain(module.parameters(), module.buffers())).device
+
+
+def stored_form(module: nn.Module) -> tuple[tuple[int, ...], str]:
+    """Shape of the weight of a map, and the pattern of a projection that is all of it (spec L1)."""
+    rows, embed = out_in(module)
+    if isinstance(module, Conv1D):
+        return (embed, rows), "d (h k)"
+    ones = len(module.kernel_size) if isinstance(module, CONVOLUTIONS) else 0
+    return (rows, embed, *(1,) * ones), " ".join(("(h k) d", *"1" * ones))
 
 
 def no_match(model: nn.Module, config: HoraConfig) -> NoTargetError:
