@@ -156,15 +156,15 @@ def _roles(attention: nn.Module, own: str) -> set[str]:
 def check_recorded(model: nn.Module, site: Site) -> None:
     """Raise unless the model holds the weight that a loaded adapter was trained on (spec F5)."""
     module = base_module(model.get_submodule(site.module))
-    weights = _MULTIHEAD_WEIGHTS if isinstance(module, nn.MultiheadAttention) else ("weight",)
-    weight = getattr(module, site.parameter, None) if is_supported(module) and site.parameter in weights else None
-    if weight is None:
+    inside = isinstance(module, nn.MultiheadAttention)
+    # codes have no weight of that name, and stand for one
+    weight = getattr(module, site.parameter, None) if inside and site.parameter in _MULTIHEAD_WEIGHTS else None
+    if weight is None and (inside or site.parameter != "weight" or not is_supported(module)):
         raise HoraError(
             f"the adapter has {site.parameter!r} of {site.module!r}, which {type(module).__name__} lacks: load the "
             "base model the adapter was trained on (spec F5)"
         )
-    attends = isinstance(module, nn.MultiheadAttention)
-    shape, pattern = (tuple(weight.shape), Layout().pattern) if attends else stored_form(module)
+    shape, pattern = (tuple(weight.shape), Layout().pattern) if weight is not None else stored_form(module)
     axis = Layout(pattern).row_axis
     axes = {site.layout.row_axis, site.layout.row_axis if site.layout.window is None else site.layout.window.axis}
     if shape != site.weight_shape or axes != {axis}:
