@@ -10,10 +10,7 @@ from hora_jax import Target, adapt, init, make_plan, merge, presets
 from hora_jax.nnx import HoraModel, HoraParam
 from hora_spec import AdapterSpec, HoraError
 
-pytestmark = [  # of qwix 0.1.8
-    pytest.mark.filterwarnings("ignore:The .m.iter_modules:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*.value. access is now deprecated:DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # qwix 0.1.8 calls old names of flax
 KINDS = {"int8": None, "int4": None, "nf4": 16}
 """Types of qwix, and tile sizes along the embed axis."""
 
