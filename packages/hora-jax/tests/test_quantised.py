@@ -24,11 +24,10 @@ def quantised(model: nnx.Module, kind: str, x: jax.Array) -> nnx.Module:
     return qwix.quantize_model(model, qwix.PtqProvider([rule]), x)
 
 
-def dequantised(model: nnx.Module, codes: nnx.Module, kind: str) -> nnx.Module:
+def dequantised(model: nnx.Module, codes: nnx.Module) -> nnx.Module:
     plain = nnx.clone(model)
     for name in ("query", "value"):
-        array = getattr(codes.layers[0], name).kernel.array
-        kernel = qwix.dequantize(qwix.QArray(array["qvalue"][...], array["scale"][...], qtype=kind))
+        kernel = qwix.dequantize(getattr(codes.layers[0], name).kernel.array)
         getattr(plain.layers[0], name).kernel.set_value(kernel)
     return plain
 
@@ -41,7 +40,7 @@ def test_a_quantised_base_is_trained_as_its_dequantised_weights_are(kind, method
     planned = make_plan(codes, method, presets.attention())
     phi = perturbed(init(planned))
     adapted = HoraModel(codes, planned, phi, dense="error")
-    plain = dequantised(model, codes, kind)
+    plain = dequantised(model, codes)
     loss = lambda m, x: jnp.mean(jnp.square(m(x)))  # noqa: E731
     np.testing.assert_allclose(adapted(x), merge(planned, plain, phi)(x), rtol=1e-4, atol=1e-5)
     grads = nnx.grad(loss, argnums=nnx.DiffState(0, HoraParam))(adapted, x)
