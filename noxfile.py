@@ -201,6 +201,14 @@ def families(session):
 
 
 @nox.session(python=False)
+def integrations(session):
+    """trl, sentence-transformers, diffusers, lm-eval and accelerate, as they are, with adapters of HoRA."""
+    tools = environment(session, "integrations", packages=PACKAGES[:2], groups=("test", "consumers"))
+    options = ("--override-ini=python_files=check_*.py", "--override-ini=filterwarnings=")  # warnings are theirs
+    run(session, tools, "pytest", "packages/hora-torch/integrations", *options, *session.posargs, env=TEST_ENV)
+
+
+@nox.session(python=False)
 def capabilities(session):
     """Everything a method of PEFT may do, tried with HoRA and LoRA; writes docs/guide/capabilities.md."""
     tools = everything(session)
