@@ -19,6 +19,7 @@ nox.options.error_on_missing_interpreters = True
 ROOT = Path(__file__).parent
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+LIBRARY_TESTS = ("lifetime", "quantized", "quantized_merge", "quantized_training", "subclasses")
 PACKAGES = ("hora-spec", "hora-torch", "hora-jax", "hora-bench")
 SOURCES = tuple(f"packages/{name}/src" for name in PACKAGES)
 
@@ -89,7 +90,8 @@ def beside(session: nox.Session, binaries: Path, group: str) -> Path:
     with FileLock(f"{folder}.lock"):
         if not (stamp.exists() and stamp.read_text() == digest):
             options = ("--no-deps", "--upgrade", f"--target={folder}", *constraints())
-            run(session, binaries, "python", *PIP_INSTALL, *options, *requirements)
+            env = {"DISABLE_CUDA": "1"}  # else hqq compiles kernels
+            run(session, binaries, "python", *PIP_INSTALL, *options, *requirements, env=env)
             stamp.write_text(digest)
     return folder
 
@@ -148,7 +150,7 @@ def tests(session, scope):
     elif scope == "libraries":
         tools = everything(session)
         env = TEST_ENV | {"PYTHONPATH": str(beside(session, tools, "libraries"))}
-        paths = (f"packages/hora-torch/tests/test_{name}.py" for name in ("lifetime", "subclasses"))
+        paths = (f"packages/hora-torch/tests/test_{name}.py" for name in LIBRARY_TESTS)
         run(session, tools, "pytest", *paths, *parallel(), *session.posargs, env=env)
     else:
         tools = everything(session)
@@ -206,6 +208,16 @@ def integrations(session):
     tools = environment(session, "integrations", packages=PACKAGES[:2], groups=("test", "consumers"))
     options = ("--override-ini=python_files=check_*.py", "--override-ini=filterwarnings=")  # warnings are theirs
     run(session, tools, "pytest", "packages/hora-torch/integrations", *options, *session.posargs, env=TEST_ENV)
+
+
+@nox.session(python=False)
+def quantised(session):
+    """A small model quantised in every known way, adapted beside LoRA; writes docs/guide/quantised.md (``-- NAME ...``
+    for some ways).
+    """
+    tools = everything(session)
+    env = TEST_ENV | {"PYTHONPATH": str(beside(session, tools, "libraries"))}
+    run(session, tools, "python", "packages/hora-torch/quantised/run.py", *session.posargs, env=env)
 
 
 @nox.session(python=False)

@@ -143,3 +143,27 @@ def test_g8_gates_learn(llama):
     train(model, llama.inputs())
     gates = torch.cat([hypernet.params()[f"gate.{p}"] for hypernet in hypernets(model) for p in "qv"])
     assert (gates != 0.5).all()
+
+
+def test_g8_the_report_says_how_much_is_shared(llama):
+    model = adapted(llama, r=3, residual=True, gate=0.5)
+    assert "q open, v open" in hora_torch.report(model)
+    with torch.no_grad():
+        for hypernet in hypernets(model):
+            hypernet.params()["b_out.q"].normal_()
+            hypernet.params()["b.v"].normal_()
+    assert "q 100%, v 0%" in hora_torch.report(model)
+
+
+def test_g8_decay_of_the_free_part_alone_pulls_towards_sharing(llama):
+    model = adapted(llama, r=3, residual=True, gate=0.5, init_weights=False)
+    groups = hora_torch.param_groups(model, 1e-2, residual_decay=0.3)
+    assert {group["name"]: group["weight_decay"] for group in groups} == {
+        "A": 0.0,
+        "B": 0.0,
+        "B, no decay": 0.0,
+        "B, residual": 0.3,
+    }
+    names = {param: name for name, param in model.named_parameters()}
+    (residual,) = (group["params"] for group in groups if group["name"] == "B, residual")
+    assert {names[param].rpartition("default.")[2] for param in residual} == {"b.q", "b.v"}
