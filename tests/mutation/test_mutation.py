@@ -13,6 +13,10 @@ SURVIVORS = tomllib.loads((HERE / "survivors.toml").read_text())
 REASONS = ("equivalent", "performance", "message", "refused elsewhere", "beyond these tests")
 
 SOURCE = '''
+@dataclass(frozen=True, slots=True)
+class Empty:
+    pass
+
 def scaled(x: int, *, by: float = 2) -> int:
     """A docstring with 1 number."""
     if x is None:
@@ -77,6 +81,18 @@ def test_a_mistake_of_each_kind_is_made(name):
     assert name in mutants_of(SOURCE)
 
 
-@pytest.mark.parametrize("idle", ["int & float", "strict=False", "x + 1", "docstring with 2", "not x is None"])
+@pytest.mark.parametrize(
+    "idle",
+    [
+        "int & float",
+        "strict=False",
+        "x + 1",
+        "docstring with 2",
+        "not x is None",
+        "frozen=False",
+        "(slots=True)",
+        "= -1",
+    ],
+)
 def test_what_means_nothing_is_left_alone(idle):
     assert not [name for name, code in mutants_of(SOURCE).items() if idle in code]
