@@ -427,7 +427,7 @@ def test_registering_twice_is_harmless():
         ({"route": "fast"}, "route"),
         ({"bias": "lora_only"}, "bias"),
         ({"sharing": "some"}, "sharing"),
-        ({"fused_projections": ("o",)}, "fused_projections"),
+        ({"fused_projections": ("o-proj",)}, "fused_projections"),
         ({"layers_pattern": "layers"}, "layers_to_transform"),
         ({"hora_spec_version": 2}, "version"),
     ],

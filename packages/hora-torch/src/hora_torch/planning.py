@@ -16,9 +16,17 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from hora_torch.config import HoraConfig
-from hora_torch.heads import DisagreeError, UnknownRowsError, identifier, matches
+from hora_torch.heads import ROLES, DisagreeError, UnknownRowsError, identifier, matches
 from hora_torch.said import check_layers, check_patterns, unmatched
-from hora_torch.sites import Found, check_recorded, find_sites, is_candidate, not_in_use
+from hora_torch.sites import (
+    Found,
+    attention_of,
+    check_recorded,
+    find_sites,
+    is_candidate,
+    not_in_use,
+    where_named,
+)
 from hora_torch.targets import base_module, no_default, no_match, short_names, targets_of
 
 
@@ -217,6 +225,12 @@ def _new_plan(model: nn.Module, names: Iterable[str], config: HoraConfig, *, nam
                 raise
             left_out[layer] = str(error)
             uncertain |= {layer} if isinstance(error, DisagreeError) else set()
+    if not named:
+        reasons = ((_layer_name(model, name), where_named(model, name)) for name, _ in _modules(model))
+        left_out |= {layer: reason for layer, reason in reasons if reason and layer not in found}
+    held = {place.role for places in found.values() for place in places} | set(ROLES)
+    if found and (strange := [part for part in config.fused_projections if part not in held]):
+        raise HoraError(f"fused_projections names parts of the targets, got {strange}, which none of them holds")
     layers = tuple(_layer_plan(name, sites, config) for name, sites in found.items() if sites and name not in uncertain)
     if not layers and not config.exclude_modules and not config.modules_to_save:
         raise no_match(model, config) if named else no_default(left_out)
@@ -290,10 +304,10 @@ def _named(found: list[Found]) -> dict[str, Found]:
 
 
 def _layer_name(model: nn.Module, target: str) -> str:
-    """A layer is named by its attention: the parent of its projections, or the module that has them inside."""
+    """A layer is named by its attention: what splits the projections into heads."""
     if isinstance(base_module(model.get_submodule(target)), nn.MultiheadAttention):
         return target
-    return target.rpartition(".")[0] or "."
+    return attention_of(model, target)[0] or "."
 
 
 def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -1,8 +1,10 @@
 """Modules that can be adapted, and the names that choose them."""
 
 import difflib
+import itertools
 from collections.abc import Mapping
 
+import torch
 from hora_spec import HoraError
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
@@ -30,7 +32,10 @@ def is_supported(module: nn.Module) -> bool:
         return True
     if isinstance(module, CONVOLUTIONS):
         return is_pointwise(module)
-    return hasattr(module, "in_features") and hasattr(module, "out_features") and hasattr(module, "weight")
+    # codes have names of their own: qweight, W_q, codebooks
+    tensors = itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False))
+    own = hasattr(module, "weight") or next(tensors, None) is not None
+    return own and hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
 def is_pointwise(module: nn.Module) -> bool:
@@ -48,6 +53,11 @@ def out_in(module: nn.Module) -> tuple[int, int]:
         embed, rows = module.weight.shape
         return rows, embed
     return module.out_features, module.in_features
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the weight of a supported module is; the codes of some are no parameters."""
+    return next(itertools.chain(module.parameters(), module.buffers())).device
 
 
 def stored_form(module: nn.Module) -> tuple[tuple[int, ...], str]:
