@@ -8,7 +8,8 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-PACKAGES = tomllib.loads((HERE / "modules.toml").read_text())["packages"]
+MODULES = tomllib.loads((HERE / "modules.toml").read_text())
+PACKAGES, RAN = MODULES["packages"], MODULES["ran"]
 SURVIVORS = tomllib.loads((HERE / "survivors.toml").read_text())
 REASONS = ("equivalent", "performance", "message", "refused elsewhere", "beyond these tests")
 
@@ -39,6 +40,10 @@ def test_every_module_with_code_is_mutated():
     for name, package in PACKAGES.items():
         folder = ROOT / "packages" / name.replace("_", "-") / "src" / name
         assert {path.stem for path in folder.glob("*.py")} - {"__init__"} == package["modules"].keys()
+
+
+def test_what_is_said_to_have_run_is_a_module():
+    assert RAN.keys() <= {f"{name}.{own}" for name, package in PACKAGES.items() for own in package["modules"]}
 
 
 def test_the_tests_of_a_module_exist():

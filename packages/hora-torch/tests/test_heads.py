@@ -31,13 +31,11 @@ def attention(*, path="a", widths=None, model_config=None, user=None, **says):
 
 
 def heads(found, own="q_proj"):
-    (rows,) = found.rows(own)
-    return rows.heads
+    return found.rows(own)[0].heads
 
 
 def test_a_projection_of_its_own_is_all_rows_of_its_module():
-    found = attention(num_heads=4).rows("q_proj")
-    assert found == [Rows("q", 0, 32, 4, "attention.num_heads=4")]
+    assert attention(num_heads=4).rows("q_proj") == [Rows("q", 4, 8, 0, 32, 1, "attention.num_heads=4")]
 
 
 def test_the_config_of_a_model_alone_proves_nothing():
