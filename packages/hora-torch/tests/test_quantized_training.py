@@ -24,9 +24,10 @@ from .quantised_models import (
     gradients,
     inputs,
     layers,
-    missing,
     multiplies_with,
+    needs,
     quantised,
+    row_backend,  # noqa: F401, a fixture
     save_float_model,
 )
 
@@ -100,8 +101,7 @@ def test_trainer_trains_evaluates_and_saves(name, folder, tmp_path):
 
 def test_rows_of_k_in_a_fused_weight_of_codes_keep_theirs(tmp_path):
     """Eight bits have one scale for each row, so that the rows of q and v are rounded by themselves."""
-    if library := missing("bitsandbytes int8"):
-        pytest.skip(f"{library} is optional: one of the libraries whose weights are adapted")
+    needs("bitsandbytes int8")
     sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
     torch.manual_seed(0)
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -128,8 +128,6 @@ def test_rows_of_k_in_a_fused_weight_of_codes_keep_theirs(tmp_path):
 
 def test_a_packed_weight_tells_its_rows_by_its_widths(folder):
     """Two codes of four bits in a byte: neither axis of what is stored is an axis of the weight."""
-    if library := missing("bitsandbytes nf4, double"):
-        pytest.skip(f"{library} is optional: one of the libraries whose weights are adapted")
     layer = next(iter(layers(adapt("bitsandbytes nf4, double", folder)).values()))
     assert layer.get_base_layer().weight.shape == (64 * 64 // 2, 1)
     assert (layer.out_features, layer.in_features) == (64, 64)
