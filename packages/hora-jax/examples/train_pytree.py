@@ -1,10 +1,9 @@
-"""Fine-tune two projections of a plain dict of arrays with HoRA: no modules, no dense gradients."""
+"""Fine-tune two projections of a plain dict of arrays with HoRA: any function, no modules, no dense gradients."""
 
 import hora_jax
 import jax
 import jax.numpy as jnp
 import optax
-from hora_jax.functional import hora_linear
 from hora_spec import AdapterSpec
 
 params = {"attn": dict(zip("qkv", jax.random.normal(jax.random.key(0), (3, 32, 32)) / 6, strict=True))}
@@ -14,15 +13,17 @@ phi = hora_jax.init(plan, seed=0)
 x = jax.random.normal(jax.random.key(1), (16, 8, 32))
 
 
-def loss(phi):
-    w, f = params["attn"], hora_jax.factors(plan, phi)["attn"]
-    q, v = (hora_linear(x, w[p], None, f[p], 1.0) for p in "qv")
-    heads = (t.reshape(16, 8, 4, 8) for t in (q, x @ w["k"].T, v))
-    return jnp.mean((jax.nn.dot_product_attention(*heads).mean((1, 2, 3)) - jnp.sin(4 * x.mean((1, 2)))) ** 2)
+def forward(params, x):
+    heads = ((x @ params["attn"][p].T).reshape(16, 8, 4, 8) for p in "qkv")
+    return jax.nn.dot_product_attention(*heads).mean((1, 2, 3))
 
 
+adapted = hora_jax.adapt(forward, plan, dense="error")
 optimizer, losses = optax.adam(3e-3), []
-state, gradient = optimizer.init(phi), jax.jit(jax.value_and_grad(loss))
+gradient = jax.jit(
+    jax.value_and_grad(lambda phi: jnp.mean((adapted(params, phi, x) - jnp.sin(4 * x.mean((1, 2)))) ** 2))
+)
+state = optimizer.init(phi)
 for _ in range(50):
     value, gradients = gradient(phi)
     updates, state = optimizer.update(gradients, state)

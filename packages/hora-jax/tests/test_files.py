@@ -93,7 +93,7 @@ ROWS = {
 def test_f2_a_leaf_in_any_layout_is_rows_of_the_pytorch_weight(tmp_path, name):
     layout, shape, window = ROWS[name]
     tree = {"attn": {"map": {"kernel": np.ones(shape, np.float32)}}}
-    planned = plan(
+    planned = make_plan(
         tree, AdapterSpec(2, hidden_dim=3, head_embed_dim=4), Target("attn.map.kernel", "q", layout, heads=2)
     )
     phi = hora_jax.init(planned)
