@@ -6,6 +6,7 @@ both frameworks share one environment under ``.nox/``, filled again only when re
 
 import hashlib
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -150,7 +151,8 @@ def tests(session, scope):
     elif scope == "libraries":
         tools = everything(session)
         env = TEST_ENV | {"PYTHONPATH": str(beside(session, tools, "libraries"))}
-        paths = (f"packages/hora-torch/tests/test_{name}.py" for name in LIBRARY_TESTS)
+        paths = [f"packages/hora-torch/tests/test_{name}.py" for name in LIBRARY_TESTS]
+        paths.append("tests/serving/test_diffusers.py")
         run(session, tools, "pytest", *paths, *parallel(), *session.posargs, env=env)
     else:
         tools = everything(session)
@@ -200,6 +202,36 @@ def families(session):
     tools = everything(session)
     env = TEST_ENV | {"PYTHONPATH": str(beside(session, tools, "families"))}
     run(session, tools, "python", "packages/hora-torch/families/run.py", *session.posargs, env=env)
+
+
+@nox.session(python=False)
+def integrations(session):
+    """trl, sentence-transformers, diffusers, lm-eval and accelerate, as they are, with adapters of HoRA."""
+    tools = environment(session, "integrations", packages=PACKAGES[:2], groups=("test", "consumers"))
+    options = ("--override-ini=python_files=check_*.py", "--override-ini=filterwarnings=")  # warnings are theirs
+    run(session, tools, "pytest", "packages/hora-torch/integrations", *options, *session.posargs, env=TEST_ENV)
+
+
+@nox.session(python=False)
+def serving(session):
+    """Servers on tiny models: llama.cpp, vLLM, ONNX Runtime, OpenVINO, MLX, node-llama-cpp; writes the table of
+    docs/guide/serving.md (``-- llama`` for one architecture).
+    """
+    tools = everything(session)
+    vllm = environment(session, "serving-vllm", groups=("serving-vllm",), constrained=False)
+    others = ("torchvision", "torchaudio", "torchcodec")  # not of torch's kind; whatever finds them fails
+    run(session, vllm, "python", "-m", "pip", "uninstall", "--quiet", "--yes", *others)
+    graphs = environment(session, "serving-graphs", groups=("serving-graphs",))
+    engines = [f"vllm={vllm / 'python'}", f"graphs={graphs / 'python'}"]
+    if shutil.which("npm"):
+        folder = ROOT / ".nox/serving-node"
+        folder.mkdir(exist_ok=True)
+        session.run("npm", "install", "--silent", "--prefix", str(folder), "node-llama-cpp@3.22.1", external=True)
+        engines.append(f"node={shutil.copy(ROOT / 'tests/serving/by_node.mjs', folder)}")
+    models = ROOT / ".nox/serving-models"
+    shutil.rmtree(models, ignore_errors=True)
+    run(session, tools, "python", "tests/serving/prepare.py", str(models), env=TEST_ENV)
+    run(session, tools, "python", "tests/serving/run.py", str(models), *engines, "--", *session.posargs, env=TEST_ENV)
 
 
 @nox.session(python=False)
