@@ -16,7 +16,8 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from hora_torch.config import HoraConfig
-from hora_torch.heads import ROLES, DisagreeError, UnknownRowsError, identifier, matches
+from hora_torch.heads import DisagreeError, UnknownRowsError
+from hora_torch.roles import ROLES, identifier, matches
 from hora_torch.said import check_layers, check_patterns, unmatched
 from hora_torch.sites import (
     Found,
@@ -25,9 +26,10 @@ from hora_torch.sites import (
     find_sites,
     is_candidate,
     not_in_use,
+    targets_of,
     where_named,
 )
-from hora_torch.targets import base_module, no_default, no_match, short_names, targets_of
+from hora_torch.targets import base_module, no_default, no_match, short_names
 
 
 @dataclass(frozen=True, slots=True)
