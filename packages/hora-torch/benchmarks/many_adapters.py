@@ -1,6 +1,6 @@
 """Many adapters on one base, HoRA beside PEFT's LoRA: time of a token and memory of an adapter.
 
-    python many_adapters.py [--counts 1 8 64] [--repeats 15] [--rank 8]
+    python many_adapters.py [--counts 1 8 64] [--repeats 15] [--rank 8] [--out many_adapters.json]
 
 The model has the shape of SmolLM2-135M. "one" is a batch of one adapter, switched before each token; "mixed" is a batch
 of eight samples that name their adapters, as many different ones as there are up to eight. Times are medians of
@@ -9,9 +9,13 @@ processor milliseconds on one thread, sides in turns. HoRA is measured as traine
 
 import argparse
 import itertools
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import compare
 import peft
@@ -74,8 +78,8 @@ def tokens(model: nn.Module, count: int) -> dict[str, Callable[[], None]]:
     return steps
 
 
-def rows(counts: list[int], repeats: int, rank: int) -> Iterator[tuple[str, ...]]:
-    """Lines of the table."""
+def rows(counts: list[int], repeats: int, rank: int) -> Iterator[dict[str, Any]]:
+    """One measurement for each number of adapters and each method."""
     for count in counts:
         models = {side: model_of(side, count, rank) for side in SIDES}
         with ExitStack() as scopes:
@@ -85,27 +89,33 @@ def rows(counts: list[int], repeats: int, rank: int) -> Iterator[tuple[str, ...]
                 kind: compare.medians({side: steps[side][kind] for side in SIDES}, repeats) for kind in ("one", "mixed")
             }
         for side, model in models.items():
-            yield (
-                str(count),
-                side,
-                *(f"{1e3 * times[kind][side]:.1f}" for kind in ("one", "mixed")),
-                f"{adapter_bytes(model, 'adapter0') / 1e6:.2f}",
-            )
+            yield {
+                "adapters": count,
+                "method": side,
+                "one_time_ms": round(1e3 * times["one"][side], 1),
+                "mixed_time_ms": round(1e3 * times["mixed"][side], 1),
+                "adapter_bytes": adapter_bytes(model, "adapter0"),
+            }
 
 
 def main() -> None:
-    """Print the table as Markdown."""
+    """Measure, print, and store where that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     options, _ = parser.parse_known_args()  # `nox -s bench` hands its options to all scripts
     torch.set_num_threads(1)
     compare.clock = time.process_time
-    print("| adapters | method | one, ms a token | mixed, ms a step | MB an adapter |")
-    print("|---|---|---|---|---|")
+    found = []
     for row in rows(options.counts, options.repeats, options.rank):
-        print("| " + " | ".join(row) + " |", flush=True)
+        found.append(row)
+        print(json.dumps(row), flush=True)
+    if options.out is not None:
+        versions = {name: version(name) for name in ("torch", "peft", "transformers")}
+        kept = {"rank": options.rank, "repeats": options.repeats, "versions": versions, "rows": found}
+        options.out.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":
