@@ -205,6 +205,14 @@ def families(session):
 
 
 @nox.session(python=False)
+def integrations(session):
+    """trl, sentence-transformers, diffusers, lm-eval and accelerate, as they are, with adapters of HoRA."""
+    tools = environment(session, "integrations", packages=PACKAGES[:2], groups=("test", "consumers"))
+    options = ("--override-ini=python_files=check_*.py", "--override-ini=filterwarnings=")  # warnings are theirs
+    run(session, tools, "pytest", "packages/hora-torch/integrations", *options, *session.posargs, env=TEST_ENV)
+
+
+@nox.session(python=False)
 def serving(session):
     """Servers on tiny models: llama.cpp, vLLM, ONNX Runtime, OpenVINO, MLX, node-llama-cpp; writes the table of
     docs/guide/serving.md (``-- llama`` for one architecture).

@@ -26,11 +26,12 @@ tried on an input. A base whose codes cannot be read or written, or are not what
 then no layer is merged.
 
 - **What is lost is said.** A warning tells how much of the update the rounding of the worst layer costs; each layer has
-  the numbers in `merge_loss`. Four bits often cost more than a small update is worth. `safe_merge=True` refuses to lose
+  the numbers in `rounding`. Four bits often cost more than a small update is worth. `safe_merge=True` refuses to lose
   more than half of it.
 - **Unmerging restores the codes**, every bit, since they are kept. A LoRA layer subtracts the update and rounds again.
 - `merge_and_unload` leaves a quantised model, as PEFT does. For a merge without loss load the base in its full dtype,
   or keep the adapter apart: `hora_torch.export_lora` writes a LoRA that PEFT loads on the same quantised base.
+- Everything else of a module stays: PEFT's LoRA loses the bias of an HQQ layer when it merges.
 
 Bases that quantise activations outside of autograd (torchao's dynamic int8) pass no gradient on: training on one is an
 error. On CPUs with AVX512-BF16, bitsandbytes packs four bits in another order when it first evaluates, rounds them

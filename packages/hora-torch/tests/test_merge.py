@@ -78,6 +78,17 @@ def test_a_thousand_cycles_in_bfloat16_leave_the_base_identical():
     assert torch.equal(weight, before)
 
 
+def test_where_somebody_else_wrote_to_one_weight_no_layer_is_unmerged(families):
+    adapted = oracle.adapted(families["llama"])
+    adapted.merge_adapter()
+    *_, last = (module for module in adapted.modules() if isinstance(module, HoraLayer))
+    last.get_base_layer().weight.data[0, 0] += 1
+    before = oracle.snapshot(adapted)
+    with pytest.raises(HoraError, match="weight was written to since"):
+        adapted.unmerge_adapter()
+    oracle.assert_unchanged(adapted, before)
+
+
 def test_merging_the_same_adapter_twice_is_refused_with_a_warning():
     adapted = model()
     adapted.merge_adapter()

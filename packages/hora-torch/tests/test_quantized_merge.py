@@ -57,7 +57,7 @@ def test_merged_codes_stand_for_the_sum_and_the_loss_is_told(name, folder):
             layer = model.get_submodule(path)
             wanted = before[path] + torch.from_numpy(deltas[p]).float()
             lost = (multiplies_with(layer.get_base_layer()) - wanted).norm()
-            told = layer.merge_loss["weight"]
+            told = layer.rounding["weight"]
             assert told.weight == pytest.approx(float(lost / wanted.norm()), rel=1e-2, abs=1e-6)
             assert told.delta == pytest.approx(float(lost / (wanted - before[path]).norm()), rel=1e-2, abs=1e-5)
             assert 0 < told.delta < 1.2
@@ -73,7 +73,7 @@ def test_unmerging_restores_every_bit_of_the_codes(name, folder):
         assert changed(merged, before)
         model.unmerge_adapter()
         assert_same(codes(model), before)
-    assert not any(layer.merge_loss for layer in layers(model).values())
+    assert not any(layer.rounding for layer in layers(model).values())
 
 
 @pytest.mark.parametrize("name", MERGING)
@@ -285,14 +285,15 @@ def test_a_backend_without_a_way_to_write_is_refused_with_a_way_out():
 def test_codes_that_somebody_else_wrote_are_not_overwritten(name, folder):
     model = adapt(name, folder)
     model.merge_adapter()
-    layer = next(iter(layers(model).values()))
+    *_, layer = layers(model).values()
     theirs = layer.stored("weight")
     with torch.no_grad():
         added = layer._additions(["default"])["weight"]
         theirs.write(theirs.plus(theirs.value(), added, check=False, name="theirs")[0])
-    with pytest.raises(HoraError, match="weight was written to since"):
-        layer.unmerge()
-    assert layer.merged
+    for act in (layer.unmerge, model.unmerge_adapter):
+        with pytest.raises(HoraError, match="weight was written to since"):
+            act()
+        assert all(layer.merged for layer in layers(model).values())
 
 
 @pytest.mark.parametrize("name", [name for name in SOME if BASES[name].library == "torchao"])

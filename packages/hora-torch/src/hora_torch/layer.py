@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -22,9 +22,9 @@ from hora_torch.lifetime import handed, kept
 from hora_torch.linear import Branch, add_branches, has_hooks, low_rank_linear
 from hora_torch.merging import Addition, merged_weight, on_all_rows
 from hora_torch.planning import LayerPlan
-from hora_torch.quantized import Loss, backend_of
+from hora_torch.quantized import Rounding, backend_of
 from hora_torch.sharding import check_rows_alone, is_sharded, of_this_process
-from hora_torch.stored import Fingerprint, Stored, stored_weight
+from hora_torch.stored import Replaced, Stored, stored_weight
 from hora_torch.targets import device_of, out_in
 
 BASE = "__base__"
@@ -70,9 +70,7 @@ class HoraLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.requantizing: Mapping[str, Any] = {}
-        self.merge_loss: dict[str, Loss] = {}
-        self._originals: dict[str, Any] = {}
-        self._written: dict[str, Fingerprint] = {}
+        self._replaced = Replaced()
 
     def update_layer(
         self,
@@ -109,6 +107,11 @@ class HoraLayer(BaseTunerLayer):
     def quantization_backend(self) -> QuantizationBackend | None:
         """How PEFT reads and writes the base's weight where that is made of codes."""
         return backend_of(self.get_base_layer(), self.requantizing)
+
+    @property
+    def rounding(self) -> Mapping[str, Rounding]:
+        """What was lost where merged weights, by their names, were rounded to codes."""
+        return self._replaced.rounding
 
     def stored(self, parameter: str) -> Stored:
         """The place of a base weight, if a sum can be written into it; otherwise a HoraError."""
@@ -209,7 +212,7 @@ class HoraLayer(BaseTunerLayer):
 
         The sum is computed in float32 from the unmerged weight and rounded once; the unmerged weight is kept. Of a
         distributed weight each process merges its own part. A sum of codes is rounded to codes again, with a warning
-        that says what is lost (`merge_loss`).
+        that says what is lost (`rounding`).
 
         Raises
         ------
@@ -219,7 +222,7 @@ class HoraLayer(BaseTunerLayer):
             has changed then.
         """
         if self.merge_silently(safe_merge, adapter_names):
-            warn_of_loss({type(self.get_base_layer()).__name__: self}, stacklevel=3)
+            warn_of_rounding({type(self.get_base_layer()).__name__: self}, stacklevel=3)
 
     def merge_silently(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> bool:
         """As `merge`; whether anything was lost by rounding to codes."""
@@ -228,21 +231,15 @@ class HoraLayer(BaseTunerLayer):
             names = [name for name in names if name in self.hora_attached]
         if not names or not (names := check_adapters_to_merge(self, names)):
             return False
-        merged: list[tuple[str, Stored, Any, Any, Loss | None]] = []
         with torch.no_grad():
-            for parameter, additions in self._additions([*self.merged_adapters, *names]).items():
-                stored = self.stored(parameter)
-                original = self._originals.get(parameter)
-                original = stored.value() if original is None else original
-                value, loss = stored.plus(original, additions, check=safe_merge, name=names[0])
-                merged.append((parameter, stored, original, value, loss))
-            self.merge_loss = {parameter: loss for parameter, *_, loss in merged if loss is not None}
-            for parameter, stored, original, value, _ in merged:
-                self._originals[parameter] = original
-                stored.write(value)
-                self._written[parameter] = Fingerprint.of(stored)
+            additions = self._additions([*self.merged_adapters, *names])
+            self._replaced.replace(self._places(additions), additions, check=safe_merge, name=names[0])
         self.merged_adapters.extend(names)
-        return bool(self.merge_loss)
+        return any(rounding.delta for rounding in self.rounding.values())
+
+    def check_unmergeable(self) -> None:
+        """Raise HoraError if somebody else wrote to a merged weight, which unmerging would lose (spec M2)."""
+        self._replaced.check(self._places(self._replaced.originals))
 
     def unmerge(self) -> None:
         """Restore the base weight, bit for bit.
@@ -255,21 +252,12 @@ class HoraLayer(BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        places = {parameter: self.stored(parameter) for parameter in self._originals}
-        for parameter, stored in places.items():
-            found, written = Fingerprint.of(stored), self._written[parameter]
-            if found != written and found.dtype == written.dtype:
-                raise HoraError(
-                    f"a merged weight is unmerged as it was merged, {parameter} was written to since: unmerge in the "
-                    "opposite order, or load the base again (spec M2)"
-                )
         with torch.no_grad():
-            for parameter, stored in places.items():
-                stored.write(self._originals[parameter])
-        self._originals.clear()
-        self._written.clear()
-        self.merge_loss.clear()
+            self._replaced.restore(self._places(self._replaced.originals))
         self.merged_adapters.clear()
+
+    def _places(self, parameters: Iterable[str]) -> dict[str, Stored]:
+        return {parameter: self.stored(parameter) for parameter in parameters}
 
     def enable_adapters(self, enabled: bool) -> None:
         """Turn adapters on or off; merged ones leave the weight at once, since others may read it past this module."""
@@ -335,11 +323,11 @@ class HoraLayer(BaseTunerLayer):
             hypernet.to(target)
 
 
-def warn_of_loss(layers: Mapping[str, HoraLayer], *, stacklevel: int) -> None:
+def warn_of_rounding(layers: Mapping[str, HoraLayer], *, stacklevel: int) -> None:
     """Say what merging into codes lost, with the numbers of the layer that lost most."""
-    losses = {name: loss for name, layer in layers.items() for loss in layer.merge_loss.values()}
-    if losses:
-        name, worst = max(losses.items(), key=lambda item: item[1].delta)
+    found = [(rounding, name) for name, layer in layers.items() for rounding in layer.rounding.values()]
+    if found:
+        worst, name = max(found, key=lambda entry: entry[0].delta)
         warnings.warn(
             f"a merge into quantised weights is rounded to their codes, which loses up to {worst} ({name}); unmerging "
             "restores the codes",

@@ -19,7 +19,7 @@ from hora_torch.config import HoraConfig
 from hora_torch.convolution import HoraConv
 from hora_torch.export import rescaled
 from hora_torch.hypernet import HoraHypernet
-from hora_torch.layer import BASE, HoraLayer, HoraLinear, tied_weights, warn_of_loss
+from hora_torch.layer import BASE, HoraLayer, HoraLinear, tied_weights, warn_of_rounding
 from hora_torch.lifetime import during_call
 from hora_torch.planning import make_plan, planned_layer
 from hora_torch.saving import check_loaded
@@ -142,7 +142,7 @@ class HoraModel(BaseTuner):
                 with onload_layer(layer):
                     if layer.merge_silently(safe_merge, adapter_names):
                         rounded[name] = layer
-            warn_of_loss(rounded, stacklevel=3)
+            warn_of_rounding(rounded, stacklevel=3)
         except BaseException:
             for layer, names in before.items():
                 with onload_layer(layer):
@@ -173,6 +173,14 @@ class HoraModel(BaseTuner):
                 "for an approximation of lower rank export them with export_lora and combine those"
             )
         add_sum(self, adapters, weights, adapter_name)
+
+    def unmerge_adapter(self) -> None:
+        """Restore the base: all layers, or where somebody else wrote to a merged weight, none."""
+        for layer in self._layers().values():
+            if layer.merged:
+                with onload_layer(layer):
+                    layer.check_unmergeable()
+        super().unmerge_adapter()
 
     def _unload_and_optionally_merge(
         self,

@@ -30,7 +30,7 @@ _PARTS = {
 _WAY_OUT = "load the base in its full dtype to merge, or serve the adapter as LoRA with hora_torch.export_lora"
 
 
-class Loss(NamedTuple):
+class Rounding(NamedTuple):
     """What is lost where ``W + delta`` is rounded to codes: its norm relative to that of the weight and of the delta.
 
     A `delta` of 1 means that the merged weight is no closer to the sum than the weight without the adapter.
@@ -54,7 +54,8 @@ def backend_of(base: nn.Module, options: Mapping[str, Any]) -> QuantizationBacke
         What PEFT takes from the model to requantise (``peft.utils.get_quantization_kwargs``).
     """
     weight = base._parameters.get("weight")
-    if type(weight) is nn.Parameter and type(base) is nn.Linear:
+    known = type(base).__module__.startswith(("torch.nn.", "transformers.pytorch_utils"))
+    if known and type(weight) in (nn.Parameter, type(None)):
         return None  # PEFT's answer too, which imports every library that is installed
     kinds = {f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in type(weight).__mro__}
     if "optimum.QTensor" in kinds:
@@ -83,7 +84,7 @@ class CodedWeight:
 
     def plus(
         self, value: Mapping[str, Any], additions: Sequence[Addition], *, check: bool, name: str
-    ) -> tuple[dict[str, Any], Loss]:
+    ) -> tuple[dict[str, Any], Rounding]:
         """The codes of the sum, and what rounding lost; `check` refuses to lose more than half of the update.
 
         Raises
@@ -96,7 +97,7 @@ class CodedWeight:
         merged = merged_weight(before, additions, check=check, name=name)
         change = float((merged.float() - before.float()).norm())
         if not change:
-            return dict(value), Loss(0.0, 0.0)
+            return dict(value), Rounding(0.0, 0.0)
         holder = _Holder(twin)
         try:
             self.backend.set_base_weight(holder, merged)
@@ -109,13 +110,13 @@ class CodedWeight:
                 f"requantised codes are stored as before, {self._kind()} were {form}, got {made}: {_WAY_OUT}"
             )
         lost = float((self._floats(after).float() - merged.float()).norm())
-        loss = Loss(lost / float(merged.float().norm()), lost / change)
-        if not loss.delta < float("inf") or (check and loss.delta > 0.5):
+        rounding = Rounding(lost / float(merged.float().norm()), lost / change)
+        if check and not rounding.delta <= 0.5:
             raise HoraError(
-                f"a merge keeps the update, rounding to {self._kind()} loses {loss}: {_WAY_OUT}; without safe_merge it "
-                "is merged nevertheless (spec M3)"
+                f"a safe merge keeps the update, rounding to {self._kind()} loses {rounding}: {_WAY_OUT}; without "
+                "safe_merge it is merged nevertheless (spec M3)"
             )
-        return {part: getattr(after, part) for part in value}, loss
+        return {part: getattr(after, part) for part in value}, rounding
 
     def write(self, value: Mapping[str, Any]) -> None:
         """Put parts in their place, on the device of those that are there."""

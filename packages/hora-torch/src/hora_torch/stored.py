@@ -1,6 +1,7 @@
 """Where a weight is kept: how its value is read, replaced, and brought back bit for bit (spec M2)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -9,7 +10,7 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from hora_torch.merging import Addition, merged_weight, on_all_rows
-from hora_torch.quantized import CodedWeight, Loss
+from hora_torch.quantized import CodedWeight, Rounding
 from hora_torch.sharding import is_sharded, part_of_weight
 
 
@@ -20,7 +21,7 @@ class Stored(Protocol):
         """What `write` takes to bring the weight back to what it is now."""
         ...
 
-    def plus(self, value: Any, additions: Sequence[Addition], *, check: bool, name: str) -> tuple[Any, Loss | None]:
+    def plus(self, value: Any, additions: Sequence[Addition], *, check: bool, name: str) -> tuple[Any, Rounding | None]:
         """The value with every delta added, and what rounding it to codes lost."""
         ...
 
@@ -45,6 +46,49 @@ class Fingerprint(NamedTuple):
         local = stored.bits()
         integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
         return cls(local.dtype, int(local.contiguous().view(integers[local.element_size()]).sum(dtype=torch.int64)))
+
+
+@dataclass(slots=True)
+class Replaced:
+    """Weights of one module that hold a sum now: what they held before, what was written, and what rounding lost."""
+
+    originals: dict[str, Any] = field(default_factory=dict)
+    written: dict[str, Fingerprint] = field(default_factory=dict)
+    rounding: dict[str, Rounding] = field(default_factory=dict)
+
+    def replace(
+        self, places: Mapping[str, Stored], additions: Mapping[str, Sequence[Addition]], *, check: bool, name: str
+    ) -> None:
+        """Write the sum of the original and every delta into each place, once all sums are there."""
+        sums = {}
+        for parameter, place in places.items():
+            original = self.originals[parameter] if parameter in self.originals else place.value()
+            sums[parameter] = original, *place.plus(original, additions[parameter], check=check, name=name)
+        for parameter, (original, value, rounding) in sums.items():
+            self.originals[parameter] = original
+            places[parameter].write(value)
+            self.written[parameter] = Fingerprint.of(places[parameter])
+            if rounding is not None:
+                self.rounding[parameter] = rounding
+
+    def check(self, places: Mapping[str, Stored]) -> None:
+        """Raise HoraError where somebody else wrote since."""
+        for parameter, place in places.items():
+            found, written = Fingerprint.of(place), self.written[parameter]
+            if found != written and found.dtype == written.dtype:
+                raise HoraError(
+                    f"a merged weight is unmerged as it was merged, {parameter} was written to since: unmerge in the "
+                    "opposite order, or load the base again (spec M2)"
+                )
+
+    def restore(self, places: Mapping[str, Stored]) -> None:
+        """Write what was there before, once all places are found unchanged."""
+        self.check(places)
+        for parameter, place in places.items():
+            place.write(self.originals[parameter])
+        self.originals.clear()
+        self.written.clear()
+        self.rounding.clear()
 
 
 def stored_weight(module: nn.Module, parameter: str, backend: QuantizationBackend | None = None) -> Stored:

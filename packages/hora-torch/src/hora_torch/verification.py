@@ -224,7 +224,7 @@ class _Trial:
             try:
                 for layer in self.layers.values():
                     layer.merge_silently()
-                    lost = max([lost, *(loss.delta for loss in layer.merge_loss.values())])
+                    lost = max([lost, *(rounding.delta for rounding in layer.rounding.values())])
                 merged = self._evaluate()
             finally:
                 for layer in self.layers.values():
