@@ -11,7 +11,9 @@ _PAGE = """# Quantised bases
 
 An adapter is trained, saved, exported and loaded on a quantised base as on any other: the base computes by itself, and
 the adapter adds a branch in the dtype of the activations. Rows and heads are known from widths, not from how codes are
-packed, and the adapter's files are those of the unquantised model: what is trained on one loads on the other.
+packed, and the adapter's files are those of the unquantised model: what is trained on one loads on the other. An
+error says the exception: Transformers' `Conv1D` (GPT-2) is transposed where bitsandbytes quantises it, so that there
+the LoRA export alone passes from one to the other.
 
 ```py
 base = AutoModelForCausalLM.from_pretrained(name, quantization_config=BitsAndBytesConfig(load_in_4bit=True))

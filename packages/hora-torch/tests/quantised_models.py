@@ -8,19 +8,78 @@ import peft
 import pytest
 import torch
 from hora_torch.layer import HoraLayer
+from peft.utils.quantization_utils import QuantizationBackend
+from peft.utils.quantization_utils import resolve_quantization_backend as resolve
 from torch import nn
 
 from . import oracle
 from .oracle import config, parameters
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "quantised"))
-from bases import BASES, floats, inputs, load, missing, save_float_model
+import bases
+from bases import Base, floats, inputs, save_float_model
 
-__all__ = ["BASES", "MERGING", "SOME", "floats", "inputs", "save_float_model"]
+__all__ = ["BASES", "LIBRARIES", "MERGING", "SOME", "floats", "inputs", "save_float_model"]
 
+
+class RowCodes(nn.Module):
+    """Eight bits and one scale for each row: what needs no library and has every right that codes can have."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        self.quantize(linear.weight.detach())
+
+    def quantize(self, weight):
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        self.W_q = nn.Parameter((weight / scale).round().to(torch.int8), requires_grad=False)
+        self.meta = {"scale": scale}
+
+    def dequantize(self):
+        return self.W_q.float() * self.meta["scale"]
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.dequantize(), self.bias)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}scale"] = self.meta["scale"]
+
+
+class RowBackend(QuantizationBackend):
+    """Of the form that HQQ has."""
+
+    supports_merge, backend_name = True, "hqq"
+
+    def get_base_weight(self, base_layer):
+        return base_layer.dequantize()
+
+    def set_base_weight(self, peft_layer, weight_data):
+        peft_layer.get_base_layer().quantize(weight_data)
+
+
+@pytest.fixture(autouse=True)
+def row_backend(monkeypatch):
+    """PEFT knows `RowBackend`; to be imported where models are quantised."""
+    monkeypatch.setattr(
+        "hora_torch.quantized.resolve_quantization_backend",
+        lambda base, **options: RowBackend() if isinstance(base, RowCodes) else resolve(base, **options),
+    )
+
+
+def rows(folder):
+    model = floats(folder)
+    for parent, name, linear in bases.projections(model):
+        setattr(parent, name, RowCodes(linear))
+    return model.eval()
+
+
+OWN = "rows of eight bits"
+BASES = bases.BASES | {OWN: Base(rows)}
 MERGING = [name for name, base in BASES.items() if base.merges]
+LIBRARIES = [name for name in MERGING if name != OWN]
 SOME = ["bitsandbytes int8", "bitsandbytes nf4, double", "torchao int4", "torchao int8, by hand", "HQQ 4 bits"]
-SOME += ["quanto int8"]
+SOME += ["quanto int8", OWN]
 LOADED: dict[tuple[str, bool], nn.Module] = {}
 MARKS = [
     pytest.mark.filterwarnings("ignore:.*torchao.*:UserWarning"),
@@ -29,13 +88,20 @@ MARKS = [
 
 
 def quantised(name, folder, *, packs=False):
-    if library := missing(name):
-        pytest.skip(f"{library} is optional: one of the libraries whose weights are adapted")
+    if name == OWN:
+        return rows(folder)
+    needs(name)
     if not BASES[name].copies:
-        return load(name, folder)
+        return bases.load(name, folder)
     if (name, packs) not in LOADED:
-        LOADED[name, packs] = load(name, folder, packs=packs)
+        LOADED[name, packs] = bases.load(name, folder, packs=packs)
     return copy.deepcopy(LOADED[name, packs])
+
+
+def needs(name):
+    """Skip unless the library of a base is there."""
+    if library := bases.missing(name):
+        pytest.skip(f"{library} is optional: one of the libraries whose weights are adapted")
 
 
 def adapt(name, folder, **kwargs):

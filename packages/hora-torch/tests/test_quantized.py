@@ -9,16 +9,17 @@ from hora_torch import export_lora
 from .oracle import config, evaluate, parameters
 from .quantised_models import (
     BASES,
+    LIBRARIES,
     MARKS,
-    MERGING,
     adapt,
     close,
     floats,
     gradients,
     in_floats,
     inputs,
-    missing,
+    needs,
     quantised,
+    row_backend,  # noqa: F401, a fixture
     save_float_model,
 )
 
@@ -69,7 +70,7 @@ def test_an_adapter_is_saved_and_loaded_on_a_fresh_base(name, folder, tmp_path):
     peft.PeftModel.from_pretrained(floats(folder), tmp_path)  # the base of an adapter is the model, not its codes
 
 
-@pytest.mark.parametrize("name", MERGING)
+@pytest.mark.parametrize("name", LIBRARIES)
 def test_the_lora_export_computes_the_same_on_the_same_base_with_peft_alone(name, folder, tmp_path):
     model = adapt(name, folder)
     export_lora(model, tmp_path)
@@ -85,8 +86,7 @@ def test_peft_reports_how_a_layer_is_quantised(folder):
 
 
 def test_a_base_that_rounds_activations_away_from_the_gradient_is_refused_in_training(folder):
-    if missing("torchao int8"):
-        pytest.skip("torchao is optional: one of the libraries whose weights are adapted")
+    needs("torchao int8")
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     base = floats(folder)

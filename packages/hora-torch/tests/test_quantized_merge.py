@@ -19,6 +19,7 @@ from .quantised_models import (
     BASES,
     MARKS,
     MERGING,
+    OWN,
     SOME,
     adapt,
     assert_same,
@@ -30,6 +31,7 @@ from .quantised_models import (
     layers,
     multiplies_with,
     quantised,
+    row_backend,  # noqa: F401, a fixture
     save_float_model,
 )
 
@@ -206,11 +208,12 @@ def forgets(backend, holder, floats):
 
 def writes_floats(backend, holder, floats):
     """As torchao does with a config that does not match the module."""
-    holder.get_base_layer().weight = nn.Parameter(floats, requires_grad=False)
+    base = holder.get_base_layer()
+    setattr(base, "W_q" if hasattr(base, "W_q") else "weight", nn.Parameter(floats, requires_grad=False))
 
 
 @pytest.mark.parametrize("way", [fails, writes_floats])
-@pytest.mark.parametrize("name", ["bitsandbytes nf4", "torchao int8", "quanto int8"])
+@pytest.mark.parametrize("name", ["bitsandbytes nf4", "torchao int8", "quanto int8", OWN])
 def test_a_merge_that_fails_in_the_second_layer_leaves_the_first_alone(name, way, folder, monkeypatch):
     model = adapt(name, folder)
     before, expected = codes(model), evaluate(model, inputs())
@@ -243,26 +246,13 @@ def test_codes_that_are_not_what_the_base_multiplies_with_are_refused(name, fold
     assert_same(codes(model), before)
 
 
-def test_a_backend_that_forgets_what_it_writes_is_told_by_the_loss(folder, monkeypatch):
-    model = adapt("packed as in GPTQ", folder)
-    layer = next(iter(layers(model).values()))
-
-    class Forgetful(peft.utils.quantization_utils.QuantizationBackend):
-        supports_merge, backend_name = True, "hqq"
-        get_base_weight = staticmethod(multiplies_with)
-        set_base_weight = forgets
-
-    base = layer.get_base_layer()
-    base.W_q, base.meta = base.qweight, {}
-    additions = [
-        (site.layout, *layer.branches("default")[p][:3]) for p, site in layer.hora_attached["default"].sites.items()
-    ]
-    stored = CodedWeight(base, Forgetful())
-    with torch.no_grad():
-        _, loss = stored.plus(stored.value(), additions, check=False, name="default")
-        assert loss.delta == pytest.approx(1.0)
-        with pytest.raises(HoraError, match="loses 100% of the update"):
-            stored.plus(stored.value(), additions, check=True, name="default")
+def test_a_backend_that_forgets_what_it_writes_is_told_by_what_is_lost(folder, monkeypatch):
+    model = adapt(OWN, folder)
+    monkeypatch.setattr(type(next(iter(layers(model).values())).quantization_backend), "set_base_weight", forgets)
+    with pytest.raises(HoraError, match="loses 100% of the update"):
+        model.merge_adapter(safe_merge=True)
+    with pytest.warns(UserWarning, match="loses up to 100% of the update"):
+        model.merge_adapter()
 
 
 @pytest.mark.parametrize("name", [name for name, base in BASES.items() if not base.merges])

@@ -11,7 +11,8 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from hora_torch import HoraConfig, verify
+from hora_spec import HoraError
+from hora_torch import HoraConfig, export_lora, verify
 from torch import nn
 
 from .oracle import config, evaluate, parameters
@@ -24,9 +25,10 @@ from .quantised_models import (
     gradients,
     inputs,
     layers,
-    missing,
     multiplies_with,
+    needs,
     quantised,
+    row_backend,  # noqa: F401, a fixture
     save_float_model,
 )
 
@@ -100,8 +102,7 @@ def test_trainer_trains_evaluates_and_saves(name, folder, tmp_path):
 
 def test_rows_of_k_in_a_fused_weight_of_codes_keep_theirs(tmp_path):
     """Eight bits have one scale for each row, so that the rows of q and v are rounded by themselves."""
-    if library := missing("bitsandbytes int8"):
-        pytest.skip(f"{library} is optional: one of the libraries whose weights are adapted")
+    needs("bitsandbytes int8")
     sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
     torch.manual_seed(0)
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -126,10 +127,33 @@ def test_rows_of_k_in_a_fused_weight_of_codes_keep_theirs(tmp_path):
     assert torch.equal(linear.weight.data, rows)
 
 
+def test_a_conv1d_is_transposed_by_quantising_and_its_export_fits_both(tmp_path):
+    needs("bitsandbytes int8")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 16}
+    special = {"bos_token_id": None, "eos_token_id": None}
+    tf.GPT2LMHeadModel(tf.GPT2Config(**sizes, **special)).save_pretrained(tmp_path / "base")
+
+    def load(**kwargs):
+        return tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map="cpu", **kwargs)
+
+    eight_bits = tf.BitsAndBytesConfig(load_in_8bit=True)
+    model = peft.get_peft_model(load(quantization_config=eight_bits), config(hora_alpha=0.2))
+    verify(model, inputs()).require()
+    model.save_pretrained(tmp_path / "hora")
+    with pytest.raises(HoraError, match=r"must have shape \(192, 64\)"):
+        peft.PeftModel.from_pretrained(load(), tmp_path / "hora")
+    export_lora(model, tmp_path / "lora")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT says that it transposes
+        lora = peft.PeftModel.from_pretrained(load(), tmp_path / "lora")
+    (path, layer), *_ = layers(model).items()
+    expected = layer.get_delta_weight("default").T
+    torch.testing.assert_close(lora.get_submodule(path).get_delta_weight("default"), expected, rtol=1e-4, atol=1e-7)
+
+
 def test_a_packed_weight_tells_its_rows_by_its_widths(folder):
     """Two codes of four bits in a byte: neither axis of what is stored is an axis of the weight."""
-    if library := missing("bitsandbytes nf4, double"):
-        pytest.skip(f"{library} is optional: one of the libraries whose weights are adapted")
     layer = next(iter(layers(adapt("bitsandbytes nf4, double", folder)).values()))
     assert layer.get_base_layer().weight.shape == (64 * 64 // 2, 1)
     assert (layer.out_features, layer.in_features) == (64, 64)

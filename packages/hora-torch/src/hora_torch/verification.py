@@ -15,6 +15,7 @@ from hora_torch.hypernet import HoraHypernet
 from hora_torch.layer import HoraLayer, tied_weights
 from hora_torch.probing import UntoldError, recorded
 from hora_torch.rows import rows_of_one_head
+from hora_torch.sites import attention_of
 from hora_torch.targets import CONVOLUTIONS
 from hora_torch.tracing import Trace, floating, traced
 
@@ -174,7 +175,8 @@ class _Trial:
                     elif isinstance(layer.get_base_layer(), CONVOLUTIONS):
                         yield Finding(question, name, "unknown", "the channels of a convolution are not followed")
                     elif site.parameter == "weight" and trace.called(name):
-                        attentions.setdefault(name.rpartition(".")[0], {})[p] = name.rpartition(".")[2], site
+                        attention, own = attention_of(self.model, name)
+                        attentions.setdefault(attention, {})[p] = own, site
                     elif site.parameter != "weight":
                         yield Finding(question, name, "ok", "by the shape of nn.MultiheadAttention")
         untold = self._probed(attentions, norms=True)
