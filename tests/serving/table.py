@@ -21,7 +21,7 @@ ENGINES: Mapping[str, tuple[tuple[str, ...] | None, tuple[str, ...]]] = {
     "vLLM": (("vllm",), _CAUSAL),
     "ONNX Runtime": (("graphs", "onnxruntime"), ("llama", "phi3")),
     "OpenVINO": (("graphs", "openvino"), ("llama", "phi3")),
-    "MLX": (("graphs", "mlx"), _CAUSAL),
+    "MLX": (("graphs", "mlx"), ("llama", "qwen3", "phi3")),
 }
 """Engine to who runs it, with which arguments, and architectures."""
 
@@ -51,10 +51,12 @@ def table(results: Mapping[str, Any]) -> str:
 
 def many_table(results: Mapping[str, Any]) -> str:
     """Markdown: time and memory by number of adapters and method."""
-    lines = ["| adapters | method | one, ms | mixed, ms | MB an adapter |", "|---|---|---|---|---|"]
+    lines = ["| layers | adapters | method | one, ms | mixed, ms | MB an adapter |", "|---|---|---|---|---|---|"]
     for row in results["rows"]:
         times = f"{row['one_time_ms']:.0f} | {row['mixed_time_ms']:.0f}"
-        lines.append(f"| {row['adapters']} | {row['method']} | {times} | {row['adapter_bytes'] / 1e6:.2f} |")
+        lines.append(
+            f"| {row['layers']} | {row['adapters']} | {row['method']} | {times} | {row['adapter_bytes'] / 1e6:.2f} |"
+        )
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     note = f"Rank {results['rank']}, medians of {results['repeats']}; {versions}."
     return "\n".join([*lines, "", note]) + "\n"
