@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from hora_jax import merge
 from hora_jax.nnx import HoraModel
 from jax.core import Tracer
 from safetensors.numpy import save_file
@@ -168,7 +169,7 @@ class JaxLearner:
         for path, variable in nnx.to_flat_state(self.params):
             if not jnp.isfinite(variable.get_value()).all():
                 return f"first in {'.'.join(map(str, path))}"
-        model = self.model.bind() if isinstance(self.model, HoraModel) else self.model
+        model = _merged(self.model) if isinstance(self.model, HoraModel) else self.model
         found: list[str] = []
         for path, module in nnx.iter_modules(model):
             _watch(module, ".".join(map(str, path)) or "the model", found)
@@ -198,6 +199,12 @@ class JaxLearner:
 
 def _named(path: tuple[Any, ...]) -> str:
     return ".".join(map(str, path))
+
+
+def _merged(model: HoraModel) -> Any:
+    """The base with the adapter merged, whether the weights are finite or not."""
+    graph, state = nnx.split(model.base)
+    return nnx.merge(graph, jax.jit(partial(merge, model.plan))(state, model.adapter()))
 
 
 def _watch(module: Any, name: str, found: list[str]) -> None:

@@ -29,9 +29,16 @@ def greedy(
     array
         Ids ``(batch, new_tokens)``.
     """
-    model = nnx.merge(graph, params, frozen)
-    if isinstance(model, HoraModel):
-        model = model.bind()  # the factors are generated once, not for every token
+    model, args, written = (
+        nnx.merge(graph, params, frozen),
+        (tokens, valid, end),
+        partial(_greedy, new_tokens=new_tokens),
+    )
+    # inside one call the factors are generated once, not for every token
+    return model.apply(written, *args) if isinstance(model, HoraModel) else written(model, *args)
+
+
+def _greedy(model: Any, tokens: jax.Array, valid: jax.Array, end: int, *, new_tokens: int) -> jax.Array:
     graph, state = nnx.split(model)
     batch, seq = tokens.shape
     keys = jnp.concatenate([valid, jnp.ones((batch, new_tokens), bool)], axis=1)
