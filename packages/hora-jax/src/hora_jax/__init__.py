@@ -5,8 +5,8 @@ from importlib import import_module
 from typing import Any
 
 from hora_jax import functional, presets
-from hora_jax.adapted import Adapted, Report, adapt
-from hora_jax.adapter import delta, factors, init, merge, replace_weights, weights
+from hora_jax.adapted import Adapted, Report, adapt, adapt_each
+from hora_jax.adapter import delta, factors, init, labels, merge, replace_weights, weights
 from hora_jax.files import export_lora, from_adapter, load_adapter, load_specs, plan_from, save_adapter, to_adapter
 from hora_jax.planning import Layer, Plan, make_plan
 from hora_jax.targets import Site, Target
@@ -23,12 +23,14 @@ __all__ = [
     "Target",
     "Verification",
     "adapt",
+    "adapt_each",
     "delta",
     "export_lora",
     "factors",
     "from_adapter",
     "functional",
     "init",
+    "labels",
     "load_adapter",
     "load_specs",
     "make_plan",

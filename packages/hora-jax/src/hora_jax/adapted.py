@@ -144,6 +144,28 @@ def adapt(fn: Callable[..., Any], plan: Plan, *, route: Route = "auto", dense: D
     return Adapted(fn, plan, route, dense)
 
 
+def adapt_each(fn: Callable[..., Any], plan: Plan, *, dense: Dense = "allow") -> Callable[..., Any]:
+    """The function with another adapter for each row of a batch: ``adapt_each(fn, plan)(params, phis, *args)``.
+
+    Parameters
+    ----------
+    fn, plan, dense
+        As for `adapt`; `fn` computes one row, without the batch axis.
+
+    Returns
+    -------
+    function
+        Of the parameters, adapters stacked on a leading axis, ``jax.tree.map(lambda *v: jnp.stack(v), *phis)``, and
+        arrays with that axis. The base's products are shared, and no row has a weight of its own: all take the branch.
+    """
+    adapted = adapt(fn, plan, route="branch", dense=dense)
+
+    def each(params: Any, phis: Phi, *args: Any) -> Any:
+        return jax.vmap(lambda phi, *row: adapted(params, phi, *row))(phis, *args)
+
+    return each
+
+
 class _Outputs:
     """The tree that a traced function returned: its arrays are results of the program, other leaves stay."""
 

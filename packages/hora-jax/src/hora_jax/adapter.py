@@ -180,6 +180,19 @@ def check(plan: Plan, phi: Phi) -> None:
             raise HoraError(f"phi[{key!r}] is floating, got {bad} of another dtype: cast to float32 (spec S7)")
 
 
+def labels(plan: Plan, phi: Phi) -> dict[str, dict[str, str]]:
+    """``"A"`` or ``"B"`` for each parameter of phi: the factor that it is, or generates.
+
+    As `optax.multi_transform` takes them, for LoRA+ (arXiv 2402.12354): a higher learning rate for ``"B"``.
+    """
+    check(plan, phi)
+    return {key: {name: _factor_of(name) for name in params} for key, params in phi.items()}
+
+
+def _factor_of(name: str) -> str:
+    return "A" if name.partition(".")[0] in ("a", "a_seed", "a_in", "a_out") else "B"
+
+
 def stack(layers: list[dict[str, np.ndarray]], dtype: DTypeLike) -> dict[str, jax.Array]:
     """Parameters of equal layers on a leading layers axis."""
     return {name: jnp.asarray(np.stack([layer[name] for layer in layers]), dtype) for name in layers[0]}
