@@ -43,7 +43,7 @@ ADAPTED = [
     "modernbert",
     "phi3",
     "t5",
-    "timm: levit_128",
+    "timm: levit_128s",
     "timm: swin_tiny_patch4_window7_224",
     "timm: tiny_vit_5m_224",
     "timm: vit_tiny_patch16_224",
