@@ -84,7 +84,9 @@ def low_rank_linear(
     merges = _merges(route, x, keep)
     few = route == "auto" and not merges and x.numel() <= _FEW
     if few or (is_observed() and not torch.compiler.is_compiling()):
-        return _by_operations(x, weight, bias, branches, keep)
+        if torch.is_grad_enabled():
+            return _by_operations(x, weight, bias, branches, keep)
+        return _with_branches(nn.functional.linear(x, weight, bias), x, branches, keep)
     windows, first = [], 0
     for branch in branches:
         last = first + branch.a.shape[0]
@@ -125,7 +127,7 @@ def add_branches(y: Tensor, x: Tensor, branches: Sequence[Branch], *, keep: Tens
 def _by_operations(
     x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Branch], keep: Tensor | None
 ) -> Tensor:
-    """In matrices, since torch makes four nodes of a product with more axes; the sum is rounded once."""
+    """In matrices, since autograd makes four nodes of a product with more axes."""
     a, b, scaling = _as_one(branches, weight.shape[0])
     rows = _rows(x)
     y = nn.functional.linear(rows, weight, bias)
