@@ -4,11 +4,21 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Quantised
-from hora_spec import Adapter, AdapterLayer, AdapterSpec, HoraError, Layout, ProjectionShape, Site, export_gguf
+from hora_spec import (
+    Adapter,
+    AdapterLayer,
+    AdapterSpec,
+    HoraError,
+    Layout,
+    ProjectionShape,
+    Site,
+    export_gguf,
+    verify_export,
+)
 from hora_spec import param_shapes as shapes_of
 
 from .adapted import adapted, saved
-from .tiny import language_model, write_gguf
+from .tiny import ARCHITECTURES, language_model, write_gguf
 
 BLOCK = "model.layers.{}.self_attn"
 
@@ -110,7 +120,7 @@ def test_f9_what_is_no_gguf_file_is_refused(base, tmp_path):
     (tmp_path / "text").write_text("text")
     (tmp_path / "cut").write_bytes(base.read_bytes()[:2000])
     for name in ("text", "cut", "absent"):
-        with pytest.raises(HoraError, match="the base is a GGUF file"):
+        with pytest.raises(HoraError, match=r"a GGUF file can be read|must be a whole GGUF file"):
             export_gguf(adapter_of(), tmp_path / "out.gguf", base=tmp_path / name)
 
 
@@ -140,6 +150,28 @@ def test_f9_weights_prove_what_a_base_is_whatever_its_quantisation(kind, base, t
     export_gguf(adapter_of(), tmp_path / "out.gguf", base=file, weights=tmp_path / "right")
     with pytest.raises(HoraError, match="the file is of another model"):
         export_gguf(adapter_of(), tmp_path / "other.gguf", base=file, weights=tmp_path / "wrong")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_f10_a_gguf_export_is_its_adapter_and_no_other(arch, dtype, tmp_path):
+    base = write_gguf(tmp_path / "base.gguf", language_model(arch))
+    adapters = [saved(adapted(language_model(arch), arch, "full", seed=i), tmp_path / f"{i}") for i in range(2)]
+    export_gguf(adapters[0], tmp_path / "out.gguf", base=base, dtype=dtype)
+    assert max(verify_export(adapters[0], tmp_path / "out.gguf").values()) < 2 * np.finfo(dtype).eps
+    with pytest.raises(HoraError, match="got a distance of"):
+        verify_export(adapters[1], tmp_path / "out.gguf")
+
+
+def test_f10_a_base_is_no_adapter(base):
+    with pytest.raises(HoraError, match="of the types adapter and lora, got"):
+        verify_export(adapter_of(), base)
+
+
+def test_f10_a_gguf_adapter_of_other_modules_is_seen(base, tmp_path):
+    export_gguf(adapter_of(layers=1), tmp_path / "out.gguf", base=base)
+    with pytest.raises(HoraError, match="difference in"):
+        verify_export(adapter_of(layers=2), tmp_path / "out.gguf")
 
 
 def test_f9_the_same_adapter_gives_the_same_file(base, tmp_path):

@@ -1,4 +1,4 @@
-"""``python -m hora_spec``."""
+"""The command ``hora``."""
 
 import re
 import subprocess
@@ -19,6 +19,7 @@ from hora_spec import (
     save_adapter,
 )
 from hora_spec.__main__ import delta_norms, main
+from safetensors.numpy import save_file
 
 
 def layer_of(spec, path, seed):
@@ -74,22 +75,74 @@ def test_inspect_norms_are_those_of_the_dense_delta(sharing):
 
 def test_export_lora_writes_a_directory(saved, tmp_path, capsys):
     assert main(["export-lora", str(saved), str(tmp_path / "lora")]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'lora'}: LoRA adapter of rank 4, 6\n"
+    assert capsys.readouterr().out == f"{tmp_path / 'lora'}: LoRA adapter of rank 6\n"
     assert sorted(path.name for path in (tmp_path / "lora").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
 
 
+def test_export_lora_says_what_a_server_is_started_with(saved, tmp_path, capsys):
+    assert main(["export-lora", str(saved), str(tmp_path / "lora"), "--for-server", "llama.cpp"]) == 2
+    assert "llama.cpp takes no such LoRA adapter" in capsys.readouterr().err
+    assert main(["export-lora", str(saved), str(tmp_path / "lora"), "--compact", "--dtype", "float64"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'lora'}: LoRA adapter of rank 4, 6\n"
+
+
+def test_export_lora_for_vllm_names_its_option(adapter, tmp_path, capsys):
+    save_adapter(tmp_path / "adapter", Adapter(adapter.layers))
+    assert main(["export-lora", str(tmp_path / "adapter"), str(tmp_path / "lora"), "--for-server", "vllm"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'lora'}: LoRA adapter of rank 6 (vLLM: --max-lora-rank 8)\n"
+
+
+@pytest.fixture
+def base(tmp_path):
+    (tmp_path / "base").mkdir()
+    names = ("blocks.0.attn.qkv.weight", "blocks.1.attn.qkv.weight")
+    tensors = {name: np.ones((12, 4), np.float32) for name in names} | {"head.weight": np.ones((3, 4), np.float32)}
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    return tmp_path / "base"
+
+
+def test_merge_and_verify(saved, base, tmp_path, capsys):
+    assert main(["verify", str(saved)]) == 0
+    assert capsys.readouterr().out == f"{saved}: whole, 2 layers\n"
+    assert main(["merge", str(saved), str(base), str(tmp_path / "out")]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"{tmp_path / 'out'}: merged model, 3 tensors changed, blocks.0.attn.qkv.weight to head")
+    assert err == ""  # progress is for people
+    assert main(["verify", str(saved), str(tmp_path / "out"), "--base", str(base)]) == 0
+    assert "the same updates, 2 weights within" in capsys.readouterr().out
+    assert main(["export-lora", str(saved), str(tmp_path / "lora")]) == 0
+    assert main(["verify", str(saved), str(tmp_path / "lora")]) == 0
+    assert main(["verify", str(saved), str(base), "--base", str(base)]) == 2
+    assert "got another sum" in capsys.readouterr().err
+
+
+def test_merge_shows_people_how_far_it_is(saved, base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["merge", str(saved), str(base), str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().err
+    assert shown.startswith("\r")
+    assert shown.endswith("100 % of 0.0 GB\n")
+
+
 @pytest.mark.parametrize(
-    ("command", "match"), [(["inspect", "absent"], "spec F1"), (["export-lora", "adapter", "adapter"], "spec F3")]
+    ("command", "match"),
+    [
+        (["inspect", "absent"], "spec F1"),
+        (["export-lora", "adapter", "adapter"], "spec F3"),
+        (["export-gguf", "adapter", "out.gguf", "--base", "absent.gguf"], "whole|gguf"),
+        (["merge", "adapter", "absent", "out"], "a checkpoint is a directory"),
+        (["verify", "adapter", "absent", "--base", "absent"], "a checkpoint is a directory"),
+    ],
 )
 def test_e1_bad_input_is_one_line_and_exit_code_2(saved, command, match, capsys, monkeypatch):
     monkeypatch.chdir(saved.parent)
     assert main(command) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert match in err
+    assert re.search(match, err)
     assert err.startswith("error: ")
     assert err.count("\n") == 1
 

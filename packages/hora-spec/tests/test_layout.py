@@ -170,3 +170,11 @@ def test_f2_parts_of_each_head_do_not_overlap(parts):
     one, other = (Layout(window=Window(0, starts[p], starts[p] + 3, blocks=2)) for p in parts)
     assert not one.overlaps(other, (18, 4))
     assert one.overlaps(one, (18, 4))
+
+
+def test_l1_axes_of_length_one_can_be_left_out():
+    layout = Layout("1 l (h k) 1 d 1", Window(2, 0, 4))
+    assert layout.squeezed == Layout("l (h k) d", Window(1, 0, 4))
+    stored = np.arange(3 * 8 * 5).reshape(1, 3, 8, 1, 5, 1)
+    np.testing.assert_array_equal(layout.squeezed.read(stored.squeeze()), layout.read(stored))
+    assert Layout("(h k) d 1 1").squeezed == Layout()

@@ -1,7 +1,10 @@
 """Named settings."""
 
+import re
+from pathlib import Path
+
 import pytest
-from hora_spec import PRESETS, AdapterSpec, HoraError, LayerShape, param_shapes, preset
+from hora_spec import PRESETS, AdapterSpec, HoraError, LayerShape, count_params, param_shapes, preset
 
 LAYER = LayerShape.attention(embed_dim=24, num_heads=4, num_kv_heads=2)
 
@@ -26,3 +29,15 @@ def test_an_unknown_name_is_answered_with_the_known_ones():
     with pytest.raises(HoraError, match="'qlora'") as refused:
         preset("qlora", 8)
     assert all(name in str(refused.value) for name in PRESETS)
+
+
+def test_the_guide_s_table_has_every_setting_with_its_parameters():
+    """Those of q and v in a ViT-S/14 at rank 8, trained and stored."""
+    guide = (Path(__file__).parents[3] / "docs" / "guide" / "settings.md").read_text()
+    rows = re.findall(r"^\| `([a-z-]+)` \|.*\| ([\d,]+) / ([\d,]+) \|", guide, re.MULTILINE)
+    layer = LayerShape.attention(embed_dim=384, num_heads=6)
+    counts = {
+        name: tuple(12 * count_params(preset(name, 8), layer, trained=trained) for trained in (True, False))
+        for name in PRESETS
+    }
+    assert {name: tuple(int(n.replace(",", "")) for n in numbers) for name, *numbers in rows} == counts

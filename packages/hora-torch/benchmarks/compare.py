@@ -1,7 +1,7 @@
 """HoRA beside PEFT's LoRA and the frozen base: time and memory, same model, same batch, one process.
 
-    python compare.py [--only projection step tiny-step decode memory generation merge] [--repeats 15] [--clock cpu]
-        [--json FILE]
+    python compare.py [--only projection step tiny-step decode memory generation merge verify] [--repeats 15]
+        [--clock cpu] [--json FILE]
 
 Times are medians of interleaved runs, so that a busy machine slows all sides alike; with ``--clock cpu`` they are
 processor seconds, which leave out what other processes take. A ratio below 1 means that HoRA is faster. The file has
@@ -44,7 +44,7 @@ _TORCHVISION = declare_torchvision_operators()
 import peft  # noqa: E402
 import transformers  # noqa: E402
 from hora_spec import Layout  # noqa: E402
-from hora_torch import HoraConfig, cached_factors  # noqa: E402
+from hora_torch import HoraConfig, cached_factors, verify  # noqa: E402
 from hora_torch.layer import HoraLayer  # noqa: E402
 from hora_torch.merging import merged_weight  # noqa: E402
 
@@ -194,18 +194,20 @@ def tiny_llama() -> tuple[nn.Module, tuple[str, ...], Callable[[nn.Module], Tens
     return of_tokens(config, 4, 16)
 
 
+SMOLLM = transformers.LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
+
+
 def smollm() -> tuple[nn.Module, tuple[str, ...], Callable[[nn.Module], Tensor]]:
     """The shape of SmolLM2-135M, 1 x 16 tokens."""
-    config = transformers.LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
-    return of_tokens(config, 1, 16)
+    return of_tokens(SMOLLM, 1, 16)
 
 
 def of_tokens(
@@ -427,6 +429,16 @@ def merge(repeats: int) -> list[tuple[str, ...]]:
     return rows
 
 
+def verified(repeats: int) -> Iterator[tuple[str, ...]]:
+    """One `verify` beside one training step of SmolLM2-135M with HoRA, 1 x 32 tokens; the ratio says how many steps."""
+    model = with_hora(transformers.LlamaForCausalLM(SMOLLM), 8, ("q_proj", "v_proj"))
+    ids = torch.arange(32)[None]
+    step = training_step(model, lambda model: model(input_ids=ids, labels=ids, use_cache=False).loss)
+    got = medians({"step": step, "verify": lambda: verify(model, {"input_ids": ids}).require()}, max(3, repeats // 3))
+    ratio = f"{got['verify'] / got['step']:.2f}"
+    yield "verify, of a training step", "", f"{got['step'] * 1e3:.4g}", f"{got['verify'] * 1e3:.4g}", ratio, ""
+
+
 SECTIONS = {
     "projection": projection,
     "step": step,
@@ -435,6 +447,7 @@ SECTIONS = {
     "memory": memory,
     "generation": generation,
     "merge": merge,
+    "verify": verified,
 }
 HEADER = ("", "base", "LoRA", "HoRA", "HoRA/LoRA", "HoRA/base", "branch/LoRA")
 

@@ -34,14 +34,9 @@ class Part:
 
     role: str | None
     weight: str
-    start: int
+    rows: Sequence[int]
     num_heads: int
     head_dim: int
-
-    @property
-    def rows(self) -> slice:
-        """Its rows in the weight."""
-        return slice(self.start, self.start + self.num_heads * self.head_dim)
 
 
 def verdict(reach: Mapping[str, Reach], parts: Sequence[Part]) -> str:

@@ -35,10 +35,9 @@ def rows_and_heads(asked: Question) -> str:
 def part(projection: str, site: Site) -> Part:
     """The rows of a site, with the role that the name of the projection says or ends with."""
     role = projection.rpartition("_")[2]
-    start = site.layout.window.start if site.layout.window else 0
-    shape = site.projection
+    rows, shape = site.layout.rows(site.weight_shape).positions.tolist(), site.projection
     name = f"{site.module}.{site.parameter}"
-    return Part(role if role in ("q", "k", "v") else None, name, start, shape.num_heads, shape.head_dim)
+    return Part(role if role in ("q", "k", "v") else None, name, rows, shape.num_heads, shape.head_dim)
 
 
 def summary(layers: Layers) -> str:

@@ -217,6 +217,21 @@ def _packed_image(config: Any) -> dict[str, Any]:
     return {"input_ids": tokens, "mm_token_type_ids": (tokens == config.image_token_id).int()} | image
 
 
+_STATE_SPACE = (("in_proj",), {"fused_projections": ("x", "b", "c")})
+TOLD: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "bamba, state space": _STATE_SPACE,
+    "falcon_h1, state space": _STATE_SPACE,
+    "granitemoehybrid, state space": _STATE_SPACE,
+    "mamba2": _STATE_SPACE,
+    "nemotron_h, state space": _STATE_SPACE,
+    "zamba2, state space": _STATE_SPACE,
+    "qwen3_next, linear attention": (("in_proj_qkvz",), {"fused_projections": ("q", "v")}),
+    "qwen3_5_text, linear attention": (("in_proj_qkv",), {"fused_projections": ("q", "v")}),
+    "qwen4_exp_text": (("in_proj_qkv",), {"fused_projections": ("q", "v")}),
+}
+"""Targets and settings of families that are adapted where they are named; a variant has the name of its model first."""
+
+
 UNLIKE_ATTENTION: dict[str, tuple[str, Heads]] = {
     "convbert": ("a convolution joins the heads of q", {"q": {(2, 8)}, "v": {(2, 8)}}),
     "diffllama": ("two heads of v make one of the output", {"q": {(4, 12)}, "v": {(2, 12)}}),
@@ -237,6 +252,7 @@ NOT_COMPARABLE = {
 def families() -> dict[str, Callable[[], Family]]:
     """All model types that have a model class, and the variants."""
     named = {name: (name, OVERRIDES.get(name, {})) for name in sorted(CONFIG_MAPPING.keys())}
+    named |= {name: (model, OVERRIDES.get(model, {})) for name in TOLD if (model := name.partition(",")[0]) != name}
     return {name: partial(_family, name, *what) for name, what in (named | VARIANTS).items()}
 
 
@@ -246,4 +262,5 @@ def _family(name: str, model_type: str, overrides: dict[str, Any]) -> Family:
     inputs = overrides.get("inputs") or INPUTS.get(model_type, inputs_of)
     unlike, heads = UNLIKE_ATTENTION.get(name, ("", {}))
     build = partial(tiny, model_type, **{**overrides, "inputs": inputs})
-    return Family(build, inputs, heads=heads, unlike_attention=unlike)
+    targets, settings = TOLD.get(name, ((), {}))
+    return Family(build, inputs, targets, heads=heads, settings=settings, unlike_attention=unlike)

@@ -76,6 +76,12 @@ def _gpt2(**kwargs: Any) -> nn.Module:
     return tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=16, **kwargs))
 
 
+def _deepseek() -> nn.Module:
+    latent = {"q_lora_rank": 12, "kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
+    sizes = TEXT | latent | {"first_k_dense_replace": 2, "num_key_value_heads": 4}
+    return tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config(**sizes))
+
+
 def _clip() -> nn.Module:
     config = tf.CLIPConfig(
         text_config=TEXT | {"max_position_embeddings": 16, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": 2},
@@ -182,6 +188,16 @@ FAMILIES: dict[str, Family] = {
         {"q": 4, "v": 2},
     ),
     "gpt2": Family(_gpt2, text, ("c_attn",), Q4V4),
+    "gpt-neox": Family(
+        lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**TEXT, rotary_pct=0.5)), text, ("query_key_value",), Q4V4
+    ),
+    "falcon-40b": Family(
+        lambda: tf.FalconForCausalLM(tf.FalconConfig(**TEXT, new_decoder_architecture=True, num_kv_heads=2)),
+        text,
+        ("query_key_value",),
+        {"q": 4, "v": 2},
+    ),
+    "deepseek-v3": Family(_deepseek, text, ("q_b_proj", "kv_b_proj"), Q4V4),
     "gpt2-cross": Family(
         lambda: _gpt2(add_cross_attention=True),
         lambda: text() | {"encoder_hidden_states": noise(2, 5, 32)},

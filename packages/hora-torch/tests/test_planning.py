@@ -118,8 +118,8 @@ def test_the_name_of_a_fused_weight_proves_nothing():
     rows = {p: str(site.layout.rows(site.weight_shape)) for p, site in layer.sites.items()}
     assert rows == {"q": "0:32", "v": "48:64"}
     assert hora_torch.verify(peft.get_peft_model(model, config), torch.randn(1, 5, 32)).ok
-    with pytest.raises(HoraError, match="row_order"):
-        HoraConfig(row_order={"to_qkv": "v k q"})
+    with pytest.raises(HoraError, match="order of rows"):
+        HoraConfig(row_order={"to_qkv": "v, k, q"})
 
 
 def test_a_wrong_order_that_a_user_states_is_found_by_verify():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hora_spec import HoraError, Layout, ProjectionShape, Window
 from hora_torch.layer import HoraLayer
+from hora_torch.stored import PlainWeight
 from torch import nn
 
 from .oracle import adapted, assert_unchanged, snapshot
@@ -119,18 +120,114 @@ def test_weights_that_are_tied_are_named():
 
 
 def test_merging_that_loses_the_update_is_wrong(families, monkeypatch):
-    monkeypatch.setattr("hora_torch.layer.write", lambda stored, value: None)
+    monkeypatch.setattr(PlainWeight, "write", lambda stored, value: None)
     report = hora_torch.verify(adapted(families["llama"]), families["llama"].inputs())
     assert ("computes the same merged", "the model") in verdicts(report, "wrong")
 
 
 def test_a_base_that_changes_in_unmerging_is_wrong(families, monkeypatch):
-    from hora_torch import layer
-
-    write = layer.write
-    monkeypatch.setattr("hora_torch.layer.write", lambda stored, value: write(stored, value + 1e-6))
+    write = PlainWeight.write
+    monkeypatch.setattr(PlainWeight, "write", lambda stored, value: write(stored, value + 1e-6))
     report = hora_torch.verify(adapted(families["llama"]), families["llama"].inputs())
     assert ("is restored by unmerging", "the model") in verdicts(report, "wrong")
+
+
+class Drawing(Bypass):
+    """An attention whose input is a draw, also in evaluation, as in ViT-MAE and ViLT."""
+
+    def draw(self, x):
+        return torch.randn_like(x)
+
+    def forward(self, x):
+        x = x + self.draw(x)
+        q, k, v = (y.unflatten(-1, (2, 4)).transpose(-2, -3) for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2)
+
+
+class Counting(Drawing):
+    """Differs at each call, whatever is seeded."""
+
+    calls = 0
+
+    def draw(self, x):
+        self.calls += 1
+        return x * self.calls
+
+
+def test_a_model_that_draws_draws_the_same_and_the_generator_of_others_is_left_alone():
+    model = peft.get_peft_model(nn.Sequential(Drawing()), small())
+    state = torch.get_rng_state()
+    report = hora_torch.verify(model, torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert report.ok, str(report)
+    assert not report.of("unknown"), str(report)
+
+
+def test_a_model_that_differs_from_one_seed_is_named():
+    model = peft.get_peft_model(nn.Sequential(Counting()), small())
+    report = hora_torch.verify(model, torch.randn(1, 5, 8))
+    assert ("computes the same merged", "the model") in verdicts(report, "unknown"), str(report)
+    assert "from one seed" in str(report)
+
+
+class Twice(nn.Module):
+    """Two attentions, of which the output is that of the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.idle, self.uncalled = Drawing(), Drawing(), Drawing()
+
+    def forward(self, x):
+        self.idle(x)
+        return self.used(x)
+
+
+def test_layers_that_take_no_part_are_named_and_no_alarm():
+    model = peft.get_peft_model(Twice(), small())
+    report = hora_torch.verify(model, torch.randn(1, 5, 8))
+    unknown = {place for question, place in verdicts(report, "unknown") if question == "receives a gradient"}
+    assert {place.split(".")[-2] for place in unknown} == {"idle", "uncalled"}
+    assert report.ok
+    assert "this batch does not call it" in str(report)
+    assert "none reaches a.q" in str(report)
+
+
+def test_a_model_whose_output_no_layer_takes_part_in_is_unknown():
+    base = Twice()
+    base.used = nn.Identity()
+    report = hora_torch.verify(peft.get_peft_model(base, small()), torch.randn(1, 5, 8))
+    assert report.ok, str(report)
+    assert ("computes the same merged", "the model") in verdicts(report, "unknown")
+
+
+def test_adapters_without_effect_on_an_output_that_their_layers_have_part_in_are_wrong(monkeypatch):
+    model = peft.get_peft_model(nn.Sequential(Drawing()), small())
+    for layer in model.modules():
+        if isinstance(layer, HoraLayer):
+            monkeypatch.setattr(layer, "forward", layer.get_base_layer().forward)
+    report = hora_torch.verify(model, torch.randn(1, 5, 8))
+    wrong = verdicts(report, "wrong")
+    assert {question for question, _ in wrong} == {"receives a gradient", "computes the same merged"}, str(report)
+    assert len(wrong) == 3
+    assert "change no output" in str(report)
+
+
+def test_an_effect_of_no_more_than_rounding_is_not_compared():
+    class Faint(Drawing):
+        def forward(self, x):
+            return 1e-7 * super().forward(x) + x
+
+    report = hora_torch.verify(peft.get_peft_model(nn.Sequential(Faint()), small()), torch.randn(1, 5, 8))
+    assert ("computes the same merged", "the model") in verdicts(report, "unknown"), str(report)
+    assert "rounding" in str(report)
+
+
+def test_a_merge_that_is_off_by_little_is_wrong(families, monkeypatch):
+    write = PlainWeight.write
+    less = lambda stored, value: write(stored, stored.bits() + (value - stored.bits()) * 0.99)  # noqa: E731
+    monkeypatch.setattr(PlainWeight, "write", less)
+    report = hora_torch.verify(adapted(families["llama"]), families["llama"].inputs())
+    assert ("computes the same merged", "the model") in verdicts(report, "wrong"), str(report)
 
 
 def test_what_cannot_be_verified_is_an_error(families):

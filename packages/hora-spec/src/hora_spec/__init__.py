@@ -31,6 +31,7 @@ from hora_spec.shapes import (
 )
 from hora_spec.sharing import generated_share
 from hora_spec.spec import LAYER_NORM_EPS, AdapterSpec
+from hora_spec.verification import verify_export
 
 __version__ = "0.1.0"
 
@@ -76,4 +77,5 @@ __all__ = [
     "save_adapter",
     "save_merged",
     "to_lora",
+    "verify_export",
 ]

@@ -1,9 +1,9 @@
-"""``python -m hora_spec``: look into an adapter directory, or export it as LoRA."""
+"""The command ``hora``, also ``python -m hora_spec``: look into adapters, and make of them what servers load."""
 
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -11,9 +11,13 @@ from hora_spec import reference
 from hora_spec.adapter import Adapter, AdapterLayer
 from hora_spec.errors import HoraError
 from hora_spec.files import load_adapter
-from hora_spec.lora import to_lora
+from hora_spec.gguf_adapter import export_gguf
+from hora_spec.lora import portable, to_lora
 from hora_spec.lora_files import export_lora
+from hora_spec.merged import save_merged
+from hora_spec.servers import SERVERS, vllm_rank
 from hora_spec.shapes import count_params
+from hora_spec.verification import verify_export
 
 _HEAD = ("layer", "rank", "params", "projection", "module", "layout", "heads", "head_dim", "embed", "|delta|")
 
@@ -72,23 +76,82 @@ def _inspect(options: argparse.Namespace) -> str:
     return inspect(load_adapter(options.directory))
 
 
-def _export(options: argparse.Namespace) -> str:
+def _export_lora(options: argparse.Namespace) -> str:
     adapter = load_adapter(options.directory)
-    export_lora(adapter, options.out)
-    ranks = sorted({module.rank for module in to_lora(adapter).values()})
-    return f"{options.out}: LoRA adapter of rank {', '.join(map(str, ranks))}"
+    choices = {"dtype": options.dtype, "compact": options.compact, "for_server": options.for_server}
+    export_lora(adapter, options.out, **choices)
+    modules = to_lora(adapter) if options.compact else portable(to_lora(adapter))
+    ranks = sorted({module.rank for module in modules.values()})
+    limit = vllm_rank(ranks[-1])
+    hint = f" (vLLM: --max-lora-rank {limit})" if options.for_server == "vllm" else ""
+    return f"{options.out}: LoRA adapter of rank {', '.join(map(str, ranks))}{hint}"
+
+
+def _export_gguf(options: argparse.Namespace) -> str:
+    adapter = load_adapter(options.directory)
+    names = export_gguf(adapter, options.out, base=options.base, weights=options.weights, dtype=options.dtype)
+    return f"{options.out}: GGUF adapter of {len(names)} tensors, {names[0]} to {names[-1]}"
+
+
+def _merge(options: argparse.Namespace) -> str:
+    adapter = load_adapter(options.directory)
+    names = save_merged(adapter, options.base, options.out, progress=_Progress())
+    return f"{options.out}: merged model, {len(names)} tensors changed, {names[0]} to {names[-1]}"
+
+
+def _verify(options: argparse.Namespace) -> str:
+    adapter = load_adapter(options.directory)
+    whole = f"{options.directory}: whole, {len(adapter.layers)} layers"
+    if options.export is None:
+        return whole
+    distances = verify_export(adapter, options.export, base=options.base)
+    return f"{whole}\n{options.export}: the same updates, {len(distances)} weights within {max(distances.values()):.1e}"
+
+
+class _Progress:
+    """Percent on stderr, where a person looks on."""
+
+    def __init__(self) -> None:
+        self.shown = -1
+
+    def __call__(self, done: int, total: int) -> None:
+        percent = 100 * done // max(1, total)
+        if sys.stderr.isatty() and percent > self.shown:
+            self.shown = percent
+            print(f"\r{percent:3d} % of {total / 1e9:.1f} GB", end="\n" if done == total else "", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m hora_spec", description="Tools for HoRA adapters on disk.")
+    parser = argparse.ArgumentParser(
+        prog="hora", description="Tools for HoRA adapters on disk. They need no framework."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("inspect", help="print layers, shapes, parameters and the norm of each delta")
-    command.add_argument("directory", metavar="DIR", help="adapter directory")
-    command.set_defaults(run=_inspect)
-    command = commands.add_parser("export-lora", help="write the adapter as a standard PEFT LoRA adapter, exactly")
-    command.add_argument("directory", metavar="DIR", help="adapter directory")
-    command.add_argument("out", metavar="OUT", help="new or empty directory")
-    command.set_defaults(run=_export)
+
+    def command(name: str, run: Callable[[argparse.Namespace], str], text: str) -> argparse.ArgumentParser:
+        result = commands.add_parser(name, help=text, description=text)
+        result.add_argument("directory", metavar="ADAPTER", help="adapter directory")
+        result.set_defaults(run=run)
+        return result
+
+    command("inspect", _inspect, "print layers, shapes, parameters and the norm of each delta")
+    lora = command("export-lora", _export_lora, "write a standard PEFT LoRA adapter that computes the same")
+    lora.add_argument("out", metavar="OUT", help="new or empty directory")
+    lora.add_argument("--for-server", choices=SERVERS, help="refuse what this server rejects or misreads")
+    lora.add_argument("--compact", action="store_true", help="a rank and alpha for each module, by patterns")
+    lora.add_argument("--dtype", choices=("float16", "float32", "float64"), default="float32")
+    gguf = command("export-gguf", _export_gguf, "write a GGUF adapter for llama.cpp")
+    gguf.add_argument("out", metavar="OUT.gguf", help="new file")
+    gguf.add_argument("--base", required=True, metavar="MODEL.gguf", help="GGUF file to which it will be applied")
+    gguf.add_argument(
+        "--weights", metavar="BASE", help="directory of the base as trained on: prove that MODEL.gguf is it"
+    )
+    gguf.add_argument("--dtype", choices=("float16", "float32"), default="float32")
+    merge = command("merge", _merge, "write a model with the adapter merged into it")
+    merge.add_argument("base", metavar="BASE", help="directory of the base, with safetensors")
+    merge.add_argument("out", metavar="OUT", help="new or empty directory")
+    verify = command("verify", _verify, "check an adapter, and what was made from it")
+    verify.add_argument("export", metavar="EXPORT", nargs="?", help="LoRA directory, GGUF adapter or merged model")
+    verify.add_argument("--base", metavar="BASE", help="directory of the base, for a merged model")
     return parser
 
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from hora_spec.directory import read_pair, write_pair
 from hora_spec.errors import HoraError
 from hora_spec.layout import Layout, Window
 from hora_spec.shapes import ProjectionShape, param_shapes
-from hora_spec.spec import AdapterSpec
+from hora_spec.spec import LATER_FIELDS, AdapterSpec
 from hora_spec.tensors import Stored, decode, encode, tensors_digest, to_numpy
 
 SPEC_VERSION = 1
@@ -170,7 +170,7 @@ def layer_to_json(name: str, spec: AdapterSpec, sites: Mapping[str, Site]) -> di
 def layer_from_json(entry: Any) -> tuple[str, AdapterSpec, dict[str, Site]]:
     """Inverse of `layer_to_json`: name, spec and sites, the leader's first (spec F2, F4)."""
     name, spec, leader, projections = _values(entry, ("name", "spec", "leader", "projections"), "a layer")
-    _values(spec, tuple(AdapterSpec().to_dict()), "the spec of a layer")
+    _values(spec, tuple(AdapterSpec().to_dict()), "the spec of a layer", optional=LATER_FIELDS)
     if not isinstance(name, str) or not isinstance(projections, dict):
         raise HoraError(f"a layer has a name and maps projections to places, got {name!r}, {projections!r} (spec F2)")
     sites = {p: _site_from_json(site) for p, site in projections.items()}
@@ -222,12 +222,12 @@ def _site_from_json(entry: Any) -> Site:
     )
 
 
-def _values(entry: Any, keys: tuple[str, ...], what: str) -> list[Any]:
-    """Values of a JSON object that has exactly `keys`."""
+def _values(entry: Any, keys: tuple[str, ...], what: str, *, optional: Collection[str] = ()) -> list[Any]:
+    """Values of a JSON object that has exactly `keys`, and perhaps some of the `optional` ones."""
     if not isinstance(entry, dict):
         raise HoraError(f"{what} is described by a JSON object, got {entry!r} (spec F2)")
-    if entry.keys() != set(keys):
-        missing, unknown = sorted(set(keys) - entry.keys()), sorted(entry.keys() - set(keys))
+    if entry.keys() - set(optional) != set(keys):
+        missing, unknown = sorted(set(keys) - entry.keys()), sorted(entry.keys() - set(keys) - set(optional))
         raise HoraError(
             f"{what} has the fields {list(keys)}, missing {missing}, unknown {unknown}: written by a newer version, or "
             "damaged (spec F4)"

@@ -1,7 +1,7 @@
 """Adapters as GGUF files for llama.cpp, laid out for the GGUF file of the base (spec F9)."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,8 +74,9 @@ def export_gguf(
     if np.dtype(dtype) not in (np.float16, np.float32):
         raise HoraError(f"a GGUF adapter is float16 or float32, got {np.dtype(dtype)} (spec F9)")
     file = _read_base(gguf, Path(base))
-    heads = {site.module: site.projection.num_heads for la in adapter.layers.values() for site in la.sites.values()}
-    names = {module: _name_of(gguf, file, module) for module in modules}
+    heads = _heads(adapter)
+    found = _names(gguf, file.arch, int(file.fields.get(f"{file.arch}.block_count", 0)), modules)
+    names = {module: _check_present(file, module, name) for module, name in found.items()}
     if len(set(names.values())) < len(names):
         raise HoraError(f"each tensor of {file.path} is adapted once, got {sorted(names.values())} (spec F9)")
     tensors = {}
@@ -89,6 +90,43 @@ def export_gguf(
     with new_file(Path(path)) as target:
         _write(gguf, target, file.arch, next(iter(modules.values())).alpha, tensors)
     return list(names.values())
+
+
+def read_gguf(path: str | os.PathLike[str], adapter: Adapter) -> tuple[dict[str, NDArray[np.float64]], float]:
+    """The updates that a GGUF adapter makes, (out, in) in the order of the model's rows, as llama.cpp scales them.
+
+    Parameters
+    ----------
+    path
+        A GGUF adapter.
+    adapter
+        Says which modules there may be and how many heads they have.
+
+    Returns
+    -------
+    updates
+        Module to float64 array; a tensor of no module of the adapter goes by its own name.
+    eps
+        Precision of the numbers.
+    """
+    gguf = _gguf()
+    arch, fields, tensors = _open(gguf, Path(path))
+    if (kind := fields.get("general.type"), fields.get("adapter.type")) != ("adapter", "lora"):
+        raise HoraError(f"a GGUF adapter is of the types adapter and lora, got {kind} in {str(path)!r} (spec F9)")
+    stored = {name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")}
+    blocks = 1 + max((int(name.split(".")[1]) for name in stored if name.startswith("blk.")), default=0)
+    heads, updates = _heads(adapter), {}
+    modules = {name: module for module, name in _names(gguf, arch, blocks, heads).items()}
+    for name in stored:
+        a, b = (np.asarray(tensors[f"{name}.lora_{factor}"].data, np.float64) for factor in "ab")
+        if (module := modules.get(name)) is not None and _rotary(arch, name):
+            b = b[np.argsort(_alternating(heads[module], len(b)))]
+        updates[module or name] = fields["adapter.lora.alpha"] / len(a) * b @ a
+    return updates, max(float(np.finfo(tensor.data.dtype).eps) for tensor in tensors.values())
+
+
+def _heads(adapter: Adapter) -> dict[str, int]:
+    return {site.module: site.projection.num_heads for la in adapter.layers.values() for site in la.sites.values()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,34 +153,42 @@ def _gguf() -> Any:
     return gguf
 
 
-def _read_base(gguf: Any, path: Path) -> _Base:
+def _open(gguf: Any, path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Architecture, fields but those of the tokenizer, and tensors of a GGUF file."""
     try:
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer")}
     except OSError as error:
-        raise HoraError(f"the base is a GGUF file, got {error}: check the path (spec F9)") from error
+        raise HoraError(f"a GGUF file can be read, got {error}: check the path (spec F9)") from error
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
-        raise HoraError(f"the base is a GGUF file, {str(path)!r} is none, or damaged: {error} (spec F9)") from error
+        raise HoraError(f"{str(path)!r} must be a whole GGUF file, got none, or damage: {error} (spec F9)") from error
     arch = fields.get("general.architecture")
+    if arch not in ARCHITECTURES:
+        raise HoraError(
+            f"GGUF is written for the architectures {', '.join(ARCHITECTURES)}, on which llama.cpp was tested, got "
+            f"{arch!r}: merge the adapter and convert the model instead (spec F9)"
+        )
+    return arch, fields, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def _read_base(gguf: Any, path: Path) -> _Base:
+    arch, fields, tensors = _open(gguf, path)
     if fields.get("general.type", "model") != "model":
         raise HoraError(f"the base is a model, got the {fields['general.type']} {str(path)!r} (spec F9)")
     if fields.get("split.count", 1) > 1:
         raise HoraError(
             f"the base is one file, got one of {fields['split.count']}: join them, llama-gguf-split --merge (spec F9)"
         )
-    if arch not in ARCHITECTURES:
-        raise HoraError(
-            f"GGUF is written for the architectures {', '.join(ARCHITECTURES)}, on which llama.cpp was tested, got "
-            f"{arch!r}: merge the adapter and convert the model instead (spec F9)"
-        )
-    return _Base(path, arch, fields, {tensor.name: tensor for tensor in reader.tensors})
+    return _Base(path, arch, fields, tensors)
 
 
-def _name_of(gguf: Any, file: _Base, module: str) -> str:
-    """Name of a module's weight in a GGUF file."""
-    arch = {name: member for member, name in gguf.MODEL_ARCH_NAMES.items()}[file.arch]
-    blocks = int(file.fields.get(f"{file.arch}.block_count", 0))
-    name = gguf.get_tensor_name_map(arch, blocks).get_name(f"{module}.weight", try_suffixes=(".weight",))
+def _names(gguf: Any, arch: str, blocks: int, modules: Iterable[str]) -> dict[str, str | None]:
+    """Names of the weights of modules in a GGUF file."""
+    table = gguf.get_tensor_name_map({name: member for member, name in gguf.MODEL_ARCH_NAMES.items()}[arch], blocks)
+    return {module: table.get_name(f"{module}.weight", try_suffixes=(".weight",)) for module in modules}
+
+
+def _check_present(file: _Base, module: str, name: str | None) -> str:
     if name is None or name not in file.tensors:
         raise HoraError(
             f"{file.path} has the weight of every adapted module, got none for {module} ({name or 'no name known'}): "
@@ -153,16 +199,23 @@ def _name_of(gguf: Any, file: _Base, module: str) -> str:
 
 def _order(file: _Base, name: str, heads: int, rows: int) -> NDArray[np.intp]:
     """Which row of the model lies at each row of the GGUF tensor."""
-    order = np.arange(rows)
-    key = _ROTARY.get(file.arch, {}).get(name.split(".")[-2])
-    if key is None:
-        return order
+    if (key := _rotary(file.arch, name)) is None:
+        return np.arange(rows)
     if (count := file.count(f"attention.{key}", name)) != heads or rows % (2 * heads):
         raise HoraError(
             f"rows of {name} are reordered head by head, got {heads} heads in the adapter and {count} in {file.path}, "
             f"for {rows} rows: they are of different models (spec F9)"
         )
-    return order.reshape(heads, 2, -1).swapaxes(1, 2).ravel()
+    return _alternating(heads, rows)
+
+
+def _rotary(arch: str, name: str) -> str | None:
+    """Where heads are counted, of a tensor whose rows are reordered."""
+    return _ROTARY.get(arch, {}).get(name.split(".")[-2])
+
+
+def _alternating(heads: int, rows: int) -> NDArray[np.intp]:
+    return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).ravel()
 
 
 def _check_shape(file: _Base, name: str, module: str, factors: LoraModule) -> None:

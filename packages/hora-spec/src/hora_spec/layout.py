@@ -1,7 +1,7 @@
 """Where a projection sits inside a stored weight: an einops pattern and an optional window (spec L1 to L4)."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -137,6 +137,14 @@ class Layout:
     def stacked(self) -> bool:
         """Whether the stored weight holds several layers along an axis ``l``."""
         return "l" in self.axes
+
+    @property
+    def squeezed(self) -> "Layout":
+        """The same of the weight without its axes of length one."""
+        pattern = " ".join({"hk": "(h k)"}.get(axis, axis) for axis in self.axes if axis != "1")
+        if self.window is None:
+            return Layout(pattern)
+        return Layout(pattern, replace(self.window, axis=sum(axis != "1" for axis in self.axes[: self.window.axis])))
 
     @property
     def row_axes(self) -> tuple[str, ...]:

@@ -31,6 +31,8 @@ class LoraModule:
         The adapted weight of the module.
     fan_in_fan_out
         Whether the module stores its weight (in_features, out_features).
+    kernel_axes
+        Axes of length one that the weight has behind the others, as a convolution with a kernel of one.
     """
 
     a: NDArray[np.float64]
@@ -38,6 +40,7 @@ class LoraModule:
     alpha: float
     parameter: str
     fan_in_fan_out: bool
+    kernel_axes: int = 0
 
     @property
     def rank(self) -> int:
@@ -140,7 +143,13 @@ def _join(module: str, pieces: list[_Piece]) -> LoraModule:
         a[start:stop, columns] = piece.a
         b[rows, start:stop] = piece.b * (piece.spec.scaling / scaling)
         start = stop
-    return LoraModule(a, b, scaling * rank, site.parameter, site.layout.axes == ("d", "hk"))
+    axes, kernel_axes = site.layout.squeezed.axes, site.layout.axes.count("1")
+    if kernel_axes and site.layout.axes != ("hk", "d", *"1" * kernel_axes):
+        raise HoraError(
+            f"LoRA adapts convolutions of weights (out, in, 1, ...), got {site.layout} of {module}: merge the adapter "
+            "instead (spec F6)"
+        )
+    return LoraModule(a, b, scaling * rank, site.parameter, axes == ("d", "hk"), kernel_axes)
 
 
 def _place(site: Site) -> tuple[_Index, _Index, tuple[int, int]]:

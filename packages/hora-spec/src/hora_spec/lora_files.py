@@ -77,7 +77,10 @@ def rounded(path: str, value: NDArray[np.float64], dtype: DTypeLike) -> NDArray[
 
 
 def _tensors(module: LoraModule) -> dict[str, NDArray[np.float64]]:
-    tensors = {"lora_A.weight": module.a, "lora_B.weight": module.b}
+    ones = (1,) * module.kernel_axes
+    tensors = {
+        name: x.reshape(*x.shape, *ones) for name, x in (("lora_A.weight", module.a), ("lora_B.weight", module.b))
+    }
     if module.parameter == "in_proj_weight":
         # PEFT 0.21 adapts in_proj and out_proj of nn.MultiheadAttention together or not at all: out_proj by zero
         embed = module.a.shape[1]

@@ -81,8 +81,9 @@ def _llama_cpp(modules: Modules, whole: Whole, config: Config) -> Iterator[str]:
 
 def _linear_maps(modules: Modules) -> Iterator[str]:
     for path, module in modules.items():
-        if module.parameter != "weight":
-            yield f"it adapts the weights of linear maps, got {module.parameter} of {path}: merge"
+        if module.parameter != "weight" or module.kernel_axes:
+            kind = "a convolution" if module.kernel_axes else module.parameter
+            yield f"it adapts the weights of linear maps, got {kind} of {path}: merge"
             return
 
 

@@ -193,7 +193,9 @@ class AdapterSpec:
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON values, in order; those that version 0.1 lacks only where they say something (spec F2)."""
         values = dataclasses.asdict(self)
-        return {name: value for name, value in values.items() if name not in _LATER or value != _LATER[name]}
+        return {
+            name: value for name, value in values.items() if name not in LATER_FIELDS or value != LATER_FIELDS[name]
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -206,7 +208,8 @@ class AdapterSpec:
         return cls(**values)
 
 
-_LATER = {"gate": None, "tie_a": False}
+LATER_FIELDS = {"gate": None, "tie_a": False}
+"""Fields that the first adapters lack, with their defaults: written where they say something (spec F2)."""
 
 
 def positive_int(name: str, value: Any) -> int:

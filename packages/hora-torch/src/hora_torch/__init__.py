@@ -7,8 +7,10 @@ Importing this package registers the method with PEFT, so that ``peft.get_peft_m
 from hora_torch import functional
 from hora_torch.config import HoraConfig
 from hora_torch.export import export_lora, to_adapter
+from hora_torch.findings import Report
 from hora_torch.freezing import freeze
 from hora_torch.groups import param_groups
+from hora_torch.joint import joint_a
 from hora_torch.layer import HoraLayer, HoraLinear
 from hora_torch.lifetime import cached_factors
 from hora_torch.lora_only import install
@@ -16,7 +18,7 @@ from hora_torch.model import HoraModel
 from hora_torch.planning import Plan, plan
 from hora_torch.registration import add_peft_type, register
 from hora_torch.report import report
-from hora_torch.verification import Report, verify
+from hora_torch.verification import verify
 
 add_peft_type()
 register()
@@ -35,6 +37,7 @@ __all__ = [
     "export_lora",
     "freeze",
     "functional",
+    "joint_a",
     "param_groups",
     "plan",
     "report",

@@ -1,7 +1,7 @@
 """``torch.nn.MultiheadAttention`` with adapted projections, without merging anything per call."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,6 +84,11 @@ class HoraMultiheadAttention(nn.Module, HoraLayer):
         if not batched:
             return output.squeeze(0), None if weights is None else weights.squeeze(0)
         return output if base.batch_first else output.transpose(0, 1), weights
+
+    def input_of(self, projection: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """What a projection reads in a call with these arguments, (tokens, embed)."""
+        given = dict(zip(("query", "key", "value"), args[:3], strict=False)) | kwargs
+        return given[{"q": "query", "k": "key", "v": "value"}[projection]].flatten(0, -2)
 
     def _padded(
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, adapter_names: Sequence[str] | None

@@ -14,10 +14,8 @@ from peft.utils import PeftType
 
 from hora_torch.card import write_card
 from hora_torch.foreign import check_arguments
+from hora_torch.order import Order
 from hora_torch.saving import check_directory, read_checked, written_digest
-
-PLAIN_ORDERS = ("q k v", "k v", "q k")
-"""Orders in which the rows of a fused weight can be adapted."""
 
 
 @dataclass
@@ -43,13 +41,15 @@ class HoraConfig(PeftConfig):
     trainable_token_indices
         Rows of the embedding that are trained as they are, as in ``LoraConfig``.
     fused_projections
-        Which parts of a fused weight (``qkv``, ``c_attn``, ``in_proj``) are adapted.
+        Which parts of a fused weight (``qkv``, ``c_attn``, ``in_proj``) are adapted, by the names in its order of rows:
+        q, k and v, or x, b and c of a state space.
     num_heads, num_kv_heads
         Head counts, when the model does not tell: one number, or for `num_heads` a mapping from module name to number.
         A count that contradicts the model is an error.
     row_order
-        Order of the rows of fused weights whose attention class is not known, by module name: ``"q k v"``, ``"k v"`` or
-        ``"q k"``, each part all heads of one kind.
+        Order of the rows of fused weights whose attention class is not known, by module name: ``"q k v"`` for all heads
+        of q, then of k, then of v, ``"[head][q k v]"`` for q, k and v of each head in turn, and others that
+        `hora_torch.order.Order` describes.
     route
         ``"auto"``, ``"branch"`` or ``"merge"``, see `hora_torch.functional.hora_linear`.
     seed
@@ -129,10 +129,10 @@ class HoraConfig(PeftConfig):
             if getattr(self, name) not in allowed:
                 raise HoraError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         self.fused_projections = tuple(self.fused_projections)
-        if not self.fused_projections or set(self.fused_projections) - {"q", "k", "v"}:
-            raise HoraError(f"fused_projections are some of 'q', 'k', 'v', got {self.fused_projections!r}")
-        if odd := set((self.row_order or {}).values()) - set(PLAIN_ORDERS):
-            raise HoraError(f"row_order is one of {PLAIN_ORDERS} for each name, got {sorted(odd)}")
+        if not self.fused_projections or not all(str(name).isidentifier() for name in self.fused_projections):
+            raise HoraError(f"fused_projections are names of parts, as 'q', 'k', 'v', got {self.fused_projections!r}")
+        for order in (self.row_order or {}).values():
+            Order.parse(order)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))

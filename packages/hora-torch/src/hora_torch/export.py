@@ -84,7 +84,18 @@ def export_lora(
         If there is no such adapter, a value is not finite, a weight is adapted that LoRA cannot, or the server takes no
         such adapter.
     """
+    name = adapter_name_of(model, adapter_name)
+    for path, layer in model.named_modules():
+        if isinstance(layer, HoraLayer) and name in layer.hora_attached:
+            _check_one_group(path, layer.get_base_layer())
     write_lora(to_adapter(model, adapter_name), directory, dtype=dtype, compact=compact, for_server=for_server)
+
+
+def _check_one_group(path: str, base: nn.Module) -> None:
+    if getattr(base, "groups", 1) > 1:  # PEFT 0.21 has one A for all channels there, and cannot merge
+        raise HoraError(
+            f"LoRA has no convolution whose groups have one A in common, got {path!r}: merge the adapter (spec F6)"
+        )
 
 
 def adapter_name_of(model: nn.Module, adapter_name: str | None) -> str:

@@ -19,7 +19,7 @@ _REFUSED = {
     "fan_in_fan_out": "the class of a module tells how it stores its weight, leave it out",
     "layer_replication": "replicated layers are one weight, of which each adapter would merge its own update, copy the "
     "layers instead",
-    "target_parameters": "a bare parameter, such as the stacked experts of a MoE, says nothing of its heads, name "
+    "target_parameters": "stacked experts are many maps in one, and PEFT's wrapper of parameters is LoRA's, name "
     "modules in target_modules",
     "lora_bias": "B has no bias, train those of the base with bias='hora_only'",
     "ensure_weight_tying": "adapted weights are not tied, give each module a weight of its own",

@@ -8,11 +8,13 @@ from torch import nn
 
 from hora_torch.layer import HoraLayer
 
-_Part = Literal["A", "B", "other"]
+_Part = Literal["A", "B", "B, residual", "other"]
 _OF_A = ("a_seed", "a_in", "a_out", "a")
 
 
-def param_groups(model: nn.Module, lr: float, *, ratio: float = 1.0, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module, lr: float, *, ratio: float = 1.0, weight_decay: float = 0.0, residual_decay: float | None = None
+) -> list[dict[str, Any]]:
     """Trainable parameters in groups for any optimiser of torch, as LoRA+ has them (arXiv 2402.12354).
 
     Parameters
@@ -26,12 +28,15 @@ def param_groups(model: nn.Module, lr: float, *, ratio: float = 1.0, weight_deca
     weight_decay
         For matrices. Vectors, biases and norms have none, nor have head embeddings that are normalised: their scale
         changes no factor, so that decay would only raise their learning rate (spec I4).
+    residual_decay
+        That of the free part beside a generated B, which it pulls towards what heads share (spec G6, G8); by default
+        `weight_decay`.
 
     Returns
     -------
     list of dict
-        ``params``, ``lr``, ``weight_decay`` and a ``name``: ``A``, ``B`` or ``other``, with ``, no decay``. Every
-        trainable parameter is in one of them; none is empty.
+        ``params``, ``lr``, ``weight_decay`` and a ``name``: ``A``, ``B``, ``B, residual`` or ``other``, with ``,
+        no decay``. Every trainable parameter is in one of them; none is empty.
 
     Raises
     ------
@@ -48,12 +53,16 @@ def param_groups(model: nn.Module, lr: float, *, ratio: float = 1.0, weight_deca
     [('A', 0.001, 1), ('B', 0.016, 2), ('B, no decay', 0.016, 1)]
     >>> optimizer = torch.optim.AdamW(groups)
     """
-    if not (lr > 0 and ratio > 0 and weight_decay >= 0):
-        raise HoraError(f"lr and ratio are above 0, weight_decay at least 0, got {lr}, {ratio}, {weight_decay}")
+    residual_decay = weight_decay if residual_decay is None else residual_decay
+    if not (lr > 0 and ratio > 0 and weight_decay >= 0 and residual_decay >= 0):
+        raise HoraError(
+            f"lr and ratio are above 0, decays at least 0, got {lr}, {ratio}, {weight_decay} and {residual_decay}"
+        )
     groups: dict[str, dict[str, Any]] = {}
     for part, decays, param in _parameters(model):
         name = part if decays else f"{part}, no decay"
-        rate, decay = lr * (ratio if part == "B" else 1), weight_decay if decays else 0.0
+        rate = lr * (ratio if part[0] == "B" else 1)
+        decay = (residual_decay if part == "B, residual" else weight_decay) if decays else 0.0
         empty = {"params": [], "lr": rate, "weight_decay": decay, "name": name}
         groups.setdefault(name, empty)["params"].append(param)
     if not any(name[:1] in "AB" for name in groups):
@@ -70,8 +79,10 @@ def _parameters(model: nn.Module) -> Iterator[tuple[_Part, bool, nn.Parameter]]:
                 kind = key.partition(".")[0]
                 seen.add(param)
                 if param.requires_grad:
-                    free = kind == "head_embed" and hypernet.spec.normalize
-                    yield "A" if kind in _OF_A else "B", param.ndim > 1 and not free, param
+                    scale_free = kind == "head_embed" and hypernet.spec.normalize
+                    residual = kind == "b" and hypernet.spec.residual
+                    part: _Part = "A" if kind in _OF_A else "B, residual" if residual else "B"
+                    yield part, param.ndim > 1 and not scale_free, param
     for module in model.modules():
         for param in module.parameters(recurse=False):
             if param.requires_grad and param not in seen:

@@ -1,35 +1,23 @@
 """Which output rows of a module belong to which heads, and how that is known.
 
-The names that other libraries give to projections and head counts are translated here, and the orders of fused rows in
-`row_order`, nowhere else. A name proves nothing: whatever knows a count or a width is asked, what they say is compared
-with the rows, and sources that disagree are an error that shows them.
+The names that other libraries give to head counts and widths are translated here, those of projections in `roles`, the
+orders of fused rows in `row_order`, nowhere else. A name proves nothing: whatever knows a count or a width is asked,
+what they say is compared with the rows, and sources that disagree are an error that shows them.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from numbers import Integral
 from typing import Any, NamedTuple
 
 from hora_spec import HoraError
 from torch import nn
 
-from hora_torch.config import PLAIN_ORDERS, HoraConfig
+from hora_torch.config import HoraConfig
+from hora_torch.order import Order, Unfit
+from hora_torch.roles import FUSED, ROLE_OF, ROLES, identifier, matches
 from hora_torch.row_order import row_order
-
-ROLES = {
-    "q": ("q_proj", "query", "q", "q_lin", "to_q", "wq", "query_proj", "q_attn", "linear_q"),
-    "k": ("k_proj", "key", "k", "k_lin", "to_k", "wk", "key_proj", "linear_k"),
-    "v": ("v_proj", "value", "v", "v_lin", "to_v", "wv", "value_proj", "linear_v"),
-}
-"""Names of separate projections in transformers, timm and common code."""
-
-ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
-
-FUSED = ("qkv", "qkv_proj", "c_attn", "Wqkv", "to_qkv", "query_key_value", "kv", "kv_proj", "to_kv", "qk")
-"""Names of modules that may hold several projections; the class of their attention tells whether and how."""
-
-_GATED = "[head][q gate]"  # rows of a head still lie together
 
 _COUNT_NAMES = {
     "q": ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads"),
@@ -53,13 +41,20 @@ class DisagreeError(UnknownRowsError):
 
 
 class Rows(NamedTuple):
-    """Rows ``start : start + width`` of a module, split evenly into heads; `source` says how that is known."""
+    """Rows ``start:stop`` of each of `blocks` equal parts of a module's rows, split evenly into heads.
+
+    `source` says how that is known. ``alone`` where there are no heads to share anything over, so that the rows are a
+    layer of their own (spec S4).
+    """
 
     role: str
-    start: int
-    width: int
     heads: int
+    head_dim: int
+    start: int
+    stop: int
+    blocks: int
     source: str
+    alone: bool = False
 
 
 class _Fact(NamedTuple):
@@ -97,38 +92,38 @@ class Attention:
     model_config: Any
     config: HoraConfig
 
-    def order(self, own: str) -> str | None:
-        """Order in which the rows of the child `own` belong to q, k and v; None for a single projection.
+    def order(self, own: str) -> Order | None:
+        """Order in which the rows of the child `own` belong to projections; None for one that is called q, k or v.
 
         Raises
         ------
         UnknownRowsError
-            If the child is known to hold several projections in another order, or is called as if it did.
+            If the rows come in no order that can be described, or the child is called as if it held several
+            projections and nothing says how.
         """
         path, kind = self._child(own), type(self.module).__name__
         said = next((order for key, order in (self.config.row_order or {}).items() if matches(key, path)), None)
         known = row_order(self.module, own)
-        if said and known and said != known:
+        if said and known and said != str(known):
             raise HoraError(
                 f"a row_order is for classes that are not known, got {said!r} for {path!r} of {kind}, whose rows come "
                 f"as {known}: leave it out of row_order"
             )
-        order = said or known
-        if order is None and own in FUSED and own not in ROLE_OF:
+        if isinstance(known, Unfit):
+            raise UnknownRowsError(
+                f"a weight is adapted when each head has its own rows, got {known} in {path!r} of {kind}: leave it out "
+                "of target_modules"
+            )
+        if said is None and known is None and own in FUSED and own not in ROLE_OF:
             raise UnknownRowsError(
                 f"the order of fused rows is known per attention class, {kind} is not known and the name {path!r} "
                 f'proves nothing: pass HoraConfig(row_order={{"{own}": "q k v"}}) if it is all of q, then k, then v, '
-                "or leave it out of target_modules"
+                '"[head][q k v]" if each head has its own q, k and v, or leave it out of target_modules'
             )
-        if order not in (None, _GATED, *PLAIN_ORDERS):
-            raise UnknownRowsError(
-                f"a fused weight is adapted when its rows are all of q, then k, then v, got {order} in {path!r} of "
-                f"{kind}: leave it out of target_modules"
-            )
-        return None if order == _GATED and own not in ROLE_OF else order
+        return Order.parse(said) if said else known
 
     def rows(self, own: str) -> list[Rows]:
-        """The projections that the child `own` holds.
+        """The parts that the child `own` holds.
 
         Raises
         ------
@@ -138,17 +133,71 @@ class Attention:
             If the order of the rows or the head counts are not known, or sources disagree.
         """
         order = self.order(own)
-        if order in PLAIN_ORDERS:
-            return self._fused(own, order.split())
+        if order is not None:
+            return self._told(own, order) if order.sized else self._fused(own, order)
         role, width = ROLE_OF.get(own), self.widths[own]
-        heads, source = self._separate(own, role, width, 2 if order == _GATED else 1)
-        return [Rows(role or identifier(own), 0, width, heads, source)]
+        if role is None and not self._counts(own, None):
+            return [Rows(identifier(own), 1, width, 0, width, 1, "a map without heads has one", alone=True)]
+        heads, source = self._separate(own, role, width)
+        return [Rows(role or identifier(own), heads, width // heads, 0, width, 1, source)]
 
-    def _separate(self, own: str, role: str | None, rows: int, parts: int) -> tuple[int, str]:
-        """Heads of a projection with a weight of its own, whose heads are `parts` times as wide as their width."""
+    def _told(self, own: str, order: Order) -> list[Rows]:
+        """Parts whose heads and widths the order tells, which make up all rows."""
+        rows, sizes = self.widths[own], []
+        for part in order.parts:
+            heads, *factors = [self._number(own, factor) for factor in part.factors]
+            sizes.append((heads, prod(factors) if factors else rows // heads))
+        blocks = 1 if order.blocks is None else self._number(own, order.blocks)
+        self._check_said(own, order, sizes)
+        names = [name for part in order.parts for name in part.factors if not name.isdigit()]
+        source = ", ".join(dict.fromkeys(str(self._attribute(own, name)) for name in names)) or f"row_order {order}"
+        return self._placed(own, order, sizes, blocks, source)
+
+    def _check_said(self, own: str, order: Order, sizes: Sequence[tuple[int, int]]) -> None:
+        """Raise if the user, or the attention itself, says another number of heads than the order."""
+        for part, (heads, _) in zip(order.parts, sizes, strict=True):
+            levels = (_USER, _ATTENTION) if self._is_said(own) else (_USER,)
+            said = [fact for fact in self._counts(own, part.name) if fact.level in levels] if part.name in ROLES else []
+            if said and all(fact.value != heads for fact in said):
+                raise HoraError(
+                    f"the heads of {part.name} in {self._child(own)!r} are one number, got {heads} from the order "
+                    f"{order} and {', '.join(map(str, said))}: correct one of them"
+                )
+
+    def _number(self, own: str, factor: str) -> int:
+        return int(factor) if factor.isdigit() else self._attribute(own, factor).value
+
+    def _attribute(self, own: str, name: str) -> _Fact:
+        found = [fact for fact in self._ask((name,)) if fact.level < _MODEL]
+        if not found:
+            raise UnknownRowsError(
+                f"an order of rows names attributes of the attention module or its config that are integers above 0, "
+                f"got {name!r} for {self._child(own)!r} of {type(self.module).__name__}: name others, or write numbers"
+            )
+        return found[0]
+
+    def _placed(self, own: str, order: Order, sizes: Sequence[tuple[int, int]], blocks: int, source: str) -> list[Rows]:
+        """Parts one after the other in each block, which holds an equal share of the heads of each."""
+        rows, total = self.widths[own], sum(heads * width for heads, width in sizes)
+        if total != rows or any(heads % blocks for heads, _ in sizes):
+            named = zip(order.names, sizes, strict=True)
+            parts = ", ".join(f"{heads} heads x {width} of {p}" for p, (heads, width) in named)
+            raise UnknownRowsError(
+                f"the parts of {self._child(own)!r} make up its {rows} output rows, in blocks of whole heads, got "
+                f"{parts} in {blocks} blocks ({source}): pass another row_order, or leave it out of target_modules"
+            )
+        start, result = 0, []
+        for name, (heads, width) in zip(order.names, sizes, strict=True):
+            stop = start + heads // blocks * width
+            result.append(Rows(name, heads, width, start, stop, blocks, source))
+            start = stop
+        return result
+
+    def _separate(self, own: str, role: str | None, rows: int) -> tuple[int, str]:
+        """Heads of a projection with a weight of its own."""
         said: dict[_Fact, int | None] = {fact: fact.value for fact in self._counts(own, role)}
         for fact in self._widths(role):
-            said[fact] = _quotient(rows, parts * fact.value)
+            said[fact] = _quotient(rows, fact.value)
         if role in ("k", "v"):
             said |= dict(self._from_siblings(role, rows, alone=not said))
         candidates: dict[int, list[_Fact]] = {}
@@ -183,34 +232,35 @@ class Attention:
         for fact in self._counts(name, "q") if alone else ():
             yield fact, fact.value
         if not self._widths(role):
-            width = query.width // query.heads
+            width = query.head_dim
             yield _Fact(width, f"the width of a head of {name}", _ATTENTION), _quotient(rows, width)
 
-    def _fused(self, own: str, parts: Sequence[str]) -> list[Rows]:
-        rows, widths = self.widths[own], self._widths("q")
+    def _fused(self, own: str, order: Order) -> list[Rows]:
+        """Parts q, k and v of one width, whose heads the model tells."""
+        rows, widths, parts = self.widths[own], self._widths("q"), order.names
         query = self._counts(own, "q")
         key_value = self._counts(own, "kv")
-        if not key_value and (widths or not self._is_said(own)):  # else nothing tells grouped queries from others
+        alike = order.blocks == "head" or widths or not self._is_said(own)
+        if not key_value and alike:  # else nothing tells grouped queries from others
             key_value = query
         query = query if "q" in parts else []
         candidates: dict[tuple[int, int], list[_Fact]] = {}
         for q in {fact.value for fact in query} or {0}:
-            for kv in {fact.value for fact in key_value}:
+            for kv in {fact.value for fact in key_value} if set(parts) != {"q"} else {0}:
                 width = _quotient(rows, sum(q if part == "q" else kv for part in parts))
                 if width:
                     agree = [fact for fact in query if fact.value == q]
                     agree += [fact for fact in key_value if fact.value == kv]
                     agree += [fact for fact in widths if fact.value == width]
                     candidates[q, kv] = list(dict.fromkeys(agree))
-        what = f"{rows} output rows in the order {' '.join(parts)}"
+        what = f"{rows} output rows in the order {order}"
         facts = list(dict.fromkeys([*query, *key_value, *widths]))
         (q, kv), facts = self._choose(own, what, candidates, facts)
         counts = [q if part == "q" else kv for part in parts]
-        width, start, result = rows // sum(counts), 0, []
-        for part, count in zip(parts, counts, strict=True):
-            result.append(Rows(part, start, count * width, count, ", ".join(map(str, facts))))
-            start += count * width
-        return result
+        named = {None: 1, "head": q or kv, "group": kv or q}
+        blocks = named[order.blocks] if order.blocks in named else self._number(own, str(order.blocks))
+        sizes = [(count, rows // sum(counts)) for count in counts]
+        return self._placed(own, order, sizes, blocks, ", ".join(map(str, facts)))
 
     def _choose(
         self, own: str, what: str, candidates: Mapping[Any, list[_Fact]], facts: Sequence[_Fact]
@@ -274,17 +324,6 @@ def _attribute(holder: Any, name: str) -> Any:
         return getattr(holder, name, None)
     except RuntimeError:
         return None
-
-
-def matches(key: str, module: str) -> bool:
-    """PEFT's rule for patterns: the end of the path, as a regular expression."""
-    return re.match(rf"(.*\.)?({key})$", module) is not None
-
-
-def identifier(name: str) -> str:
-    """A module name as the name of a projection."""
-    name = re.sub(r"\W", "_", name)
-    return f"_{name}" if name[:1].isdigit() else name
 
 
 def _quotient(number: int, divisor: int) -> int | None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hora_spec import AdapterSpec, HoraError, LayerShape, Site, layer_from_json, layer_to_json
+from hora_spec import AdapterSpec, HoraError, LayerShape, Site, layer_from_json, layer_to_json, param_shapes
 from peft import PeftModel
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
@@ -16,23 +16,38 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from hora_torch.config import HoraConfig
-from hora_torch.heads import DisagreeError, UnknownRowsError, identifier, matches
+from hora_torch.heads import DisagreeError, UnknownRowsError
+from hora_torch.roles import ROLES, identifier, matches
 from hora_torch.said import check_layers, check_patterns, unmatched
-from hora_torch.sites import Found, check_recorded, find_sites, is_candidate, not_in_use
-from hora_torch.targets import base_module, no_default, no_match, short_names, targets_of
+from hora_torch.sites import (
+    Found,
+    attention_of,
+    check_recorded,
+    find_sites,
+    is_candidate,
+    not_in_use,
+    targets_of,
+    where_named,
+)
+from hora_torch.targets import base_module, no_default, no_match, short_names
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
     """The projections of one attention module, and the module that will own their hypernetwork.
 
-    ``sources`` says for each projection how its rows and head count are known.
+    ``sources`` says for each projection how its rows and head count are known; a layer is ``alone`` if it is a map
+    without heads, which shares nothing.
     """
 
     name: str
     spec: AdapterSpec
     sites: Mapping[str, Site]
     sources: Mapping[str, str]
+    alone: bool = False
+
+    def __post_init__(self) -> None:
+        param_shapes(self.spec, self.shape)  # refuses what does not fit together
 
     @property
     def leader(self) -> str:
@@ -89,11 +104,12 @@ class Plan:
     unmatched: tuple[str, ...] = ()
 
     def headline(self) -> str:
-        """How many attention modules are adapted."""
-        adapted = {layer.name for layer in self.layers}
-        partly = adapted & self.left_out.keys()
+        """How many attention modules, and other maps, are adapted."""
+        adapted = {layer.name for layer in self.layers if not layer.alone}
+        partly, alone = adapted & self.left_out.keys(), len(self.layers) - len(adapted)
         text = f"HoRA adapts {len(adapted)} of {len(adapted | self.left_out.keys())} attention modules"
-        return text + (f", {len(partly)} of them in part" if partly else "")
+        text += f", {len(partly)} of them in part" if partly else ""
+        return text + (f", and {alone} maps without heads" if alone else "")
 
     def warning(self) -> str:
         """What may not be as it was meant, in one line; empty if there is nothing."""
@@ -159,11 +175,24 @@ def make_plan(model: nn.Module, config: HoraConfig, leaders: Mapping[str, Any] |
         config.target_modules = short_names(model, [name for name, _ in _modules(model) if is_candidate(model, name)])
     elif config.target_modules is None and config.given_layers is not None:
         config.target_modules = {site["module"] for e in config.given_layers for site in e["projections"].values()}
-    _maybe_include_all_linear_layers(config, model)
+    everything = _includes_everything(config, model)
     names = targets_of(model, leaders) if leaders is not None else _matching(model, config)
     if config.given_layers is not None:
         return Plan(_recorded(model, names, config), {}, config.target_modules)
-    return _new_plan(model, names, config, default)
+    return _new_plan(model, names, config, named=not (default or everything))
+
+
+def _includes_everything(config: HoraConfig, model: nn.Module) -> bool:
+    """Replace ``"all-linear"`` by the names of all maps, as PEFT does, and of every ``nn.MultiheadAttention``."""
+    said = config.target_modules
+    _maybe_include_all_linear_layers(config, model)
+    if config.target_modules is said:
+        return False
+    names = {name: base_module(module) for name, module in _modules(model)}
+    whole = {name for name, module in names.items() if isinstance(module, nn.MultiheadAttention)}
+    found = set(config.target_modules or ())
+    config.target_modules = {name for name in found if name.rpartition(".")[0] not in whole} | whole
+    return True
 
 
 def planned_layer(config: HoraConfig, module: str) -> LayerPlan | None:
@@ -174,7 +203,8 @@ def planned_layer(config: HoraConfig, module: str) -> LayerPlan | None:
     return None
 
 
-def _new_plan(model: nn.Module, names: Iterable[str], config: HoraConfig, default: bool) -> Plan:
+def _new_plan(model: nn.Module, names: Iterable[str], config: HoraConfig, *, named: bool) -> Plan:
+    """Layers of the targets; what is not known of one is an error where the user has `named` it."""
     names, left_out = list(names), {}
     check_patterns(config, ("num_heads", "row_order"), names)
     found: dict[str, list[Found]] = {}
@@ -188,23 +218,30 @@ def _new_plan(model: nn.Module, names: Iterable[str], config: HoraConfig, defaul
                 "one of them; give each place a module of its own, or leave them out with exclude_modules"
             )
         try:
-            if default and (reason := not_in_use(model, name)):
+            if not named and (reason := not_in_use(model, name)):
                 raise UnknownRowsError(reason)
-            found.setdefault(layer, []).extend(find_sites(model, name, config))
+            for place in find_sites(model, name, config):
+                found.setdefault(name if place.alone else layer, []).append(place)
         except UnknownRowsError as error:
-            if not default:
+            if named:
                 raise
             left_out[layer] = str(error)
             uncertain |= {layer} if isinstance(error, DisagreeError) else set()
+    if not named:
+        reasons = ((_layer_name(model, name), where_named(model, name)) for name, _ in _modules(model))
+        left_out |= {layer: reason for layer, reason in reasons if reason and layer not in found}
+    held = {place.role for places in found.values() for place in places} | set(ROLES)
+    if found and (strange := [part for part in config.fused_projections if part not in held]):
+        raise HoraError(f"fused_projections names parts of the targets, got {strange}, which none of them holds")
     layers = tuple(_layer_plan(name, sites, config) for name, sites in found.items() if sites and name not in uncertain)
     if not layers and not config.exclude_modules and not config.modules_to_save:
-        raise no_default(left_out) if default else no_match(model, config)
+        raise no_match(model, config) if named else no_default(left_out)
     if layers:
         adapted = [module for layer in layers for module in layer.modules]
         check_patterns(config, ("rank_pattern", "alpha_pattern"), adapted)
         check_layers(config, adapted)
-    unknown = () if default else tuple(unmatched(config, (name for name, _ in _modules(model))))
-    if default and left_out:
+    unknown = tuple(unmatched(config, (name for name, _ in _modules(model)))) if named else ()
+    if left_out:
         config.target_modules = short_names(model, [module for layer in layers for module in layer.modules])
     return Plan(layers, left_out, config.target_modules, unknown)
 
@@ -212,7 +249,8 @@ def _new_plan(model: nn.Module, names: Iterable[str], config: HoraConfig, defaul
 def _layer_plan(name: str, found: list[Found], config: HoraConfig) -> LayerPlan:
     named = _named(found)
     sites = {p: entry.site for p, entry in named.items()}
-    return LayerPlan(name, _layer_spec(name, sites, config), sites, {p: entry.source for p, entry in named.items()})
+    sources, alone = {p: entry.source for p, entry in named.items()}, all(entry.alone for entry in found)
+    return LayerPlan(name, _layer_spec(name, sites, config), sites, sources, alone)
 
 
 def _recorded(model: nn.Module, names: Iterable[str], config: HoraConfig) -> tuple[LayerPlan, ...]:
@@ -268,10 +306,10 @@ def _named(found: list[Found]) -> dict[str, Found]:
 
 
 def _layer_name(model: nn.Module, target: str) -> str:
-    """A layer is named by its attention: the parent of its projections, or the module that has them inside."""
+    """A layer is named by its attention: what splits the projections into heads."""
     if isinstance(base_module(model.get_submodule(target)), nn.MultiheadAttention):
         return target
-    return target.rpartition(".")[0] or "."
+    return attention_of(model, target)[0] or "."
 
 
 def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

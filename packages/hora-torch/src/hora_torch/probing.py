@@ -1,114 +1,185 @@
-"""Which rows of an attention's projections act on one head, told by gradients alone.
+"""What an attention computes with the rows of its projections, seen in gradients alone: no name and no plan is asked.
 
-The context of an attention, what its output projection reads, is differentiated by the outputs of its projections. A
-column of the context depends on the rows of q and k of one head, all of them, and on one row of v.
+The context, what the output projection reads, is differentiated by the outputs of the projections. In softmax attention
+a column of it depends on *wide* rows, all those of q and k in one head, which reach the columns beside it too, and on
+one *narrow* row, of v, which does not. Of the wide rows those of q are *local*: a position of the context depends on q
+there alone. And a softmax couples its rows: the derivative by one is not constant in any other. Where an attention is
+not so, `UntoldError` says why: nothing can be said of its rows.
 """
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from hora_spec import ProjectionShape, Site
 from torch import Tensor, nn
 
 from hora_torch.targets import base_module, is_supported
 
+Masks = dict[str, Tensor]
+
+
+class UntoldError(Exception):
+    """Why gradients tell nothing about an attention; never seen outside of ``verify``."""
+
 
 @dataclass(slots=True)
 class Record:
-    """The last call of one attention module: projections as leaves of a graph, and what may be the context."""
+    """The last call of one attention module: outputs of projections, as leaves, and what may be the context."""
 
-    leaves: dict[str, Tensor] = field(default_factory=dict)
+    leaves: dict[str, list[Tensor]] = field(default_factory=dict)
     candidates: list[Tensor] = field(default_factory=list)
+
+    def outputs(self) -> list[tuple[str, Tensor]]:
+        """All leaves with the names of their modules, which may be called more than once."""
+        return [(name, leaf) for name, leaves in self.leaves.items() for leaf in leaves]
 
 
 @contextmanager
-def recorded(model: nn.Module, attentions: Mapping[str, set[str]]) -> Generator[dict[str, Record], None, None]:
-    """Records of the calls of attention modules: path to the names of the children that are adapted."""
+def recorded(
+    model: nn.Module, attentions: Mapping[str, set[str]], *, norms: bool = True
+) -> Generator[dict[str, Record], None, None]:
+    """Records of calls of attention modules: path to the names of the adapted children; `norms` inside may be skipped.
+
+    A norm joins rows that nothing else joins, and changes neither their places nor their number.
+    """
     records = {path: Record() for path in attentions}
     with ExitStack() as stack:
         for path, adapted in attentions.items():
             attention, record = model.get_submodule(path), records[path]
-            for name, child in attention.named_children():
-                if not is_supported(base_module(child)):
+            stack.enter_context(attention.register_forward_pre_hook(_forgets(record)))
+            for name, module in attention.named_modules():
+                if name in adapted:
+                    stack.enter_context(module.register_forward_hook(_leaf(record, name)))
+                elif name.partition(".")[0] in adapted:
                     continue
-                hook = _leaf(record, name) if name in adapted else _input(record)
-                stack.enter_context(child.register_forward_hook(hook))
+                elif is_supported(base_module(module)):
+                    stack.enter_context(module.register_forward_hook(_input(record)))
+                elif not norms and _is_norm(module):
+                    stack.enter_context(module.register_forward_hook(lambda _, args, y: args[0].to(y.dtype)))
             stack.enter_context(attention.register_forward_hook(_output(record)))
         yield records
 
 
-def rows_of_one_head(record: Record, sites: Mapping[str, Site], names: Mapping[str, str]) -> str | None:
-    """What is wrong with the planned rows and heads of an attention; empty if nothing, None if it cannot be told.
+class Probe:
+    """The context of one attention, and the rows on which its columns depend."""
 
-    Parameters
-    ----------
-    record
-        Of a call of the attention.
-    sites
-        Projection to place.
-    names
-        Projection to the name of the child that holds it.
-    """
-    roles = {p: role for p in sites if (role := p.rpartition("_")[2]) in ("q", "k", "v")}
-    sites = {p: sites[p] for p in roles}
-    context = _context(record)
-    if context is None or "q" not in roles.values():  # any split of values alone looks right
-        return None
-    shapes = {roles[p]: site.projection for p, site in sites.items()}
-    if fault := _width_fault(shapes, context.shape[-1]):
-        return fault
-    weights = torch.randn(context.shape[:-1], generator=torch.Generator().manual_seed(0)).to(context)
-    leaves, seen = list(record.leaves.values()), set()
-    for column in _columns(context.shape[-1]) if context.requires_grad else ():
-        value = (context[..., column] * weights).sum()
-        grads = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
-        reached = {name: _used(grad) for name, grad in zip(record.leaves, grads, strict=True) if grad is not None}
-        heads = set()
-        for p, site in sites.items():
-            if names[p] not in reached:
-                continue
-            rows, shape = site.layout.rows(site.weight_shape), site.projection
-            used = reached[names[p]][rows.index].nonzero().flatten()
-            if len(used) == shape.num_heads * shape.head_dim and shape.num_heads > 1:
-                continue  # a norm over all heads, or heads that talk: every row acts on every head
-            touched, expected = set((used // shape.head_dim).tolist()), 1 if roles[p] == "v" else shape.head_dim
-            if len(touched) != 1 or len(used) != expected:
-                return (
-                    f"a head of the attention depends on {expected} rows of {p} in one planned head, got {len(used)} "
-                    f"in {len(touched)}"
-                )
-            seen.add(p)
-            fewest = min(shape.num_heads for shape in shapes.values())
-            heads.add(touched.pop() * fewest // shape.num_heads)
-        if len(heads) > 1:
-            return "q and v of one head are planned as different heads"
-    return "" if seen == sites.keys() else None
+    def __init__(self, record: Record, context: Tensor) -> None:
+        self._outputs, self._context = record.outputs(), context
+        self._weights = torch.randn(context.shape[:-1], generator=torch.Generator().manual_seed(0)).to(context)
+        self._used: dict[int, Masks] = {}
+
+    @property
+    def width(self) -> int:
+        """Columns of the context."""
+        return self._context.shape[-1]
+
+    def column(self, index: int) -> tuple[Masks, Masks]:
+        """Wide and narrow rows of a column, (rows,) for each module.
+
+        Raises
+        ------
+        UntoldError
+            If it does not depend on wide rows, or on more than one narrow row.
+        """
+        own = self._reached(index)
+        beside = [self._reached(other) for other in (index - 1, index + 1) if 0 <= other < self.width]
+        shared = {name: sum((rows[name] for rows in beside), torch.zeros_like(own[name])) for name in own}
+        wide = {name: own[name] & shared[name] for name in own}
+        narrow = {name: own[name] & ~shared[name] for name in own}
+        if not _count(wide):
+            raise UntoldError("no row acts on a whole head, as queries do that have more than one key")
+        if _count(narrow) > 1:
+            raise UntoldError("more rows than one act on one column alone, as gates beside values do")
+        return wide, narrow
+
+    def local(self, index: int) -> Masks:
+        """Wide rows of a column that act on their own position alone: queries.
+
+        Raises
+        ------
+        UntoldError
+            If there are none, or they belong to no softmax of their own.
+        """
+        wide, _ = self.column(index)
+        local = {name: torch.zeros_like(rows) for name, rows in wide.items()}
+        flat = self._context[..., index].flatten()
+        for position in sorted({len(flat) - 1, len(flat) // 2, len(flat) // 4}):  # some may be padding
+            for name, grad in self._gradients(flat[position]):
+                positions = (grad.flatten(0, -2) != 0).sum(0)
+                local[name] |= (positions == 1) & wide[name]
+        if not _count(local):
+            raise UntoldError("no row acts on its own position alone, as queries do that no others are mixed into")
+        self._check_coupling(index, wide, local)
+        return local
+
+    def _check_coupling(self, index: int, wide: Masks, local: Masks) -> None:
+        name = next(name for name, rows in local.items() if rows.any())
+        row = int(local[name].nonzero()[0])
+        coupled = {own: torch.zeros_like(rows) for own, rows in wide.items()}
+        try:
+            for own, grad in self._gradients(self._sum(index), create_graph=True):
+                if own == name and grad.requires_grad:
+                    for other, second in self._gradients(grad[..., row].square().sum()):
+                        coupled[other] |= _any_position(second)
+        except RuntimeError as error:
+            raise UntoldError(f"it cannot be differentiated twice, try attn_implementation='eager': {error}") from error
+        if any(bool((wide[own] & ~coupled[own]).any()) for own in wide):
+            raise UntoldError("its rows do not share one softmax: attentions are added, or channels attend to channels")
+
+    def _reached(self, index: int) -> Masks:
+        if index not in self._used:
+            masks = {name: torch.zeros(leaf.shape[-1], dtype=torch.bool) for name, leaf in self._outputs}
+            for name, grad in self._gradients(self._sum(index)):
+                masks[name] |= _any_position(grad)
+            self._used[index] = masks
+        return self._used[index]
+
+    def _sum(self, index: int) -> Tensor:
+        return (self._context[..., index] * self._weights).sum()
+
+    def _gradients(self, value: Tensor, *, create_graph: bool = False) -> list[tuple[str, Tensor]]:
+        settings = {"retain_graph": True, "allow_unused": True, "create_graph": create_graph}
+        grads = torch.autograd.grad(value, [leaf for _, leaf in self._outputs], **settings)
+        named = zip(self._outputs, grads, strict=True)
+        return [(name, grad.nan_to_num()) for (name, _), grad in named if grad is not None]
 
 
-def _width_fault(shapes: Mapping[str, ProjectionShape], width: int) -> str:
-    """The context of all heads of q is as wide as their values; linear attention may have more heads of v than of q."""
-    if "v" not in shapes or shapes["v"].num_heads > shapes["q"].num_heads:
-        return ""
-    planned = shapes["q"].num_heads * shapes["v"].head_dim
-    return "" if planned == width else f"the planned heads of q and v make a context of {planned} columns, got {width}"
+def probes(record: Record) -> Generator[Probe, None, None]:
+    """Of all that may be the context: what depends on each projection, first that which was computed first."""
+    leaves = record.outputs()
+    for tensor in record.candidates:
+        if leaves and tensor.requires_grad:
+            grads = torch.autograd.grad(tensor.sum(), [x for _, x in leaves], retain_graph=True, allow_unused=True)
+            reached = {name for (name, _), grad in zip(leaves, grads, strict=True) if grad is not None}
+            if reached == record.leaves.keys():
+                yield Probe(record, tensor)
 
 
-def _columns(width: int) -> list[int]:
-    return sorted({0, 1, width // 2 - 1, width // 2, width - 1} & set(range(width)))
+def _is_norm(module: nn.Module) -> bool:
+    plain = not [*module.children()] and all(param.ndim < 2 for param in module.parameters())
+    return plain and type(module).__name__.endswith("Norm")
 
 
-def _leaf(record: Record, name: str) -> Any:
+def _forgets(record: Record) -> Callable[..., None]:
+    def hook(*_: Any) -> None:
+        record.leaves.clear()
+        record.candidates.clear()
+
+    return hook
+
+
+def _leaf(record: Record, name: str) -> Callable[..., Tensor]:
     def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        record.leaves[name] = leaf = output.detach().requires_grad_()
+        leaf = output.detach().requires_grad_()
+        record.leaves.setdefault(name, []).append(leaf)
         return leaf.clone()  # which a model may write into
 
     return hook
 
 
-def _input(record: Record) -> Any:
+def _input(record: Record) -> Callable[..., None]:
     def hook(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
         if args and isinstance(args[0], Tensor):
             record.candidates.append(args[0])
@@ -116,7 +187,7 @@ def _input(record: Record) -> Any:
     return hook
 
 
-def _output(record: Record) -> Any:
+def _output(record: Record) -> Callable[..., None]:
     def hook(_: nn.Module, __: Any, output: Any) -> None:
         output = output if isinstance(output, Tensor) else next((x for x in output if isinstance(x, Tensor)), None)
         if output is not None:
@@ -125,18 +196,9 @@ def _output(record: Record) -> Any:
     return hook
 
 
-def _context(record: Record) -> Tensor | None:
-    """The first tensor after the projections that depends on them."""
-    leaves = list(record.leaves.values())
-    for tensor in record.candidates:
-        if tensor.requires_grad and leaves:
-            grads = torch.autograd.grad(tensor.sum(), leaves, retain_graph=True, allow_unused=True)
-            if any(grad is not None for grad in grads):
-                return tensor
-    return None
+def _any_position(grad: Tensor) -> Tensor:
+    return (grad.detach() != 0).flatten(0, -2).any(0).cpu()
 
 
-def _used(grad: Tensor) -> Tensor:
-    """Rows that a gradient reaches, (rows,)."""
-    largest = grad.abs().flatten(0, -2).amax(0)
-    return largest > 1e-6 * largest.max()
+def _count(masks: Masks) -> int:
+    return sum(int(rows.sum()) for rows in masks.values())

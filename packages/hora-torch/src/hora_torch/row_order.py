@@ -11,36 +11,59 @@ from typing import NamedTuple
 
 from torch import nn
 
+from hora_torch.order import Order, Unfit
+
 
 class By(NamedTuple):
     """An order that depends on an attribute of the attention module."""
 
     attribute: str
-    true: "Order"
-    false: "Order"
+    true: "Known"
+    false: "Known"
 
 
-Order = str | By | None
+Known = str | Unfit | By | None
 
-_QKV: Mapping[str, Order] = {"qkv": "q k v"}
-_KV: Mapping[str, Order] = {"kv": "k v"}
-_TO_KV: Mapping[str, Order] = {"to_kv": "k v"}
-_GPT2: Mapping[str, Order] = {"c_attn": By("is_cross_attention", "k v", "q k v")}
-_HEAD_FIRST: Mapping[str, Order] = {"query_key_value": "[head][q k v]"}
-_FALCON: Mapping[str, Order] = {
-    "query_key_value": By("new_decoder_architecture", "[kv head][q.. k v]", By("multi_query", "q k v", "[head][q k v]"))
+_QKV: Mapping[str, Known] = {"qkv": "q k v"}
+_KV: Mapping[str, Known] = {"kv": "k v"}
+_TO_KV: Mapping[str, Known] = {"to_kv": "k v"}
+_GPT2: Mapping[str, Known] = {"c_attn": By("is_cross_attention", "k v", "q k v")}
+_HEAD_FIRST: Mapping[str, Known] = {"query_key_value": "[head][q k v]"}
+_FALCON: Mapping[str, Known] = {
+    "query_key_value": By("new_decoder_architecture", "[group][q k v]", By("multi_query", "q k v", "[head][q k v]"))
 }
-_LATENT: Mapping[str, Order] = {"kv_b_proj": "[head][k v]"}
-_GATED: Mapping[str, Order] = {"q_proj": "[head][q gate]"}
-_DELTA_RULE: Mapping[str, Order] = {"in_proj_qkv": "[key heads] q k [value heads] v"}
-_FUSED_LATER: Mapping[str, Order] = {"to_qkv": "q k v", "to_kv": "k v", "to_added_qkv": "q k v", "to_added_kv": "k v"}
+_LATENT_QUERY = "q:num_heads*qk_head_dim"
+_LATENT: Mapping[str, Known] = {
+    "q_proj": _LATENT_QUERY,
+    "q_b_proj": _LATENT_QUERY,
+    "kv_b_proj": "[num_heads][k:num_heads*qk_nope_head_dim v:num_heads*v_head_dim]",
+}
+_GATED: Mapping[str, Known] = {
+    "q_proj": "[num_attention_heads][q:num_attention_heads*head_dim gate:num_attention_heads*head_dim]"
+}
+_UNEQUAL = "[num_heads][q:num_heads*key_dim k:num_heads*key_dim v:num_heads*val_dim]"
+_KEY, _VALUE = "num_k_heads*head_k_dim", "num_v_heads*head_v_dim"
+_DELTA_RULE: Mapping[str, Known] = {"in_proj_qkv": f"q:{_KEY} k:{_KEY} v:{_VALUE}"}
+_SEPARATE_DELTA_RULE: Mapping[str, Known] = {"q_proj": f"q:{_KEY}", "k_proj": f"k:{_KEY}", "v_proj": f"v:{_VALUE}"}
+_LINEAR: Mapping[str, Known] = {f"{p}_proj": f"{p}:num_heads*head_dim" for p in "qkv"}
+_STATE_SPACE: Mapping[str, Known] = {
+    "in_proj": "z:num_heads*head_dim x:num_heads*head_dim b:n_groups*ssm_state_size c:n_groups*ssm_state_size "
+    "dt:num_heads*1"
+}
+_TWO_MAPS = "q:num_heads*2*head_dim k:num_heads*2*head_dim v:num_heads*2*head_dim"  # which share a head
+_TWICE = Unfit("q and k of two maps one after the other")
+_FUSED_LATER: Mapping[str, Known] = {"to_qkv": "q k v", "to_kv": "k v", "to_added_qkv": "q k v", "to_added_kv": "k v"}
 
-_TRANSFORMERS: Mapping[str, Mapping[str, Order]] = {
+_TRANSFORMERS: Mapping[str, Mapping[str, Known]] = {
     # separate projections, whose rows a MultiheadAttention mixes before it splits them into heads
-    "aria.modeling_aria.AriaCrossAttention": {f"{p}_proj": f"[no heads] {p}" for p in "qkv"},
+    "aria.modeling_aria.AriaCrossAttention": {f"{p}_proj": Unfit("rows of no head") for p in "qkv"},
     "axk1.modeling_axk1.AXK1Attention": _LATENT,
-    "axk2.modeling_axk2.AXK2Attention": _LATENT,
+    "axk2.modeling_axk2.AXK2Attention": {
+        **_LATENT,
+        "q_gate_proj": "[num_heads][q:num_heads*qk_head_dim gate:num_heads*v_head_dim]",
+    },
     "bailing_hybrid.modeling_bailing_hybrid.BailingHybridAttention": _LATENT,
+    "bailing_hybrid.modeling_bailing_hybrid.BailingHybridDeltaAttention": _LINEAR,
     "bark.modeling_bark.BarkSelfAttention": {"att_proj": "q k v"},
     "bark.modeling_bark.BarkSelfFlashAttention2": {"att_proj": "q k v"},
     "blip.modeling_blip.BlipAttention": _QKV,
@@ -48,6 +71,7 @@ _TRANSFORMERS: Mapping[str, Mapping[str, Order]] = {
     "bloom.modeling_bloom.BloomAttention": _HEAD_FIRST,
     "codegen.modeling_codegen.CodeGenAttention": {"qkv_proj": "[4][q v k]"},
     "cohere_compass.modeling_cohere_compass.CohereCompassVisionAttention": _QKV,
+    "ctrl.modeling_ctrl.MultiHeadAttention": {f"W{p}": f"{p}:num_heads*head_dim" for p in "qkv"},
     "dbrx.modeling_dbrx.DbrxAttention": {"Wqkv": "q k v"},
     "deberta.modeling_deberta.DisentangledSelfAttention": {"in_proj": "[head][q k v]"},
     "decision_transformer.modeling_decision_transformer.DecisionTransformerGPT2Attention": _GPT2,
@@ -60,8 +84,9 @@ _TRANSFORMERS: Mapping[str, Mapping[str, Order]] = {
     "dots3_note.modeling_dots3_note.Dots3NoteVisionAttention": _QKV,
     "ernie4_5_vl_moe.modeling_ernie4_5_vl_moe.Ernie4_5_VLMoeVisionAttention": _QKV,
     "esm.modeling_esmfold.EsmFoldInvariantPointAttention": {
-        "linear_kv": "[head][k v]",
-        "linear_kv_points": "[coordinate][head][k v]",
+        "linear_q": "q:num_heads*hidden_dim",
+        "linear_kv": "[num_heads][k:num_heads*hidden_dim v:num_heads*hidden_dim]",
+        "linear_kv_points": Unfit("a coordinate of all heads after the other"),
     },
     "esm.modeling_esmfold.EsmFoldSelfAttention": {"proj": "[head][q k v]"},
     "evolla.modeling_evolla.EvollaSequenceCompressorAttention": _TO_KV,
@@ -70,6 +95,7 @@ _TRANSFORMERS: Mapping[str, Mapping[str, Order]] = {
     "falcon.modeling_falcon.FalconFlashAttention2": _FALCON,
     "florence2.modeling_florence2.Florence2VisionChannelAttention": _QKV,
     "florence2.modeling_florence2.Florence2VisionWindowAttention": _QKV,
+    "funnel.modeling_funnel.FunnelRelMultiheadAttention": {f"{p}_head": f"{p}:n_head*d_head" for p in "qkv"},
     "glm4_moe_lite.modeling_glm4_moe_lite.Glm4MoeLiteAttention": _LATENT,
     "glm4v.modeling_glm4v.Glm4vVisionAttention": _QKV,
     "glm4v_moe.modeling_glm4v_moe.Glm4vMoeVisionAttention": _QKV,
@@ -95,15 +121,29 @@ _TRANSFORMERS: Mapping[str, Mapping[str, Order]] = {
     "instructblipvideo.modeling_instructblipvideo.InstructBlipVideoAttention": _QKV,
     "jetmoe.modeling_jetmoe.JetMoeAttention": {"kv_proj": "k v"},
     "kimi_linear.modeling_kimi_linear.KimiLinearAttention": _LATENT,
+    "kimi_linear.modeling_kimi_linear.KimiLinearDeltaAttention": _LINEAR,
     "layoutlmv2.modeling_layoutlmv2.LayoutLMv2SelfAttention": {"qkv_linear": "q k v"},
+    "levit.modeling_levit.LevitAttention": {
+        "queries_keys_values.linear": "[num_attention_heads][q:num_attention_heads*key_dim "
+        "k:num_attention_heads*key_dim v:num_attention_heads*attention_ratio*key_dim]"
+    },
+    "levit.modeling_levit.LevitAttentionSubsample": {
+        "queries.linear": "q:num_attention_heads*key_dim",
+        "keys_values.linear": "[num_attention_heads][k:num_attention_heads*key_dim "
+        "v:num_attention_heads*attention_ratio*key_dim]",
+    },
     "longcat_flash.modeling_longcat_flash.LongcatFlashMLA": _LATENT,
     "mgp_str.modeling_mgp_str.MgpstrAttention": _QKV,
     "minicpm3.modeling_minicpm3.MiniCPM3Attention": _LATENT,
-    "minimax.modeling_minimax.MiniMaxLightningAttention": {"qkv_proj": "[head][q k v]"},
+    "minimax.modeling_minimax.MiniMaxLightningAttention": {
+        "qkv_proj": "[num_attention_heads][q:num_attention_heads*head_dim k:num_attention_heads*head_dim "
+        "v:num_attention_heads*head_dim]"
+    },
     "mistral4.modeling_mistral4.Mistral4Attention": _LATENT,
     "mistral_large4.modeling_mistral_large4.MistralLarge4TextAttention": _LATENT,
     "modernbert.modeling_modernbert.ModernBertAttention": {"Wqkv": "q k v"},
     "mpt.modeling_mpt.MptAttention": {"Wqkv": "q k v"},
+    "olmo_hybrid.modeling_olmo_hybrid.OlmoHybridGatedDeltaNet": _SEPARATE_DELTA_RULE,
     "openai.modeling_openai.Attention": {"c_attn": "q k v"},
     "persimmon.modeling_persimmon.PersimmonAttention": _HEAD_FIRST,
     "phi3.modeling_phi3.Phi3Attention": {"qkv_proj": "q k v"},
@@ -115,20 +155,16 @@ _TRANSFORMERS: Mapping[str, Mapping[str, Order]] = {
     "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLVisionAttention": _QKV,
     "qwen2_vl.modeling_qwen2_vl.VisionAttention": _QKV,
     "qwen3_5.modeling_qwen3_5.Qwen3_5Attention": _GATED,
-    "qwen3_5.modeling_qwen3_5.Qwen3_5GatedDeltaNet": _DELTA_RULE,
     "qwen3_5.modeling_qwen3_5.Qwen3_5VisionAttention": _QKV,
     "qwen3_5_moe.modeling_qwen3_5_moe.Qwen3_5MoeAttention": _GATED,
-    "qwen3_5_moe.modeling_qwen3_5_moe.Qwen3_5MoeGatedDeltaNet": _DELTA_RULE,
     "qwen3_5_moe.modeling_qwen3_5_moe.Qwen3_5MoeVisionAttention": _QKV,
     "qwen3_next.modeling_qwen3_next.Qwen3NextAttention": _GATED,
-    "qwen3_next.modeling_qwen3_next.Qwen3NextGatedDeltaNet": {"in_proj_qkvz": "[key head][q k v.. gate..]"},
     "qwen3_omni_moe.modeling_qwen3_omni_moe.Qwen3OmniMoeVisionAttention": _QKV,
     "qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionAttention": _QKV,
     "qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeVisionAttention": _QKV,
     "qwen4_exp.modeling_qwen4_exp.Qwen4ExpTextAttention": _GATED,
-    "qwen4_exp.modeling_qwen4_exp.Qwen4ExpTextGatedDeltaNet": _DELTA_RULE,
     "qwen4_exp.modeling_qwen4_exp.Qwen4ExpVisionAttention": _QKV,
-    "reformer.modeling_reformer.LSHSelfAttention": {"query_key": "[q and k in one]"},
+    "reformer.modeling_reformer.LSHSelfAttention": {"query_key": Unfit("q and k in one")},
     "sam.modeling_sam.SamVisionAttention": _QKV,
     "sam.modeling_sam.SamVisionSdpaAttention": _QKV,
     "sam2.modeling_sam2.Sam2MultiScaleAttention": _QKV,
@@ -140,17 +176,35 @@ _TRANSFORMERS: Mapping[str, Mapping[str, Order]] = {
     "unlimited_ocr.modeling_unlimited_ocr.UnlimitedOcrSamVisionAttention": _QKV,
     "unlimited_ocr.modeling_unlimited_ocr.UnlimitedOcrSamVisionSdpaAttention": _QKV,
     "vitdet.modeling_vitdet.VitDetAttention": _QKV,
-    "xlstm.modeling_xlstm.xLSTMLayer": {"qkv_opreact": "[key heads] q k [value heads] v gate"},
+    "xlstm.modeling_xlstm.xLSTMLayer": {
+        **{p: f"{p}:num_heads" for p in "qkv"},
+        "qkv_opreact": Unfit("q, k, v and a gate of widths that no attribute tells"),
+    },
     "youtu.modeling_youtu.YoutuAttention": _LATENT,
 }
 
-_TIMM: Mapping[str, Mapping[str, Order]] = {
+_LINEAR_OR_STATE_SPACE: Mapping[str, Mapping[str, Known]] = {
+    "bamba.modeling_bamba.BambaMixer": _STATE_SPACE,
+    "falcon_h1.modeling_falcon_h1.FalconH1Mixer": _STATE_SPACE,
+    "granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer": _STATE_SPACE,
+    "mamba2.modeling_mamba2.Mamba2Mixer": _STATE_SPACE,
+    "nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer": _STATE_SPACE,
+    "qwen3_5.modeling_qwen3_5.Qwen3_5GatedDeltaNet": _DELTA_RULE,
+    "qwen3_5_moe.modeling_qwen3_5_moe.Qwen3_5MoeGatedDeltaNet": _DELTA_RULE,
+    "qwen3_next.modeling_qwen3_next.Qwen3NextGatedDeltaNet": {
+        "in_proj_qkvz": f"[num_k_heads][q:{_KEY} k:{_KEY} v:{_VALUE} z:{_VALUE}]"
+    },
+    "qwen4_exp.modeling_qwen4_exp.Qwen4ExpTextGatedDeltaNet": _DELTA_RULE,
+    "zamba2.modeling_zamba2.Zamba2MambaMixer": _STATE_SPACE,
+}
+
+_TIMM: Mapping[str, Mapping[str, Known]] = {
     "layers.attention.Attention": _QKV,
     "layers.attention.AttentionRope": _QKV,
     "layers.attention_pool.AttentionPoolLatent": _KV,
     "layers.attention_pool2d.AttentionPool2d": _QKV,
     "layers.attention_pool2d.RotAttentionPool2d": _QKV,
-    "layers.diff_attention.DiffAttention": {"qkv": "[two maps a head] q k v"},
+    "layers.diff_attention.DiffAttention": {"qkv": _TWO_MAPS},
     "models.beit.Attention": _QKV,
     "models.cait.TalkingHeadAttn": _QKV,
     "models.coat.FactorAttnConvRelPosEnc": _QKV,
@@ -161,12 +215,17 @@ _TIMM: Mapping[str, Mapping[str, Order]] = {
     "models.davit.ChannelAttentionV2": _QKV,
     "models.davit.WindowAttention": _QKV,
     "models.edgenext.CrossCovarianceAttn": _QKV,
-    "models.efficientformer.Attention": {"qkv": "[head][q k v]"},
+    "models.efficientformer.Attention": {"qkv": _UNEQUAL},
     "models.eva.EvaAttention": _QKV,
     "models.fastvit.Attention": _QKV,
     "models.gcvit.WindowAttentionGlobal": {"qkv": By("use_global", "k v", "q k v")},
     "models.hiera.MaskUnitAttention": _QKV,
     "models.hieradet_sam2.MultiScaleAttention": _QKV,
+    "models.levit.Attention": {"qkv.linear": _UNEQUAL},
+    "models.levit.AttentionDownsample": {
+        "q.ln.linear": "q:num_heads*key_dim",
+        "kv.linear": "[num_heads][k:num_heads*key_dim v:num_heads*val_dim]",
+    },
     "models.maxxvit.AttentionCl": {"qkv": By("head_first", "[head][q k v]", "q k v")},
     "models.metaformer.Attention": _QKV,
     "models.mvitv2.MultiScaleAttention": _QKV,
@@ -175,13 +234,13 @@ _TIMM: Mapping[str, Mapping[str, Order]] = {
     "models.swin_transformer.WindowAttention": _QKV,
     "models.swin_transformer_v2.WindowAttention": _QKV,
     "models.swin_transformer_v2_cr.WindowMultiHeadAttention": _QKV,
-    "models.tiny_vit.Attention": {"qkv": "[head][q k v]"},
+    "models.tiny_vit.Attention": {"qkv": _UNEQUAL},
     "models.tnt.Attention": {"qk": "q k"},
     "models.twins.GlobalSubSampleAttn": _KV,
     "models.twins.LocallyGroupedAttn": _QKV,
     "models.vision_transformer.Attention": _QKV,  # until timm 1.0.20
-    "models.vision_transformer.DiffParallelScalingBlock": {"in_proj": "[mlp][two maps a head] q k v"},
-    "models.vision_transformer.ParallelScalingBlock": {"in_proj": "[mlp] q k v"},
+    "models.vision_transformer.DiffParallelScalingBlock": {"in_proj": Unfit("rows of an MLP before q, k and v")},
+    "models.vision_transformer.ParallelScalingBlock": {"in_proj": Unfit("rows of an MLP before q, k and v")},
     "models.vision_transformer_relpos.RelPosAttention": _QKV,
     "models.vision_transformer_sam.Attention": _QKV,
     "models.volo.Attention": _QKV,
@@ -189,16 +248,18 @@ _TIMM: Mapping[str, Mapping[str, Order]] = {
     "models.xcit.XCA": _QKV,
 }
 
-_DIFFUSERS: Mapping[str, Mapping[str, Order]] = {
+_DIFFUSERS: Mapping[str, Mapping[str, Known]] = {
     "attention.AttentionModuleMixin": _FUSED_LATER,
     "attention_processor.Attention": _FUSED_LATER,
     "autoencoders.autoencoder_kl_minimax_h3_audio.MiniMaxH3AudioCausalAttention": _QKV,
-    "autoencoders.autoencoder_same.SAMEAttention": {"to_qkv": By("use_differential", "[q q k k v]", "q k v")},
+    "autoencoders.autoencoder_same.SAMEAttention": {"to_qkv": By("use_differential", _TWICE, "q k v")},
     "embeddings.MochiAttentionPool": _TO_KV,
     "transformers.consisid_transformer_3d.PerceiverAttention": _TO_KV,
     "transformers.consisid_transformer_3d.PerceiverCrossAttention": _TO_KV,
     "transformers.transformer_chronoedit.WanAttention": _FUSED_LATER,
-    "transformers.transformer_flux2.Flux2ParallelSelfAttention": {"to_qkv_mlp_proj": "q k v [mlp]"},
+    "transformers.transformer_flux2.Flux2ParallelSelfAttention": {
+        "to_qkv_mlp_proj": "q:heads*head_dim k:heads*head_dim v:heads*head_dim mlp:mlp_hidden_dim*mlp_mult_factor"
+    },
     "transformers.transformer_helios.HeliosAttention": _FUSED_LATER,
     "transformers.transformer_joyimage.JoyImageAttention": {"img_attn_qkv": "q k v", "txt_attn_qkv": "q k v"},
     "transformers.transformer_joyimage_edit_plus.JoyImageEditPlusAttention": {
@@ -209,17 +270,17 @@ _DIFFUSERS: Mapping[str, Mapping[str, Order]] = {
     "transformers.transformer_sana_wm.MultiHeadCrossAttention": {"kv_linear": "k v"},
     "transformers.transformer_skyreels_v2.SkyReelsV2Attention": _FUSED_LATER,
     "transformers.transformer_stable_audio3.StableAudio3CrossAttention": {
-        "to_kv": By("use_differential", "[k k v]", "k v")
+        "to_kv": By("use_differential", Unfit("k of two maps"), "k v")
     },
     "transformers.transformer_stable_audio3.StableAudio3SelfAttention": {
-        "to_qkv": By("use_differential", "[q q k k v]", "q k v")
+        "to_qkv": By("use_differential", _TWICE, "q k v")
     },
     "transformers.transformer_wan.WanAttention": _FUSED_LATER,
     "transformers.transformer_wan_animate.WanAttention": _FUSED_LATER,
     "transformers.transformer_wan_animate_2.WanAnimate2Attention": _FUSED_LATER,
 }
 
-_TORCHVISION: Mapping[str, Mapping[str, Order]] = {
+_TORCHVISION: Mapping[str, Mapping[str, Known]] = {
     "maxvit.RelativePositionalMultiHeadAttention": {"to_qkv": "q k v"},
     "swin_transformer.ShiftedWindowAttention": _QKV,
     "swin_transformer.ShiftedWindowAttentionV2": _QKV,
@@ -227,45 +288,46 @@ _TORCHVISION: Mapping[str, Mapping[str, Order]] = {
     "video.swin_transformer.ShiftedWindowAttention3d": _QKV,
 }
 
-ROW_ORDER: Mapping[str, Mapping[str, Order]] = {
+ROW_ORDER: Mapping[str, Mapping[str, Known]] = {
     f"{package}.{name}": orders
     for package, known in (
         ("transformers.models", _TRANSFORMERS),
+        ("transformers.models", _LINEAR_OR_STATE_SPACE),
         ("timm", _TIMM),
         ("diffusers.models", _DIFFUSERS),
         ("torchvision.models", _TORCHVISION),
     )
     for name, orders in known.items()
 }
-"""Order of the output rows, by the class that defines ``forward`` and the name of the fused module in it.
+"""Order of the output rows, by the class that defines ``forward`` and the path, in it, of the module that holds them.
 
-``"q k v"`` is all rows of q, then of k, then of v, each ``[head][head_dim]``; k and v may have fewer heads than q.
-``"k v"`` and ``"q k"`` are parts of it. Any order with a bracket is another one.
+Texts as `Order` reads them.
 """
 
+_WHERE_NAMED = {f"transformers.models.{name}" for name in _LINEAR_OR_STATE_SPACE}
 
-def row_order(attention: nn.Module, own: str) -> str | None:
-    """Order in which the output rows of a fused projection belong to q, k and v.
+
+def row_order(attention: nn.Module, own: str) -> Order | Unfit | None:
+    """Order in which the output rows of a linear map belong to projections.
 
     Parameters
     ----------
     attention
         The module whose ``forward`` splits the output, without adapters.
     own
-        Name of the fused ``Linear`` or ``Conv1D`` in it.
+        Path of the ``Linear`` or ``Conv1D`` in it.
 
     Returns
     -------
-    str or None
-        ``"q k v"``, ``"k v"`` or ``"q k"`` where the rows come in that order, a text with brackets where they come in
-        another, None where the class is unknown.
+    Order, Unfit or None
+        `Unfit` where the rows come in a way that no order describes, None where the class is unknown.
 
     Examples
     --------
     >>> from transformers import GPT2Config
     >>> from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
-    >>> row_order(GPT2Attention(GPT2Config(n_embd=8, n_head=2)), "c_attn")
-    'q k v'
+    >>> row_order(GPT2Attention(GPT2Config(n_embd=8, n_head=2)), "c_attn").names
+    ('q', 'k', 'v')
     """
     if "forward" in vars(attention) and not hasattr(
         attention, "_hf_hook"
@@ -278,7 +340,12 @@ def row_order(attention: nn.Module, own: str) -> str | None:
     while isinstance(order, By):
         value = getattr(attention, order.attribute, None)
         order = None if value is None else order.true if value else order.false
-    return order
+    return Order.parse(order) if isinstance(order, str) else order
+
+
+def is_where_named(attention: nn.Module) -> bool:
+    """Whether an attention is linear, or a state space, whose heads are adapted where they are named alone."""
+    return _forward_class(type(attention)) in _WHERE_NAMED
 
 
 def _forward_class(cls: type) -> str:

@@ -7,7 +7,7 @@ from hora_spec import HoraError
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from hora_torch.config import HoraConfig
-from hora_torch.heads import matches
+from hora_torch.roles import matches
 
 
 def check_patterns(config: HoraConfig, fields: Iterable[str], modules: Sequence[str]) -> None:

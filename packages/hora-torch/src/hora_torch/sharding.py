@@ -10,12 +10,18 @@ from torch import Tensor
 from hora_torch.linear import Branch
 
 if torch.distributed.is_available():
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is distributed over processes."""
     return torch.distributed.is_available() and isinstance(tensor, DTensor)
+
+
+def placed_like(value: Tensor, stored: Tensor) -> Tensor:
+    """`value`, which every process has whole, in the placement of `stored`."""
+    value = value.to(stored.device, stored.dtype)
+    return distribute_tensor(value, stored.device_mesh, stored.placements) if is_sharded(stored) else value
 
 
 def check_rows_alone(weight: Tensor, axis: int, module: str) -> None:

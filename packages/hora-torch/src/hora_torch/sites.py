@@ -7,29 +7,31 @@ import inspect
 import itertools
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from hora_spec import HoraError, Layout, ProjectionShape, Site, Window
-from torch import nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor, nn
 
-from hora_torch.config import PLAIN_ORDERS, HoraConfig
-from hora_torch.heads import FUSED, ROLE_OF, Attention, Rows, UnknownRowsError
-from hora_torch.row_order import row_order
+from hora_torch.config import HoraConfig
+from hora_torch.heads import Attention, Rows, UnknownRowsError
+from hora_torch.order import Order
+from hora_torch.roles import FUSED, ROLE_OF, identifier
+from hora_torch.row_order import is_where_named, row_order
 from hora_torch.sharding import check_rows_alone, is_sharded
-from hora_torch.targets import base_module, is_supported, out_in
+from hora_torch.targets import CONVOLUTIONS, base_module, is_supported, out_in, stored_form
 
 _MULTIHEAD_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _OF_MULTIHEAD = "the shape of nn.MultiheadAttention"
 
 
 class Found(NamedTuple):
-    """A projection that a target holds, and how its rows and heads are known."""
+    """A projection that a target holds, how its rows and heads are known, and whether it shares nothing (spec S4)."""
 
     role: str
     site: Site
     source: str
+    alone: bool = False
 
 
 def find_sites(model: nn.Module, name: str, config: HoraConfig) -> Iterator[Found]:
@@ -48,19 +50,51 @@ def find_sites(model: nn.Module, name: str, config: HoraConfig) -> Iterator[Foun
     parent = base_module(model.get_submodule(parent_name))
     if not is_supported(module) or isinstance(parent, nn.MultiheadAttention):
         raise HoraError(
-            f"targets are Linear, Conv1D and MultiheadAttention modules, got {type(module).__name__} at {name!r}"
+            "targets are Linear, Conv1D and MultiheadAttention modules, and convolutions with a kernel of one, got "
+            f"{type(module).__name__} at {name!r}"
             + (": its forward is never called, target the MultiheadAttention" if is_supported(module) else "")
+            + (
+                ": layouts have no axis for a wider kernel, and none for padding (spec L1)"
+                if isinstance(module, CONVOLUTIONS)
+                else ""
+            )
         )
     if _is_bypassed(parent, own):
         raise UnknownRowsError(
             f"an adapted module is called by its attention, {type(parent).__name__} reads {own}.weight past it, so "
             f"that nothing would be trained: leave {name!r} out of target_modules"
         )
-    attention = _attention(model, parent_name, config)
-    order, rows = attention.order(own), attention.rows(own)
-    for found in rows:
-        if order not in PLAIN_ORDERS or found.role in config.fused_projections:
-            yield Found(found.role, _site(name, module, found, whole=len(rows) == 1), found.source)
+    owner, own = attention_of(model, name)
+    rows = _attention(model, owner, own, config).rows(own)
+    chosen = [part for part in rows if part.role in config.fused_projections]
+    if len(rows) == 1:
+        chosen = rows
+    elif own in ROLE_OF:  # beside a gate
+        chosen = [part for part in rows if part.role == ROLE_OF[own]]
+    if not chosen:
+        raise UnknownRowsError(
+            f"a fused weight holds one of fused_projections, {config.fused_projections}, got {name!r} with "
+            f"{[part.role for part in rows]}: name some of these"
+        )
+    for part in chosen:
+        yield Found(part.role, _site(name, module, part), part.source, part.alone)
+
+
+def attention_of(model: nn.Module, name: str) -> tuple[str, str]:
+    """Path of the attention that splits the output of a module, and the module's path in it.
+
+    The parent, unless the class of a module further out is known to do so.
+    """
+    owner, _, own = name.rpartition(".")
+    path = name
+    for _ in range(3):
+        path, _, _ = path.rpartition(".")
+        inner = name[len(path) + 1 :] if path else name
+        if row_order(base_module(model.get_submodule(path)), inner) is not None:
+            return path, inner
+        if not path:
+            break
+    return owner, own
 
 
 def is_candidate(model: nn.Module, name: str) -> bool:
@@ -70,9 +104,58 @@ def is_candidate(model: nn.Module, name: str) -> bool:
         return True
     parent_name, _, own = name.rpartition(".")
     parent = base_module(model.get_submodule(parent_name))
-    if not is_supported(module) or isinstance(parent, nn.MultiheadAttention):
+    if not is_supported(module) or isinstance(parent, nn.MultiheadAttention) or isinstance(module, CONVOLUTIONS):
         return False
-    return ROLE_OF.get(own) in ("q", "v") or own in FUSED or row_order(parent, own) in PLAIN_ORDERS
+    if ROLE_OF.get(own) in ("q", "v") or own in FUSED:
+        return True
+    owner, own = attention_of(model, name)
+    attention = base_module(model.get_submodule(owner))
+    order = row_order(attention, own)
+    return isinstance(order, Order) and bool({"q", "v"} & set(order.names)) and not is_where_named(attention)
+
+
+def where_named(model: nn.Module, name: str) -> str | None:
+    """Why a module is adapted where it is named alone, if that is so: it has heads, but not those of an attention."""
+    owner, own = attention_of(model, name)
+    attention = base_module(model.get_submodule(owner))
+    order = row_order(attention, own)
+    if not isinstance(order, Order) or not is_where_named(attention):
+        return None
+    parts = ", ".join(part for part in order.names if part not in ("z", "dt"))
+    return (
+        f"heads of linear attention and state spaces are adapted where they are named, {own!r} of "
+        f"{type(attention).__name__} holds {parts}: add it to target_modules, and what is wanted to fused_projections"
+    )
+
+
+def targets_of(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
+    """Modules that a state dict adapts: its leaders, and what in their attention plays a role they generate for."""
+    projections: dict[str, set[str]] = {}
+    for key in state_dict:
+        leader, found, param = key.removeprefix("base_model.model.").partition(".hora_hyper.")
+        if found:
+            roles = projections.setdefault(leader.removeprefix("_orig_mod."), set())
+            if "." in param:
+                roles.add(param.rpartition(".")[2])
+    chosen: set[str] = set()
+    for leader, roles in projections.items():
+        chosen.add(leader)
+        if isinstance(base_module(model.get_submodule(leader)), nn.MultiheadAttention):
+            continue
+        owner, _ = attention_of(model, leader)
+        attention = base_module(model.get_submodule(owner))
+        for own, module in attention.named_modules():
+            name = f"{owner}.{own}".lstrip(".")
+            if own and is_supported(base_module(module)) and attention_of(model, name) == (owner, own):
+                chosen |= {name} if roles & _names(attention, own) else set()
+    return [name for name, _ in model.named_modules() if name in chosen]
+
+
+def _names(attention: nn.Module, own: str) -> set[str]:
+    """Names that the projections of a module may have in a layer."""
+    order, child = row_order(attention, own), identifier(own.rpartition(".")[2])
+    parts = set(order.names) if isinstance(order, Order) else {ROLE_OF[own]} if own in ROLE_OF else set()
+    return {child, *parts, *(f"{child}_{part}" for part in parts)}
 
 
 def not_in_use(model: nn.Module, name: str) -> str | None:
@@ -97,51 +180,55 @@ def _roles(attention: nn.Module, own: str) -> set[str]:
     """What a child is by its name, or its rows by the class of the attention."""
     if own in ROLE_OF:
         return {ROLE_OF[own]}
-    return set((row_order(attention, own) or "").split()) if own in FUSED else set()
+    order = row_order(attention, own) if own in FUSED else None
+    return set(order.names) if isinstance(order, Order) else set()
 
 
 def check_recorded(model: nn.Module, site: Site) -> None:
     """Raise unless the model holds the weight that a loaded adapter was trained on (spec F5)."""
     module = base_module(model.get_submodule(site.module))
-    weights = _MULTIHEAD_WEIGHTS if isinstance(module, nn.MultiheadAttention) else ("weight",)
-    weight = getattr(module, site.parameter, None) if is_supported(module) and site.parameter in weights else None
-    if weight is None:
+    inside = isinstance(module, nn.MultiheadAttention)
+    # codes have no weight of that name, and stand for one
+    weight = getattr(module, site.parameter, None) if inside and site.parameter in _MULTIHEAD_WEIGHTS else None
+    if weight is None and (inside or site.parameter != "weight" or not is_supported(module)):
         raise HoraError(
             f"the adapter has {site.parameter!r} of {site.module!r}, which {type(module).__name__} lacks: load the "
             "base model the adapter was trained on (spec F5)"
         )
-    shape, transposed = out_in(module), isinstance(module, Conv1D)
-    if isinstance(module, nn.MultiheadAttention):
-        shape = tuple(weight.shape)
-    shape = shape[::-1] if transposed else shape
+    shape, pattern = (tuple(weight.shape), Layout().pattern) if weight is not None else stored_form(module)
+    axis = Layout(pattern).row_axis
     axes = {site.layout.row_axis, site.layout.row_axis if site.layout.window is None else site.layout.window.axis}
-    if shape != site.weight_shape or axes != {int(transposed)}:
+    if shape != site.weight_shape or axes != {axis}:
         raise HoraError(
             f"{site.module}.{site.parameter} must have shape {site.weight_shape} and rows as in {site.layout}, got "
-            f"{tuple(shape)} and rows along axis {int(transposed)}: load the base model the adapter was trained on "
+            f"{tuple(shape)} and rows along axis {axis}: load the base model the adapter was trained on "
             "(spec F5)"
         )
 
 
-def _attention(model: nn.Module, path: str, config: HoraConfig) -> Attention:
+def _attention(model: nn.Module, path: str, own: str, config: HoraConfig) -> Attention:
     module = base_module(model.get_submodule(path))
     widths = {
         child: out_in(base)[0]
         for child, part in module.named_children()
         if is_supported(base := base_module(part)) and not isinstance(base, nn.MultiheadAttention)
     }
+    widths[own] = out_in(base_module(module.get_submodule(own)))[0]
     return Attention(module, path, widths, getattr(model, "config", None), config)
 
 
-def _site(name: str, module: nn.Module, rows: Rows, *, whole: bool) -> Site:
-    width, embed = out_in(module)
-    axis = int(isinstance(module, Conv1D))
-    shape, pattern = ((embed, width), "d (h k)") if axis else ((width, embed), "(h k) d")
+def _site(name: str, module: nn.Module, rows: Rows) -> Site:
+    shape, pattern = stored_form(module)
+    axis, (width, embed) = Layout(pattern).row_axis, out_in(module)
     weight = module._parameters.get("weight")
     if weight is not None and is_sharded(weight):
+        if isinstance(module, CONVOLUTIONS):
+            raise HoraError(f"an adapted convolution is whole, the weight of {name!r} is sharded: leave it out")
         check_rows_alone(weight, axis, name)
-    window = None if whole else Window(axis, rows.start, rows.start + rows.width)
-    projection = ProjectionShape(rows.heads, rows.width // rows.heads, embed)
+    window = None
+    if rows.heads * rows.head_dim < width:
+        window = Window(axis, rows.start, rows.stop, rows.blocks)
+    projection = ProjectionShape(rows.heads, rows.head_dim, embed)
     return Site(name, "weight", shape, Layout(pattern, window), projection)
 
 

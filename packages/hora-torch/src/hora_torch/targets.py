@@ -1,16 +1,19 @@
 """Modules that can be adapted, and the names that choose them."""
 
 import difflib
+import itertools
 from collections.abc import Mapping
 
+import torch
 from hora_spec import HoraError
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hora_torch.config import HoraConfig
-from hora_torch.heads import FUSED, ROLES, identifier
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class NoTargetError(HoraError, NoMatchingPeftModuleError):
@@ -26,17 +29,43 @@ def is_supported(module: nn.Module) -> bool:
     """Whether a module is a linear map, or an attention with its projections inside."""
     if isinstance(module, (nn.MultiheadAttention, Conv1D, nn.Linear)):
         return True
-    return hasattr(module, "in_features") and hasattr(module, "out_features") and hasattr(module, "weight")
+    if isinstance(module, CONVOLUTIONS):
+        return is_pointwise(module)
+    # codes have names of their own: qweight, W_q, codebooks
+    tensors = itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False))
+    own = hasattr(module, "weight") or next(tensors, None) is not None
+    return own and hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a convolution maps each position by itself: a linear map of its channels, or of groups of them."""
+    return all(size == 1 for size in module.kernel_size) and module.padding in ("valid", (0,) * len(module.kernel_size))
 
 
 def out_in(module: nn.Module) -> tuple[int, int]:
-    """Output and input width of a supported module."""
+    """Rows and columns of the matrix that a supported module stores."""
+    if isinstance(module, CONVOLUTIONS):
+        return module.out_channels, module.in_channels // module.groups
     if isinstance(module, nn.MultiheadAttention):
         return 3 * module.embed_dim, module.embed_dim
     if isinstance(module, Conv1D):
         embed, rows = module.weight.shape
         return rows, embed
     return module.out_features, module.in_features
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the weight of a supported module is; the codes of some are no parameters."""
+    return next(itertools.chain(module.parameters(), module.buffers())).device
+
+
+def stored_form(module: nn.Module) -> tuple[tuple[int, ...], str]:
+    """Shape of the weight of a map, and the pattern of a projection that is all of it (spec L1)."""
+    rows, embed = out_in(module)
+    if isinstance(module, Conv1D):
+        return (embed, rows), "d (h k)"
+    ones = len(module.kernel_size) if isinstance(module, CONVOLUTIONS) else 0
+    return (rows, embed, *(1,) * ones), " ".join(("(h k) d", *"1" * ones))
 
 
 def no_match(model: nn.Module, config: HoraConfig) -> NoTargetError:
@@ -72,25 +101,3 @@ def short_names(model: nn.Module, chosen: list[str]) -> set[str]:
     if any(name.rpartition(".")[2] in short for name, _ in model.named_modules() if name not in others):
         return set(chosen)
     return short
-
-
-def targets_of(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
-    """Modules that a state dict adapts: its leaders, and their siblings that play a role the leader generates for."""
-    projections: dict[str, set[str]] = {}
-    for key in state_dict:
-        leader, found, param = key.removeprefix("base_model.model.").partition(".hora_hyper.")
-        if found:
-            roles = projections.setdefault(leader.removeprefix("_orig_mod."), set())
-            if "." in param:
-                roles.add(param.rpartition(".")[2])
-    chosen: set[str] = set()
-    for leader, roles in projections.items():
-        chosen.add(leader)
-        if isinstance(base_module(model.get_submodule(leader)), nn.MultiheadAttention):
-            continue
-        parent = leader.rpartition(".")[0]
-        own_names = {name for role in roles for name in ROLES.get(role, ())}
-        for child, _ in model.get_submodule(parent).named_children():
-            if child in own_names or identifier(child) in roles or (child in FUSED and leader.endswith(child)):
-                chosen.add(f"{parent}.{child}" if parent else child)
-    return [name for name, _ in model.named_modules() if name in chosen]

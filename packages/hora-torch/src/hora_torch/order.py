@@ -1,0 +1,90 @@
+"""Orders of output rows as text, such as ``"[head][q k v]"``: what the rows of one weight are, one after the other."""
+
+import re
+from dataclasses import dataclass
+
+from hora_spec import HoraError
+
+_PART = re.compile(r"([A-Za-z_]\w*)(?::(\w+(?:\*\w+)*))?")
+_ORDER = re.compile(r"(?:\[(\w+)\]\s*\[([^\[\]]+)\]|([^\[\]]+))")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows of one projection, or of something else: how many heads, and factors of the width of one.
+
+    Factors are numbers in digits, or names of attributes of the attention module or its config; none where the model is
+    asked, one, the heads, where the weight holds nothing else.
+    """
+
+    name: str
+    factors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """The parts of the output rows of one weight.
+
+    Parameters
+    ----------
+    text
+        ``"q k v"``: all rows of q, then of k, then of v, each head by head. ``"[N][q k v]"``: N blocks that follow each
+        other, in each the N-th part of the heads of q, then of k, then of v. N is a number, the name of an attribute,
+        ``head`` for as many as there are heads, ``group`` for as many as there are keys. ``name:heads*width`` says how
+        many heads a part has and how wide one is, in numbers or names of attributes; q, k and v of one width may be
+        called by their names alone.
+
+    Raises
+    ------
+    HoraError
+        If the text is none of these.
+
+    Examples
+    --------
+    >>> Order.parse("[num_heads][k:num_heads*96 v:num_heads*v_head_dim]").names
+    ('k', 'v')
+    """
+
+    text: str
+    blocks: str | None
+    parts: tuple[Part, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Order":
+        """The order that a text describes."""
+        whole = _ORDER.fullmatch(text.strip()) if isinstance(text, str) else None
+        found = [_PART.fullmatch(part) for part in (whole[2] or whole[3]).split()] if whole else []
+        parts = tuple(Part(part[1], tuple(part[2].split("*")) if part[2] else ()) for part in found if part)
+        names = [part.name for part in parts]
+        plain = all(part.name in ("q", "k", "v") and not part.factors for part in parts)
+        sized = all(len(part.factors) > 1 for part in parts) or (len(parts) == 1 and bool(parts[0].factors))
+        if None in found or not parts or len(set(names)) < len(names) or not (plain or sized):
+            raise HoraError(
+                "an order of rows names its parts, as in 'q k v', '[head][q k v]', '[group][q k v]' for grouped "
+                "queries, '[4][q v k]', or with heads and width of each, numbers or attributes of the attention, as in "
+                f"'[num_heads][q:num_heads*64 gate:num_heads*64]', got {text!r}"
+            )
+        return cls(text, whole[1] if whole else None, parts)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the parts."""
+        return tuple(part.name for part in self.parts)
+
+    @property
+    def sized(self) -> bool:
+        """Whether heads are told part by part."""
+        return bool(self.parts[0].factors)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Unfit:
+    """Rows that no order describes, and what they are."""
+
+    why: str
+
+    def __str__(self) -> str:
+        return self.why
