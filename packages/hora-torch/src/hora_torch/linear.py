@@ -84,9 +84,7 @@ def low_rank_linear(
     merges = _merges(route, x, keep)
     few = route == "auto" and not merges and x.numel() <= _FEW
     if few or (is_observed() and not torch.compiler.is_compiling()):
-        if torch.is_grad_enabled():
-            return _by_operations(x, weight, bias, branches, keep)
-        return _with_branches(nn.functional.linear(x, weight, bias), x, branches, keep)
+        return _by_operations(x, weight, bias, branches, keep)
     windows, first = [], 0
     for branch in branches:
         last = first + branch.a.shape[0]
