@@ -243,8 +243,11 @@ def escape(base):
 DAMAGE = {
     "truncated": (truncate, "must be a whole safetensors file"),
     "a shard is absent": (lambda base: (base / "model-1.safetensors").unlink(), "is absent: download it again"),
-    "no safetensors": (lambda base: (base / "model.safetensors.index.json").unlink(), "has neither: save the model"),
-    "another index": (forget, "names the tensors of its files, got others"),
+    "no safetensors": (
+        lambda base: (base / "model.safetensors.index.json").unlink(),
+        "got neither in .*: save the model",
+    ),
+    "another index": (forget, "names the tensors of its files, got a difference in"),
     "an index that leads out": (escape, "names files beside it"),
     "an index without a map": (lambda base: (base / "model.safetensors.index.json").write_text("{}"), "maps tensors"),
     "an index that is no JSON": (lambda base: (base / "model.safetensors.index.json").write_text("{"), "must be JSON"),
@@ -260,6 +263,27 @@ def test_m4_a_damaged_checkpoint_is_refused(what, tmp_path):
     with pytest.raises(HoraError, match=match):
         save_merged(adapter_of(), base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_m4_a_model_of_diffusers_is_merged(tmp_path):
+    base = save_base(tmp_path / "base", base_tensors(adapter_of()), shards=1)
+    (base / "model.safetensors").rename(base / "diffusion_pytorch_model.safetensors")
+    save_merged(adapter_of(), base, tmp_path / "out")
+    assert stored(tmp_path / "out").keys() == stored(base).keys()
+    assert (tmp_path / "out" / "diffusion_pytorch_model.safetensors").exists()
+
+
+def test_m4_an_index_beside_one_whole_file_is_left_behind(tmp_path):
+    """As transformers reads such a directory."""
+    adapter = adapter_of()
+    base = save_base(tmp_path / "base", base_tensors(adapter), shards=2)
+    save_file(base_tensors(adapter), base / "model.safetensors")
+    save_merged(adapter, base, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
 
 
 def test_m4_no_directory_is_no_checkpoint(tmp_path):

@@ -53,10 +53,10 @@ def traced(run: Callable[[], Tensor], layers: Mapping[str, nn.Module], params: I
         for name, layer in layers.items():
             handle = layer.register_forward_hook(lambda _, *call, name=name: hook(name, *call), with_kwargs=True)
             stack.callback(handle.remove)
+        params = list(params)
         with torch.enable_grad():
             output = run()
-    params = list(params)
-    grads = _gradients(output, [*params, *(beside for _, beside in calls)])
+            grads = _gradients(output, [*params, *(beside for _, beside in calls)])
     for (name, _), grad in zip(calls, grads[len(params) :], strict=True):
         if grad is not None:
             base = base_module(layers[name])
