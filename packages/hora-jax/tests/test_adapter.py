@@ -153,14 +153,15 @@ def test_m3_merging_refuses_what_the_specification_refuses():
 SHAPE = planned(METHODS[0]).layers[0].shape
 
 
-def test_m3_a_merged_tree_is_not_merged_again(perturbed):
+def test_m3_adapters_trained_one_after_the_other_add_up(perturbed):
     the_plan, params = planned(METHODS[0]), tree()
-    phi = perturbed(init(the_plan))
-    merged = merge(the_plan, params, phi)
-    with pytest.raises(HoraError, match="merged once"):
-        merge(the_plan, merged, phi)
-    with pytest.raises(HoraError, match="merged once"):
-        jax.jit(lambda params: merge(the_plan, merge(the_plan, params, phi), phi))(params)
+    first, second = (perturbed(init(the_plan, seed), seed) for seed in range(2))
+    both = merge(the_plan, merge(the_plan, params, first), second)
+    for path, value in weights(the_plan, both).items():
+        layer, p = path.rsplit(".", 1)
+        update = sum(delta(the_plan, phi)[layer][p] for phi in (first, second))
+        before = weights(the_plan, params)[path]
+        np.testing.assert_allclose(value - before, update.reshape(*before.shape[1:], 8).transpose(2, 0, 1), atol=1e-5)
 
 
 def test_nothing_is_donated_when_a_merge_is_refused():

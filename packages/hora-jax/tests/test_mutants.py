@@ -11,8 +11,8 @@ from . import test_functional
 def narrow_sums(patch: pytest.MonkeyPatch) -> None:
     """Gradients of factors accumulate in the dtype of the activations."""
 
-    def accumulate(subscripts, *operands, like=None):
-        return jnp.einsum(subscripts, *operands, preferred_element_type=operands[0].dtype)
+    def accumulate(c, to, one, two, *operands, like=None):
+        return jnp.einsum(c.to(to, one, two), *operands, preferred_element_type=operands[0].dtype)
 
     patch.setattr(routes, "_accumulate", accumulate)
 
@@ -25,7 +25,7 @@ def rounded_gradients(patch: pytest.MonkeyPatch) -> None:
 def merged_in_sixteen_bits(patch: pytest.MonkeyPatch) -> None:
     """``route="merge"`` is obeyed in every dtype."""
     honest = routes.merges
-    patch.setattr(routes, "merges", lambda route, x, weight: route == "merge" or honest(route, x, weight))
+    patch.setattr(routes, "merges", lambda route, *args: route == "merge" or honest(route, *args))
 
 
 def default_precision(patch: pytest.MonkeyPatch) -> None:

@@ -233,8 +233,10 @@ def test_what_the_base_sows_is_captured(model, x):
     np.testing.assert_array_equal(y, base.block(x))
 
 
-def test_other_methods_of_the_base_are_called_through_bind(model, x):
-    close(model.bind().blocks[0].attn(x), model.merged().blocks[0].attn(x))
+def test_other_methods_of_the_base_are_called_through_apply(model, x):
+    close(model.apply(lambda base, x: base.blocks[0].attn(x), x), model.merged().blocks[0].attn(x))
+    with pytest.raises(HoraError, match=r"model\.apply"):
+        model.bind()
 
 
 def stacked_tower(depth: int, axis: int):
@@ -366,24 +368,104 @@ def test_a_projection_may_read_a_part_of_the_inputs(route, method, perturbed, x)
     assert not jnp.allclose(model(x), model.base(x))
 
 
-def test_a_module_that_is_no_linear_map_is_refused(method, x):
-    class Odd(nnx.Module):
+class OwnsWeights(nnx.Module):
+    """Softmax attention that multiplies by weights of its own, whose output has the shape of its query."""
+
+    def __init__(self):
+        self.wq, self.wv = (nnx.Param(jax.random.normal(jax.random.key(i), (16, 4, 4)) / 4) for i in range(2))
+
+    def __call__(self, x):
+        q, v = (jnp.einsum("...sd,dhk->...hsk", x, w[...]) for w in (self.wq, self.wv))
+        y = jax.nn.softmax(q @ jnp.swapaxes(q, -1, -2)) @ v
+        return jnp.swapaxes(y, -2, -3)
+
+
+class ReadsAWeight(nnx.Module):
+    """A linear whose kernel is read in place of a call."""
+
+    def __init__(self):
+        self.q, self.v = (nnx.Linear(16, 16, use_bias=False, rngs=nnx.Rngs(i)) for i in range(2))
+
+    def __call__(self, x):
+        return jnp.tanh(x @ self.q.kernel[...]) + self.v(x)
+
+
+class Twice(nnx.Module):
+    """One linear under two names."""
+
+    def __init__(self):
+        self.q = nnx.Linear(16, 16, use_bias=False, rngs=nnx.Rngs(0))
+        self.same = self.q
+        self.v = nnx.Linear(16, 16, use_bias=False, rngs=nnx.Rngs(1))
+
+    def __call__(self, x):
+        return self.q(x) * self.same(2 * x) + self.v(x)
+
+
+STYLES = [
+    (OwnsWeights, [Target(f"body.w{p}", p, "d h k", layer="a") for p in "qv"], 2),
+    (ReadsAWeight, [Target(f"body.{p}.kernel", p, "d (h k)", 4, layer="a") for p in "qv"], 2),
+    (Twice, [Target(f"body.{p}.kernel", p, "d (h k)", 4, layer="a") for p in "qv"], 3),
+]
+
+
+class Holder(nnx.Module):
+    def __init__(self, body):
+        self.body = body
+
+    def __call__(self, x):
+        return self.body(x)
+
+
+@BOTH
+@pytest.mark.parametrize(("style", "targets", "uses"), STYLES, ids=lambda v: getattr(v, "__name__", ""))
+def test_a_model_is_adapted_however_it_uses_its_weights(style, targets, uses, route, method, perturbed, x):
+    base = Holder(style())
+    planned = plan(base, method, targets)
+    model = HoraModel(base, planned, perturbed(init(planned)), route=route, dense="error")
+    close(model(x), model.merged()(x))
+    assert len(model.report(x).low_rank) == uses
+    _, grads = only_adapter(loss_of)(model, x)
+    through = jax.grad(lambda phi: loss_of(merge(planned, base, phi), x))(model.adapter())
+    for name, value in through["a"].items():
+        close(grads["phi"]["a"][name][...], value, 1e-4)
+
+
+def test_modules_among_the_arguments_keep_what_a_call_changes(method, x):
+    class Dropping(nnx.Module):
         def __init__(self):
-            self.kernel = nnx.Param(jnp.ones((16, 4, 2)))
+            self.q, self.dropout = nnx.Linear(16, 16, rngs=nnx.Rngs(0)), nnx.Dropout(0.5)
 
-        def __call__(self, x):
-            return jnp.einsum("bsd,dhk->bhsk", x, self.kernel[...])
+        def __call__(self, x, rngs):
+            return self.dropout(self.q(x), rngs=rngs)
 
-    class Holder(nnx.Module):
-        def __init__(self):
-            self.odd = Odd()
+    base, rngs = Dropping(), nnx.Rngs(3)
+    planned = plan(base, method, Target("q.kernel", "q", "d (h k)", 4, layer="a"))
+    model = HoraModel(base, planned, init(planned))
+    first, second = model(x, rngs), model(x, rngs)
+    assert not jnp.allclose(first, second)
+    assert int(rngs.default.count[...]) == 2
+    np.testing.assert_array_equal(first, base(x, nnx.Rngs(3)))
 
-        def __call__(self, x):
-            return self.odd(x)
 
-    planned = plan(Holder(), method, Target("odd.kernel", "q", "d h k", layer="a"))
-    with pytest.raises(HoraError, match=r"call hora_jax\.merge inside the loss"):
-        HoraModel(Holder(), planned, init(planned))(x)
+def test_a_call_that_assigns_to_a_planned_weight_is_refused(tower, method, x):
+    planned = plan(tower, method, presets.attention())
+
+    def decay(base, x):
+        kernel = base.blocks[0].attn.query.kernel
+        kernel[...] = 0.9 * kernel[...]
+        return base(x)
+
+    model = HoraModel(tower, planned, init(planned))
+    with pytest.raises(HoraError, match=r"blocks\.0\.attn\.query\.kernel"):
+        model.apply(decay, x)
+
+
+def test_an_adapted_model_is_merged_before_it_is_adapted_again(model, method, perturbed, x):
+    with pytest.raises(HoraError, match=r"adapt its merged\(\)"):
+        HoraModel(model, plan(model, method, presets.attention()), {})
+    again = HoraModel(model.merged(), model.plan, perturbed(init(model.plan, seed=1), 1))
+    close(again(x), again.merged()(x))
 
 
 def test_a_model_that_does_not_fit_is_refused(model, method):

@@ -91,9 +91,14 @@ def greedy(graph: Any, params: Any, frozen: Any, tokens: jax.Array, valid: jax.A
     from flax import nnx
     from hora_jax.nnx import HoraModel
 
-    model = nnx.merge(graph, params, frozen)
-    if isinstance(model, HoraModel):
-        model = model.bind()  # the factors are generated once, not for every token
+    model, args = nnx.merge(graph, params, frozen), (tokens, valid, end)
+    # inside one call the factors are generated once, not for every token
+    return model.apply(_greedy, *args) if isinstance(model, HoraModel) else _greedy(model, *args)
+
+
+def _greedy(model: Any, tokens: jax.Array, valid: jax.Array, end: int) -> jax.Array:
+    from flax import nnx
+
     graph, state = nnx.split(model)
     batch, seq = tokens.shape
     keys = jnp.concatenate([valid, jnp.ones((batch, NEW_TOKENS), bool)], axis=1)

@@ -1,18 +1,27 @@
 """HoRA for any JAX pytree and Flax NNX: hypernetwork-shared low-rank adaptation of attention heads."""
 
-from hora_jax import functional, nnx, presets
+from importlib import import_module
+from typing import Any
+
+from hora_jax import functional, presets
+from hora_jax.adapted import Adapted, Report, adapt
 from hora_jax.adapter import delta, factors, init, merge, replace_weights, weights
 from hora_jax.files import export_lora, from_adapter, load_adapter, load_specs, save_adapter, to_adapter
 from hora_jax.plan import Layer, Plan, plan
 from hora_jax.targets import Site, Target
+from hora_jax.verification import Verification, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adapted",
     "Layer",
     "Plan",
+    "Report",
     "Site",
     "Target",
+    "Verification",
+    "adapt",
     "delta",
     "export_lora",
     "factors",
@@ -28,5 +37,12 @@ __all__ = [
     "replace_weights",
     "save_adapter",
     "to_adapter",
+    "verify",
     "weights",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "nnx":  # imports flax, which takes seconds
+        return import_module("hora_jax.nnx")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,6 @@
 all factors takes one einsum for each step of the method, however deep the model.
 """
 
-import weakref
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -12,18 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from hora_spec import Factors, HoraError, init_params, param_shapes
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from hora_jax import functional
 from hora_jax.plan import Layer, Plan
-from hora_jax.targets import leaves
+from hora_jax.targets import leaves, nnx_of
 
 Phi = Mapping[str, Mapping[str, jax.Array]]
-
-_merged: weakref.WeakValueDictionary[int, jax.Array] = weakref.WeakValueDictionary()
 
 
 def init(plan: Plan, seed: int = 0, *, dtype: DTypeLike = jnp.float32) -> dict[str, dict[str, jax.Array]]:
@@ -111,18 +107,18 @@ def merge(plan: Plan, params: Any, phi: Phi, *, donate: bool = False) -> Any:
     Raises
     ------
     HoraError
-        If the tree does not fit the plan or is merged already, or if a merged weight would not be finite: nothing has
-        changed then. Inside your own `jax.jit` values are unknown, so only shapes are checked, and a tree that
-        left it is not recognised as merged.
+        If the tree does not fit the plan, or if a merged weight would not be finite: nothing has changed then. Inside
+        your own `jax.jit` values are unknown, so only shapes are checked.
+
+    Notes
+    -----
+    Merging into the result adds one more delta, which is how adapters are trained one after the other (spec M3).
     """
     check(plan, phi)
     old = weights(plan, params)
-    if again := [path for path, leaf in old.items() if _merged.get(id(leaf)) is leaf]:
-        raise HoraError(f"a tree is merged once, got merged weights at {again[0]}: start from the base (spec M2)")
     if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((old, phi))):
         _check_finite(_finite(plan, old, phi))
     new = (_add_donating if donate else _add)(plan, old, phi)
-    _merged.update((id(leaf), leaf) for leaf in new.values())
     return replace_weights(params, new)
 
 
@@ -149,7 +145,7 @@ def weights(plan: Plan, params: Any) -> dict[str, jax.Array]:
 
 def replace_weights(params: Any, new: Mapping[str, jax.Array]) -> Any:
     """A copy of the tree in which the leaves at some paths are replaced."""
-    if isinstance(params, nnx.Module):
+    if nnx := nnx_of(params):
         graph, state = nnx.split(params)
         return nnx.merge(graph, replace_weights(state, new))
     by_keys = {leaf.keys: new[path] for path, leaf in leaves(params).items() if path in new}

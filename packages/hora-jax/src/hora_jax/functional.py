@@ -5,6 +5,7 @@ serves both. Letters: h heads, g heads of a group, k head_dim, d embed, r rank, 
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -173,28 +174,26 @@ def hora_linear(
             f"got {x.shape}, {weight.shape}, {a.shape} and {b.shape}: transpose Flax kernels first (spec D3)"
         )
     routes.check(route)
-    form, b = _form(factors, scaling)
-    weight = jax.lax.stop_gradient(weight)
-    if routes.merges(route, x, weight):
-        a, b = routes.follow(form, a, b, weight, "od")
-        rows = weight if form.a == "rd" else weight.reshape(*b.shape[:2], -1)
-        total = routes.merged(form, rows, a, b)
-        y = jnp.einsum(form.contract("x", "weight", to="y"), jax.lax.stop_gradient(x), total)
-        y = routes.through(form, y, x, rows, a, b).reshape(*x.shape[:-1], -1)
-    else:
-        y = x @ weight.T
-        a, b = routes.follow(form, a, b, y, "...o")
-        z = (routes.plain if route == "plain" else routes.branch)(form, x, a, b)
-        y = y + z.reshape(y.shape)
+    c, a, b, rows = _contraction(x, weight, factors, scaling)
+    y = routes.product(route, c, partial(_multiply, c), x, jax.lax.stop_gradient(rows), a, b)
+    y = y.reshape(*x.shape[:-1], -1)
     return y if bias is None else y + bias
 
 
-def _form(factors: Factors, scaling: float) -> tuple[routes.Form, Array]:
-    """How the factors contract, and ``scaling * B``: one matrix, unless A is free per head."""
+def _contraction(
+    x: Array, weight: Array, factors: Factors, scaling: float
+) -> tuple[routes.Contraction, *tuple[Array, ...]]:
+    """How x meets the factors, A, ``scaling * B``, and the weight: rows joined, unless A is free per head."""
     a, b = factors.a, scaling * factors.b
+    batch = "".join(chr(ord("A") + i) for i in range(x.ndim - 1))
     if a.ndim == b.ndim:
-        return routes.Form("hkd", "hrd"), b
-    return routes.Form("od"), b.reshape(-1, b.shape[-1])
+        c = routes.Contraction(f"{batch}d", "hkd", "hrd", "hkr", f"{batch}hk")
+        return c, a, b, weight.reshape(*b.shape[:2], -1)
+    return routes.Contraction(f"{batch}d", "od", "rd", "or", f"{batch}o"), a, b.reshape(-1, b.shape[-1]), weight
+
+
+def _multiply(c: routes.Contraction, x: Array, weight: Array) -> Array:
+    return jnp.einsum(c.to("y", "x", "weight"), x, weight)
 
 
 def _check_shapes(spec: AdapterSpec, layer: LayerShape, params: Params) -> None:

@@ -3,20 +3,20 @@
 No module of the base is changed and none is referenced twice, so graph mode and tree mode (``graph=False``) both work.
 """
 
-from functools import reduce
+from collections.abc import Callable
 from typing import Any, final
 
 import jax
 from flax import nnx
 from hora_spec import HoraError
-from jax.tree_util import GetAttrKey
 
-from hora_jax import adapter, functional, routes
+from hora_jax import adapter, routes
+from hora_jax.adapted import Adapted, Report, walked
 from hora_jax.adapter import Phi
-from hora_jax.fused import fused
 from hora_jax.plan import Plan
-from hora_jax.routes import Form, Route
-from hora_jax.targets import child, leaves
+from hora_jax.routes import Route
+from hora_jax.views import View
+from hora_jax.walk import Dense, Walk
 
 
 class HoraParam(nnx.LoRAParam):
@@ -30,31 +30,34 @@ class HoraModel(nnx.Module):
     Parameters
     ----------
     base
-        Any NNX module whose planned weights belong to modules that map ``x (..., embed)`` to ``x W^T``, such as
-        `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Einsum`. A call updates its other state (caches, random streams,
-        statistics) as a call without adapter does.
+        Any NNX module. A call updates its other state (caches, random streams, statistics) as one without adapter does.
     plan
         Made from `base`.
     phi
         The adapter, from `hora_jax.init` or `hora_jax.load_adapter`.
-    route
-        ``"branch"``: ``y + (x A^T) B^T``. ``"merge"``: the module is called with ``W + delta``, and the gradients of x
-        and the factors are low-rank; 16-bit weights take the branch all the same. ``"plain"``: the branch by JAX's own
-        rules, for forward-mode differentiation. ``"auto"``: merge for float32 with more tokens than embed, else branch.
+    route, dense
+        As for `hora_jax.adapt`, through which the base is called: how products with planned weights are computed, and
+        whether other uses of them, which cost a dense gradient, are refused.
 
     Raises
     ------
     HoraError
-        If the base does not fit the plan, phi belongs to another plan, or the route is unknown.
+        If the base does not fit the plan or is a `HoraModel`, phi belongs to another plan, or the route is unknown.
 
     Notes
     -----
     Train with ``nnx.Optimizer(model, tx, wrt=HoraParam)`` and ``nnx.grad(loss, argnums=nnx.DiffState(0, HoraParam))``:
     the base then has neither gradients nor optimiser state. The hypernetworks of all layers run once for each call, in
-    the dtype of phi; a branch casts its factors to the dtype of the projection it adds to (spec D3).
+    the dtype of phi; a branch casts its factors to the dtype of the activations (spec D3).
     """
 
-    def __init__(self, base: nnx.Module, plan: Plan, phi: Phi, *, route: Route = "auto") -> None:
+    def __init__(
+        self, base: nnx.Module, plan: Plan, phi: Phi, *, route: Route = "auto", dense: Dense = "allow"
+    ) -> None:
+        if isinstance(base, HoraModel):
+            raise HoraError(
+                "a HoraModel adapts a base of its own, got another HoraModel: adapt its merged(), a plain model"
+            )
         adapter.weights(plan, base)
         adapter.check(plan, phi)
         routes.check(route)
@@ -62,24 +65,37 @@ class HoraModel(nnx.Module):
         self.phi = nnx.data({key: {name: HoraParam(v) for name, v in params.items()} for key, params in phi.items()})
         self.plan = plan
         self.route = route
+        self.dense = dense
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the base returns for these arguments with the adapter applied."""
-        return self.bind()(*args, **kwargs)
+        return self.apply(_call, *args, **kwargs)
 
-    def bind(self) -> Any:
-        """The base with the adapter in place, sharing all its variables: for calling its other methods.
+    def apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """``fn(base, *args, **kwargs)`` with the adapter applied to the base: for its other methods, and for loops.
 
-        It holds the factors of this moment, so make it anew after an optimiser step and under each transformation.
+        Everything inside is one call, for which factors are generated once.
+
+        Raises
+        ------
+        HoraError
+            If the function assigns to a planned weight.
         """
-        bound, phi = nnx.merge(*nnx.split(self.base)), self.adapter()
-        adapter.check(self.plan, phi)
-        keys = {path: leaf.keys for path, leaf in leaves(bound).items()}
-        for key, members in self.plan.groups().items():
-            stacked = functional.factors(members[0].spec, members[0].shape, phi[key])
-            for path, *adapted in fused(members, stacked):
-                _replace(bound, keys[path], path, *adapted, self.route)
-        return bound
+        modules = _Modules((self.base, args, kwargs))
+        walk = Walk(self.route, self.dense)
+        found = walked(walk, self.plan, modules.functional(fn, self.plan), modules.base, self.adapter())
+        *found, written = found
+        if wrong := [path for path, v in written.items() if not (isinstance(v, View) and v.untouched)]:
+            raise HoraError(f"a planned weight is frozen, got an assignment to {wrong[0]} in the call: plan others")
+        out, changes = jax.tree.map(lambda v: walk.plain(v, None), found, is_leaf=lambda v: isinstance(v, View))
+        nnx.update(modules.nodes, changes)
+        return out
+
+    def report(self, *args: Any, **kwargs: Any) -> Report:
+        """Where the base consumes planned weights for these arguments; nothing is changed."""
+        modules = _Modules((self.base, args, kwargs))
+        fn = modules.functional(_call, self.plan)
+        return Adapted(lambda base: fn(base)[:2], self.plan, self.route, "allow").report(modules.base, self.adapter())
 
     def adapter(self) -> dict[str, dict[str, jax.Array]]:
         """The adapter's present values, as `hora_jax.merge` and `hora_jax.save_adapter` take them."""
@@ -89,54 +105,53 @@ class HoraModel(nnx.Module):
         """A copy of the base with the deltas merged, without adapter or overhead; this model stays as it is."""
         return adapter.merge(self.plan, self.base, self.adapter())
 
-
-@final
-class _Adapted(nnx.Module):
-    """Stands in for a linear module during one call; its factors are variables, so a scan over layers slices them."""
-
-    def __init__(self, inner: nnx.Module, name: str, path: str, form: Form, a: Any, b: Any, route: Route) -> None:
-        self.inner = inner
-        self.name = name
-        self.path = path
-        self.form = form
-        self.route = route
-        self.a, self.b = HoraParam(a), HoraParam(b)
-
-    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-        form, a, b, weight = self.form, self.a[...], self.b[...], getattr(self.inner, self.name)[...]
-        if getattr(self.inner, "dtype", None) in (None, weight.dtype) and routes.merges(self.route, x, weight):
-            a, b = routes.follow(form, a, b, weight, form.weight)
-            total = nnx.merge(*nnx.split(self.inner))  # the same variables, but for the weight
-            setattr(total, self.name, nnx.Param(routes.merged(form, weight, a, b)))
-            y = total(jax.lax.stop_gradient(x), *args, **kwargs)
-            self._check(x, b, y)
-            return routes.through(form, y, x, jax.lax.stop_gradient(weight), a, b)
-        y = self.inner(x, *args, **kwargs)
-        self._check(x, b, y)
-        # an inner module with a narrower compute dtype casts x as well: XLA makes one cast of the two
-        narrow = x.astype(y.dtype) if y.dtype.itemsize < x.dtype.itemsize else x
-        a, b = routes.follow(form, a, b, y, form.y)
-        return y + (routes.plain if self.route == "plain" else routes.branch)(form, narrow, a, b).astype(y.dtype)
-
-    def _check(self, x: jax.Array, b: jax.Array, y: jax.Array) -> None:
-        if y.shape != (expected := self.form.output_shape(x, b)):
-            raise HoraError(
-                f"the module of {self.path} must map x (..., embed) to heads as its layout says, got {x.shape} to "
-                f"{y.shape} instead of {expected}: for such a model call hora_jax.merge inside the loss"
-            )
-
-    def __getattr__(self, name: str) -> Any:
-        if "inner" not in vars(self):
-            raise AttributeError(name)
-        return getattr(self.inner, name)
+    def bind(self) -> Any:
+        """Removed: it put stand-ins for linear modules into a copy of the base."""
+        raise HoraError(
+            "a base is called through its HoraModel, got bind(): use model.apply(fn, ...) or model.merged()"
+        )
 
 
-def _replace(root: nnx.Module, keys: tuple[Any, ...], *args: Any) -> None:
-    """Put a stand-in where the module is that owns the variable at `keys`."""
-    *above, module, variable = (key for key in keys if key != GetAttrKey("value"))
-    parent = reduce(child, above, root)
-    wrapped = _Adapted(child(parent, module), variable.key, *args)
-    if isinstance(module.key, str) and hasattr(parent, module.key):
-        setattr(parent, module.key, wrapped)
-    else:
-        parent[module.key] = wrapped
+def _call(base: Any, *args: Any, **kwargs: Any) -> Any:
+    return base(*args, **kwargs)
+
+
+class _Modules:
+    """The base, and modules among the arguments, split together; merged anew while they are traced."""
+
+    def __init__(self, values: tuple[Any, ...]) -> None:
+        self.leaves, self.tree = jax.tree.flatten(values, is_leaf=_is_node)
+        self.nodes = [leaf for leaf in self.leaves if _is_node(leaf)]
+        self.graph, self.state = nnx.split(self.nodes)
+        self.base = self.state[0]
+
+    def functional(self, fn: Callable[..., Any], plan: Plan) -> Callable[[nnx.State], tuple[Any, nnx.State, Any]]:
+        """A pure function of the base's state: what `fn` returns, the state it changed, planned weights it set."""
+        planned = {site.path for layer in plan.layers for site in layer.sites}
+
+        def call(base: nnx.State) -> tuple[Any, nnx.State, dict[str, jax.Array]]:
+            state = jax.tree.map(lambda leaf: leaf, nnx.State({**self.state, 0: base}))  # variables of this trace
+            before, nodes = _values(state), nnx.merge(self.graph, state)
+            inner = iter(nodes)
+            model, args, kwargs = self.tree.unflatten([next(inner) if _is_node(v) else v for v in self.leaves])
+            out = fn(model, *args, **kwargs)
+            changed = {
+                path: v for path, (v, ids) in _values(nnx.state(nodes)).items() if before.get(path, _NEW)[1] != ids
+            }
+            names = {path: ".".join(map(str, path[1:])) for path in changed if path[0] == 0}
+            written = {name: changed.pop(path).get_raw_value() for path, name in names.items() if name in planned}
+            return out, nnx.from_flat_state(changed), written
+
+        return call
+
+
+_NEW = (None, None)
+
+
+def _values(state: nnx.State) -> dict[tuple[Any, ...], tuple[Any, Any]]:
+    """Every variable of a state, and which arrays it holds, by path."""
+    return {path: (v, [id(leaf) for leaf in jax.tree.leaves(v)]) for path, v in nnx.to_flat_state(state)}
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, nnx.Pytree | nnx.Variable)

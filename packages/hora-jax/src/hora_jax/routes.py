@@ -1,18 +1,19 @@
 """Two ways through an adapted weight, with derivative rules that never form a dense gradient.
 
-A `Form` writes every contraction once, for a weight stored in any order of axes. The factors are cast to x's dtype,
-never x to theirs. ``u = x A^T`` accumulates in float32 and is rounded to x's dtype; gradients of the factors
-accumulate in float32.
+A `Contraction` writes every product once, for a weight and an input whose axes stand in any order. The factors are cast
+to x's dtype, never x to theirs. The first product, ``u = x A^T`` where A reads what is contracted, accumulates in
+float32 and is rounded to x's dtype; gradients of the factors accumulate in float32.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial, wraps
-from typing import Literal, get_args
+from functools import partial, wraps
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from hora_spec import HoraError
+from jax.extend.core import InconclusiveDimensionOperation
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -25,58 +26,53 @@ def check(route: str) -> None:
         raise HoraError(f"route must be one of {', '.join(get_args(Route))}, got {route!r} (spec D3)")
 
 
-def merges(route: Route, x: Array, weight: Array) -> bool:
-    """Whether the merge route is taken: never in 16 bits, where W + delta rounds small deltas away (spec D3)."""
-    if route in ("branch", "plain") or x.dtype != weight.dtype or x.dtype not in (jnp.float32, jnp.float64):
-        return False
-    return route == "merge" or (x.dtype == jnp.float32 and x.size > x.shape[-1] ** 2)
-
-
 @dataclass(frozen=True)
-class Form:
-    """The contractions of one weight, by letters of its axes.
+class Contraction:
+    """The product ``y = x W`` for ``W = sum_r first * second``, by one letter for each axis.
 
     Parameters
     ----------
-    weight
-        Letters in stored order: d embed; o heads and head_dim joined, or h heads and k head_dim; g groups of heads; any
-        other letter is an axis of several maps that leads the output, as in the einsum ``...d,chdk->c...hk``.
-    a
-        Letters of A: ``"rd"``, or ``"hrd"`` when each head has its own.
+    x, weight, y
+        Letters of input, weight and output. A letter of x and the weight that y lacks is contracted.
+    first
+        Letters of the factor that meets x: it has a contracted letter, and ``r``.
+    second
+        Letters of the other factor, and ``r``.
+    precision
+        Of every product, as `jax.lax.dot_general` takes it.
     """
 
+    x: str
     weight: str
-    a: str = "rd"
+    first: str
+    second: str
+    y: str
+    precision: Any = None
 
-    @cached_property
-    def maps(self) -> str:
-        """Letters of the axes that lead the output."""
-        return "".join(letter for letter in self.weight if letter not in "dgohk")
+    @property
+    def u(self) -> str:
+        """Letters of the product of x and the first factor."""
+        return "".join(c for c in dict.fromkeys(self.x + self.first) if c in self.y + self.second)
 
-    @cached_property
-    def rows(self) -> str:
-        """Letters of groups, heads and head_dim, in the output's order."""
-        return "".join(letter for letter in "gohk" if letter in self.weight)
+    def to(self, result: str, *operands: str) -> str:
+        """Subscripts of an einsum among x, weight, first, second, u and y."""
+        return f"{','.join(getattr(self, name) for name in operands)}->{getattr(self, result)}"
 
-    @cached_property
-    def b(self) -> str:
-        """Letters of B."""
-        return f"{self.maps}{self.rows}r"
 
-    @cached_property
-    def y(self) -> str:
-        """Letters of the output, ``...`` for those of the batch."""
-        return f"{self.maps}...{self.rows}"
+def merges(route: Route, contraction: Contraction, x: Array, weight: Array) -> bool:
+    """Whether the merge route is taken: never in 16 bits, where W + delta rounds small deltas away (spec D3).
 
-    def contract(self, *operands: str, to: str) -> str:
-        """Subscripts of an einsum; an operand is x, u, y, a, b, weight."""
-        letters = {"x": "...d", "u": f"...{self.a[:-1]}", "y": self.y, "a": self.a, "b": self.b, "weight": self.weight}
-        return f"{','.join(letters[name] for name in operands)}->{letters[to]}"
-
-    def output_shape(self, x: Array, b: Array) -> tuple[int, ...]:
-        """Shape of the output for these inputs."""
-        maps = len(self.maps)
-        return (*b.shape[:maps], *x.shape[:-1], *b.shape[maps:-1])
+    ``auto`` merges float32 when tokens outnumber the contracted width; where a symbolic size cannot tell, it does not.
+    """
+    if route in ("branch", "plain") or x.dtype != weight.dtype or x.dtype not in (jnp.float32, jnp.float64):
+        return False
+    width = 1
+    for letter, size in zip(contraction.weight, weight.shape, strict=True):
+        width *= size if letter not in contraction.y else 1
+    try:
+        return route == "merge" or (x.dtype == jnp.float32 and bool(x.size > width**2))
+    except InconclusiveDimensionOperation:
+        return False
 
 
 def reverse_only(function: Callable[..., Array]) -> Callable[..., Array]:
@@ -97,92 +93,148 @@ def reverse_only(function: Callable[..., Array]) -> Callable[..., Array]:
     return guarded
 
 
-def follow(form: Form, a: Array, b: Array, like: Array, letters: str) -> tuple[Array, Array]:
-    """Factors sharded as an array with these letters, A whole on every device unless free per head.
+def varying(array: Array) -> frozenset[str]:
+    """Mesh axes of the surrounding `jax.shard_map` over which an array's values differ."""
+    kind = jax.typeof(array)
+    return getattr(kind, "vma", None) or getattr(getattr(kind, "manual_axis_type", None), "varying", frozenset())
+
+
+def aligned(*arrays: Array) -> tuple[Array, ...]:
+    """The arrays, all varying over the union of their axes: a custom rule then returns gradients of its inputs' types.
+
+    Outside `jax.shard_map`, and where it checks nothing, the arrays themselves.
+    """
+    union = frozenset().union(*map(varying, arrays))
+    missing = [tuple(sorted(union - varying(array))) for array in arrays]
+    return tuple(
+        jax.lax.pcast(array, axes, to="varying") if axes else array for array, axes in zip(arrays, missing, strict=True)
+    )
+
+
+def follow(c: Contraction, first: Array, second: Array, like: Array, letters: str) -> tuple[Array, Array]:
+    """Factors sharded as an array with these letters, whole on every device along what is contracted.
 
     On a mesh of explicit axes alone: where axes are automatic, the compiler propagates the weight's sharding by itself.
     """
     sharding = explicit(like)
     if sharding is None:
-        return a, b
-    named = letters.replace("...", " " * (like.ndim - len(letters.replace("...", ""))))
-    axes = dict(zip(named, sharding.spec, strict=True))
-    axes.setdefault("h", axes.get("o"))  # joined with head_dim, heads lead
-    specs = [PartitionSpec(*(axes.get(x) if x in "ohk" else None for x in name)) for name in (form.a, form.b)]
-    return jax.sharding.reshard(a, specs[0]), jax.sharding.reshard(b, specs[1])
+        return first, second
+    axes = dict(zip(letters, sharding.spec, strict=True))
+    specs = [PartitionSpec(*(axes.get(x) if x in c.y else None for x in names)) for names in (c.first, c.second)]
+    return jax.sharding.reshard(first, specs[0]), jax.sharding.reshard(second, specs[1])
 
 
-def plain(form: Form, x: Array, a: Array, b: Array) -> Array:
-    """``(x A^T) B^T`` by JAX's own derivative rules."""
-    return _branch_forward(form, x, a, b)[0]
+def product(
+    route: Route,
+    c: Contraction,
+    base: Callable[[Array, Array], Array],
+    x: Array,
+    weight: Array,
+    a: Array,
+    b: Array,
+    *,
+    constant: bool = True,
+) -> Array:
+    """``x (W + delta)`` by a route, given how the base multiplies.
+
+    Parameters
+    ----------
+    route, c
+        How; the letters of what follows.
+    base
+        ``base(x, weight)``, which may keep axes of length one that `c` does not name.
+    x, weight, a, b
+        Input, weight, first and second factor.
+    constant
+        Whether the weight is frozen. Where it is made of trained values, too, a branch leaves them their gradients.
+    """
+    if constant and merges(route, c, x, weight):
+        a, b = follow(c, a, b, weight, c.weight)
+        y = base(jax.lax.stop_gradient(x), merged(c, weight, a, b))
+        return through(c, y, *aligned(x, jax.lax.stop_gradient(weight), a, b))
+    y = base(x, weight)
+    a, b = follow(c, a, b, y, c.y)
+    return y + (plain if route == "plain" else branch)(c, y.dtype, *aligned(x, a, b))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _branch(form: Form, x: Array, a: Array, b: Array) -> Array:
-    return plain(form, x, a, b)
+def plain(c: Contraction, dtype: Any, x: Array, a: Array, b: Array) -> Array:
+    """The product with both factors, by JAX's own derivative rules."""
+    return _branch_forward(c, dtype, x, a, b)[0]
 
 
-def _branch_forward(form: Form, x: Array, a: Array, b: Array) -> tuple[Array, tuple[Array, ...]]:
-    u = _shrink(form, x, a)
-    return jnp.einsum(form.contract("u", "b", to="y"), u, b.astype(x.dtype)), (x, u, a, b)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _branch(c: Contraction, dtype: Any, x: Array, a: Array, b: Array) -> Array:
+    return plain(c, dtype, x, a, b)
 
 
-def _branch_backward(form: Form, saved: tuple[Array, ...], g: Array) -> tuple[Array, ...]:
-    return _low_rank_gradients(form, *saved, g)
+def _branch_forward(c: Contraction, dtype: Any, x: Array, a: Array, b: Array) -> tuple[Array, tuple[Array, ...]]:
+    u = _shrink(c, x, a)
+    y = _einsum(c, "y", "u", "second", u, b.astype(x.dtype), preferred_element_type=dtype)
+    return y.astype(dtype), (x, u, a, b)
+
+
+def _branch_backward(c: Contraction, dtype: Any, saved: tuple[Array, ...], g: Array) -> tuple[Array, ...]:
+    return _low_rank_gradients(c, *saved, g.astype(saved[0].dtype))
 
 
 _branch.defvjp(_branch_forward, _branch_backward)
 branch = reverse_only(_branch)
 
 
-def merged(form: Form, weight: Array, a: Array, b: Array) -> Array:
+def merged(c: Contraction, weight: Array, a: Array, b: Array) -> Array:
     """``W + delta`` in the form and dtype of the weight, a constant to differentiation; `through` has its gradients."""
-    delta = jnp.einsum(form.contract("b", "a", to="weight"), b, a, out_sharding=explicit(weight))
+    delta = _einsum(c, "weight", "second", "first", b, a, out_sharding=explicit(weight))
     return jax.lax.stop_gradient((weight + delta).astype(weight.dtype))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _through(form: Form, y: Array, x: Array, weight: Array, a: Array, b: Array) -> Array:
+def _through(c: Contraction, y: Array, x: Array, weight: Array, a: Array, b: Array) -> Array:
     return y
 
 
 def _through_forward(
-    form: Form, y: Array, x: Array, weight: Array, a: Array, b: Array
+    c: Contraction, y: Array, x: Array, weight: Array, a: Array, b: Array
 ) -> tuple[Array, tuple[Array, ...]]:
     return y, (x, weight, a, b)
 
 
-def _through_backward(form: Form, saved: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
+def _through_backward(c: Contraction, saved: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
     x, weight, a, b = saved
     narrow = g.astype(x.dtype)
-    grad_x, grad_a, grad_b = _low_rank_gradients(form, x, _shrink(form, x, a), a, b, narrow)
-    through_base = jnp.einsum(form.contract("y", "weight", to="x"), narrow, weight, out_sharding=explicit(x))
+    grad_x, grad_a, grad_b = _low_rank_gradients(c, x, _shrink(c, x, a), a, b, narrow)
+    through_base = _einsum(c, "x", "y", "weight", narrow, weight, out_sharding=explicit(x))
     return g, through_base + grad_x, None, grad_a, grad_b
 
 
 _through.defvjp(_through_forward, _through_backward)
 through = reverse_only(_through)
-through.__doc__ = """y, which is ``x (W + delta)^T`` by `merged`, with the gradients of x, A and B; W is constant."""
+through.__doc__ = (
+    """y, which is ``x (W + delta)`` by `merged`, with the gradients of x and the factors; W is constant."""
+)
 
 
-def _shrink(form: Form, x: Array, a: Array) -> Array:
-    return _accumulate(form.contract("x", "a", to="u"), x, a.astype(x.dtype)).astype(x.dtype)
+def _shrink(c: Contraction, x: Array, a: Array) -> Array:
+    return _accumulate(c, "u", "x", "first", x, a.astype(x.dtype)).astype(x.dtype)
 
 
-def _low_rank_gradients(form: Form, x: Array, u: Array, a: Array, b: Array, g: Array) -> tuple[Array, Array, Array]:
-    """Gradients of ``(x A^T) B^T`` with respect to x, A and B, given that of its result."""
-    grad_b = _accumulate(form.contract("y", "u", to="b"), g, u, like=b)
-    grad_u = _accumulate(form.contract("y", "b", to="u"), g, b.astype(g.dtype), like=u).astype(g.dtype)
-    grad_a = _accumulate(form.contract("u", "x", to="a"), grad_u, x, like=a)
-    grad_x = jnp.einsum(form.contract("u", "a", to="x"), grad_u, a.astype(x.dtype), out_sharding=explicit(x))
+def _low_rank_gradients(c: Contraction, x: Array, u: Array, a: Array, b: Array, g: Array) -> tuple[Array, ...]:
+    """Gradients of the product with both factors with respect to x, a and b, given that of its result."""
+    grad_b = _accumulate(c, "second", "y", "u", g, u, like=b)
+    grad_u = _accumulate(c, "u", "y", "second", g, b.astype(g.dtype), like=u).astype(g.dtype)
+    grad_a = _accumulate(c, "first", "u", "x", grad_u, x, like=a)
+    grad_x = _einsum(c, "x", "u", "first", grad_u, a.astype(x.dtype), out_sharding=explicit(x))
     return grad_x, grad_a.astype(a.dtype), grad_b.astype(b.dtype)
 
 
-def _accumulate(subscripts: str, *operands: Array, like: Array | None = None) -> Array:
-    """Contraction that accumulates in float32 or better, sharded like another array."""
+def _accumulate(c: Contraction, to: str, one: str, two: str, *operands: Array, like: Array | None = None) -> Array:
+    """Product that accumulates in float32 or better, sharded like another array."""
     wide = jnp.promote_types(operands[0].dtype, jnp.float32)
     out = None if like is None else explicit(like)
-    return jnp.einsum(subscripts, *operands, preferred_element_type=wide, out_sharding=out)
+    return _einsum(c, to, one, two, *operands, preferred_element_type=wide, out_sharding=out)
+
+
+def _einsum(c: Contraction, to: str, one: str, two: str, *operands: Array, **options: Any) -> Array:
+    return jnp.einsum(c.to(to, one, two), *operands, precision=c.precision, **options)
 
 
 def explicit(array: Array) -> NamedSharding | None:

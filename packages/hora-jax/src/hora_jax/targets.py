@@ -1,12 +1,12 @@
 """Rules that find projections in a tree by the dotted paths of its leaves."""
 
 import re
+import sys
 from dataclasses import dataclass
 from math import prod
 from operator import attrgetter
 from typing import Any
 
-from flax import nnx
 from hora_spec import HoraError, Layout, ProjectionShape, Window
 from jax.tree_util import GetAttrKey, SequenceKey, tree_flatten_with_path
 
@@ -81,11 +81,17 @@ class Match:
 def leaves(params: Any) -> dict[str, Leaf]:
     """Every leaf that has a shape, by dotted path; a Flax variable and its value have one path."""
     result = {}
-    tree = nnx.state(params) if isinstance(params, nnx.Module) else params  # some modules are no pytrees
+    tree = nnx.state(params) if (nnx := nnx_of(params)) else params  # some modules are no pytrees
     for keys, value in tree_flatten_with_path(tree)[0]:
         if hasattr(value, "shape"):
             result[".".join(str(_name(key)) for key in _unboxed(keys))] = Leaf(keys, value)
     return result
+
+
+def nnx_of(params: Any) -> Any:
+    """`flax.nnx` if `params` is one of its modules, else None; it takes long to import, and may be missing."""
+    nnx = sys.modules.get("flax.nnx")
+    return nnx if nnx is not None and isinstance(params, nnx.Module) else None
 
 
 def match(target: Target, path: str, leaf: Leaf, params: Any) -> Match | None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from hora_jax import merge
 from hora_jax.nnx import HoraModel
 from jax.core import Tracer
 
@@ -123,7 +124,7 @@ class JaxLearner:
         for path, variable in nnx.to_flat_state(self.params):
             if not jnp.isfinite(variable.get_value()).all():
                 return f"first in {'.'.join(map(str, path))}"
-        model = self.model.bind() if isinstance(self.model, HoraModel) else self.model
+        model = _merged(self.model) if isinstance(self.model, HoraModel) else self.model
         found: list[str] = []
         for path, module in nnx.iter_modules(model):
             _watch(module, ".".join(map(str, path)) or "the model", found)
@@ -149,6 +150,12 @@ class JaxLearner:
             return logits
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["label"][..., None], axis=-1)[..., 0]
         return (chosen * batch["weight"]).sum(-1)
+
+
+def _merged(model: HoraModel) -> Any:
+    """The base with the adapter merged, whether the weights are finite or not."""
+    graph, state = nnx.split(model.base)
+    return nnx.merge(graph, jax.jit(partial(merge, model.plan))(state, model.adapter()))
 
 
 def _watch(module: Any, name: str, found: list[str]) -> None:

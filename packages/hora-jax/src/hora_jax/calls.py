@@ -1,0 +1,168 @@
+"""Primitives that run other programs: each is called again around the program walked with views inside."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, JaxprEqn
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+from hora_jax.views import View
+
+if TYPE_CHECKING:
+    from hora_jax.walk import Walk
+
+Call = Callable[["Walk", JaxprEqn, Sequence[Any]], Sequence[Any]]
+
+
+def _inline(walk: "Walk", eqn: JaxprEqn, ins: Sequence[Any]) -> Sequence[Any]:
+    """`jax.jit` and its like: under the caller's own compilation they are one program anyhow."""
+    program = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+    out = walk.run(_closed(program), ins)
+    wanted = eqn.params.get("out_shardings", (None,) * len(out))
+    return [
+        jax.lax.with_sharding_constraint(v, where)
+        if isinstance(where, jax.sharding.Sharding) and not isinstance(v, View)
+        else v
+        for v, where in zip(out, wanted, strict=True)
+    ]
+
+
+def _remat(walk: "Walk", eqn: JaxprEqn, ins: Sequence[Any]) -> Sequence[Any]:
+    program = _closed(eqn.params["jaxpr"])
+    again = jax.checkpoint(
+        lambda *ins: walk.run(program, ins), prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"]
+    )
+    return again(*ins)
+
+
+def _scan(walk: "Walk", eqn: JaxprEqn, ins: Sequence[Any]) -> Sequence[Any]:
+    """A weight that is scanned over is sliced with those of its factors that have the axis."""
+    program, consts, carries = eqn.params["jaxpr"], eqn.params["num_consts"], eqn.params["num_carry"]
+    before, init, xs = ins[:consts], ins[consts : consts + carries], ins[consts + carries :]
+    kept = _kept(program, consts, carries)
+    start = [None if k else walk.plain(v, eqn) for v, k in zip(init, kept, strict=True)]
+    inputs = program.jaxpr.invars[consts + carries :]
+    passed = [next((i for i, x in enumerate(inputs) if x is var), None) for var in program.jaxpr.outvars[carries:]]
+
+    def body(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
+        values = [v if k else c for v, c, k in zip(init, carry, kept, strict=True)]
+        rows = [_row(whole, part) for whole, part in zip(xs, slices, strict=True)]
+        out = walk.run(program, [*before, *values, *rows])
+        carry = [None if k else walk.plain(v, eqn) for v, k in zip(out[:carries], kept, strict=True)]
+        return carry, [None if j is not None else y for y, j in zip(out[carries:], passed, strict=True)]
+
+    options = {
+        name: eqn.params[name] for name in ("length", "reverse", "unroll", "_split_transpose") if name in eqn.params
+    }
+    carry, ys = jax.lax.scan(body, start, [_sliced(v) for v in xs], **options)
+    return [
+        *(v if k else c for v, c, k in zip(init, carry, kept, strict=True)),
+        *(y if j is None else xs[j] for y, j in zip(ys, passed, strict=True)),
+    ]
+
+
+def _sliced(value: Any) -> Any:
+    """What a scan slices: of a view, w and the factors that have its leading axis."""
+    if not isinstance(value, View):
+        return value
+    return value.w, *(f if f.shape[0] == value.w.shape[0] else None for f in (value.a, value.b))
+
+
+def _row(whole: Any, part: Any) -> Any:
+    if not isinstance(whole, View):
+        return part
+    w, *own = part
+    a, b = (f[0] if row is None else row for f, row in zip((whole.a, whole.b), own, strict=True))
+    return View(w, a, b, whole.path, whole.constant)
+
+
+def _while(walk: "Walk", eqn: JaxprEqn, ins: Sequence[Any]) -> Sequence[Any]:
+    test, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
+    tests, bodies = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    of_test, of_body, init = ins[:tests], ins[tests : tests + bodies], ins[tests + bodies :]
+    kept = _kept(body, bodies, len(init))
+
+    def values(carry: Sequence[Any]) -> list[Any]:
+        return [v if k else c for v, c, k in zip(init, carry, kept, strict=True)]
+
+    def step(carry: Sequence[Any]) -> list[Any]:
+        out = walk.run(body, [*of_body, *values(carry)])
+        return [None if k else walk.plain(v, eqn) for v, k in zip(out, kept, strict=True)]
+
+    start = [None if k else walk.plain(v, eqn) for v, k in zip(init, kept, strict=True)]
+    return values(jax.lax.while_loop(lambda carry: walk.run(test, [*of_test, *values(carry)])[0], step, start))
+
+
+def _kept(program: ClosedJaxpr, consts: int, carries: int) -> list[bool]:
+    """Which carried values the body of a loop returns as they are."""
+    jaxpr = program.jaxpr
+    return [jaxpr.outvars[i] is jaxpr.invars[consts + i] for i in range(carries)]
+
+
+def _cond(walk: "Walk", eqn: JaxprEqn, ins: Sequence[Any]) -> Sequence[Any]:
+    index, *operands = ins
+    passed = [_place_of(eqn.params["branches"], i) for i in range(len(eqn.outvars))]
+
+    def branch(program: ClosedJaxpr) -> Callable[[], list[Any]]:
+        def run() -> list[Any]:
+            out = walk.run(program, operands)
+            return [walk.plain(v, eqn) if j is None else None for v, j in zip(out, passed, strict=True)]
+
+        return run
+
+    out = jax.lax.switch(jnp.asarray(index, jnp.int32), [branch(program) for program in eqn.params["branches"]])
+    return [v if j is None else operands[j] for v, j in zip(out, passed, strict=True)]
+
+
+def _place_of(branches: Sequence[ClosedJaxpr], output: int) -> int | None:
+    """The operand that every branch returns as this output, if there is one."""
+    found = set()
+    for program in branches:
+        inputs, var = program.jaxpr.invars, program.jaxpr.outvars[output]
+        found.add(next((i for i, other in enumerate(inputs) if other is var), None))
+    return found.pop() if len(found) == 1 else None
+
+
+def _shard_map(walk: "Walk", eqn: JaxprEqn, ins: Sequence[Any]) -> Sequence[Any]:
+    """Factors are sharded as the weight is, along the axes they have."""
+    program, params = _closed(eqn.params["jaxpr"]), eqn.params
+    flat, tree = jax.tree.flatten(list(ins))
+    specs = [spec for v, spec in zip(ins, params["in_specs"], strict=True) for spec in _specs(v, spec)]
+
+    def body(*flat: Array) -> list[Any]:
+        return [walk.plain(v, eqn) for v in walk.run(program, tree.unflatten(flat))]
+
+    mapped = jax.shard_map(
+        body,
+        mesh=params["mesh"],
+        in_specs=tuple(specs),
+        out_specs=list(params["out_specs"]),
+        axis_names=params["manual_axes"],
+        check_vma=params["check_vma"],
+    )
+    return mapped(*flat)
+
+
+def _specs(value: Any, spec: PartitionSpec) -> list[PartitionSpec]:
+    if not isinstance(value, View):
+        return [spec]
+    axes = [*spec, *(None,) * (value.w.ndim - len(spec))]
+    owned = (value.owned(factor) for factor in (value.a, value.b))
+    return [spec, *(PartitionSpec(*(axis if i in has else None for i, axis in enumerate(axes)), None) for has in owned)]
+
+
+def _closed(program: Any) -> ClosedJaxpr:
+    return program if isinstance(program, ClosedJaxpr) else ClosedJaxpr(program, ())
+
+
+CALLS: dict[str, Call] = {
+    **dict.fromkeys(("jit", "pjit", "closed_call", "core_call", "core_closed_call"), _inline),
+    **dict.fromkeys(("remat", "remat2", "checkpoint"), _remat),
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    "shard_map": _shard_map,
+}

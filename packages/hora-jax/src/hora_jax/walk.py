@@ -1,0 +1,129 @@
+"""A traced function run again, with `View` values in place of planned weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
+
+from hora_spec import HoraError
+from jax.extend import source_info_util
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.extend.core import Literal as Constant
+
+from hora_jax.calls import CALLS
+from hora_jax.follow import RULES
+from hora_jax.products import multiply
+from hora_jax.routes import Route
+from hora_jax.views import View
+
+Dense = Literal["allow", "error"]
+
+
+@dataclass(frozen=True)
+class Use:
+    """One place where a function consumes a planned weight.
+
+    Attributes
+    ----------
+    path
+        Of the weight.
+    primitive
+        What consumes it: ``dot_general``, another primitive of JAX, or ``output``.
+    place
+        File, line and function of the call.
+    low_rank
+        Whether the product is the base's plus a low-rank branch; else it is taken of ``W + delta``, whose gradient is
+        as large as the weight.
+    """
+
+    path: str
+    primitive: str
+    place: str
+    low_rank: bool
+
+
+@dataclass
+class Walk:
+    """How planned weights are computed with, and what was found on the way."""
+
+    route: Route
+    dense: Dense
+    uses: dict[tuple[Any, ...], Use] = field(default_factory=dict)
+    within: tuple[int, ...] = ()
+    place: str = ""
+
+    def run(self, program: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
+        """Results of a program; those that are planned weights are views."""
+        return self._run(program.jaxpr, program.consts, args)
+
+    def plain(self, value: Any, eqn: JaxprEqn | None) -> Any:
+        """A value as an array: of a planned weight ``W + delta``, which is counted, or refused."""
+        if not isinstance(value, View):
+            return value
+        use = self._note(value, eqn, low_rank=False)
+        if self.dense == "error":
+            raise HoraError(
+                f"a planned weight is multiplied with activations alone where dense='error', got {use.path} in "
+                f"{use.primitive} at {use.place}: allow W + delta there, or narrow the targets (spec D3)"
+            )
+        return value.dense()
+
+    def _note(self, view: View, eqn: JaxprEqn | None, *, low_rank: bool) -> Use:
+        name, place = ("output", "") if eqn is None else (eqn.primitive.name, _place(eqn) or self.place)
+        use = Use(view.path, name, place, low_rank)
+        self.uses[(*self.within, id(eqn), view.path)] = use
+        return use
+
+    def _run(self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+        known: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+
+        def read(var: Any) -> Any:
+            return var.val if isinstance(var, Constant) else known[var]
+
+        last = {var: i for i, eqn in enumerate(jaxpr.eqns) for var in eqn.invars if not isinstance(var, Constant)}
+        kept = {var for var in jaxpr.outvars if not isinstance(var, Constant)}
+        for i, eqn in enumerate(jaxpr.eqns):
+            with eqn.ctx.manager:
+                out = self._step(eqn, [read(var) for var in eqn.invars])
+            known.update(zip(eqn.outvars, out, strict=True))
+            for var in [*eqn.invars, *eqn.outvars]:
+                if not isinstance(var, Constant) and var not in kept and last.get(var, i) == i:
+                    known.pop(var, None)
+        return [read(var) for var in jaxpr.outvars]
+
+    def _step(self, eqn: JaxprEqn, ins: list[Any]) -> Sequence[Any]:
+        if any(isinstance(v, View) for v in ins):
+            name, out = eqn.primitive.name, None
+            if name == "dot_general":
+                out = self._dot(eqn, *ins)
+            elif call := CALLS.get(name):
+                inner = replace(self, within=(*self.within, id(eqn)), place=_place(eqn) or self.place)
+                out = call(inner, eqn, ins)
+            elif rule := RULES.get(name):
+                out = rule(ins, partial(_bind, eqn), eqn.params)
+            if out is not None:
+                return out
+            ins = [self.plain(v, eqn) for v in ins]
+        return _bind(eqn, *ins)
+
+    def _dot(self, eqn: JaxprEqn, lhs: Any, rhs: Any) -> list[Any] | None:
+        """A product with a planned weight; of two, the smaller is ``W + delta``."""
+        if isinstance(lhs, View) and isinstance(rhs, View):
+            if lhs.w.size <= rhs.w.size:
+                lhs = self.plain(lhs, eqn)
+            else:
+                rhs = self.plain(rhs, eqn)
+        out = multiply(eqn, lhs, rhs, self.route)
+        if out is None:
+            return None
+        self._note(lhs if isinstance(lhs, View) else rhs, eqn, low_rank=True)
+        return [out]
+
+
+def _bind(eqn: JaxprEqn, *ins: Any) -> list[Any]:
+    out = eqn.primitive.bind(*ins, **eqn.primitive.get_bind_params(eqn.params))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def _place(eqn: JaxprEqn) -> str:
+    return source_info_util.summarize(eqn.source_info)
