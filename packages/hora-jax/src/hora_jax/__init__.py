@@ -7,6 +7,7 @@ from hora_jax import functional, presets
 from hora_jax.adapted import Adapted, Report, adapt
 from hora_jax.adapter import delta, factors, init, merge, replace_weights, weights
 from hora_jax.files import export_lora, from_adapter, load_adapter, load_specs, save_adapter, to_adapter
+from hora_jax.joint import joint_a
 from hora_jax.plan import Layer, Plan, plan
 from hora_jax.targets import Site, Target
 from hora_jax.verification import Verification, verify
@@ -28,6 +29,7 @@ __all__ = [
     "from_adapter",
     "functional",
     "init",
+    "joint_a",
     "load_adapter",
     "load_specs",
     "merge",
