@@ -6,6 +6,7 @@ both frameworks share one environment under ``.nox/``, filled again only when re
 
 import hashlib
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ nox.options.error_on_missing_interpreters = True
 ROOT = Path(__file__).parent
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+LIBRARY_TESTS = ("lifetime", "quantized", "quantized_merge", "quantized_training", "subclasses")
 PACKAGES = ("hora-spec", "hora-torch", "hora-jax", "hora-bench")
 SOURCES = tuple(f"packages/{name}/src" for name in PACKAGES)
 
@@ -89,7 +91,8 @@ def beside(session: nox.Session, binaries: Path, group: str) -> Path:
     with FileLock(f"{folder}.lock"):
         if not (stamp.exists() and stamp.read_text() == digest):
             options = ("--no-deps", "--upgrade", f"--target={folder}", *constraints())
-            run(session, binaries, "python", *PIP_INSTALL, *options, *requirements)
+            env = {"DISABLE_CUDA": "1"}  # else hqq compiles kernels
+            run(session, binaries, "python", *PIP_INSTALL, *options, *requirements, env=env)
             stamp.write_text(digest)
     return folder
 
@@ -148,7 +151,8 @@ def tests(session, scope):
     elif scope == "libraries":
         tools = everything(session)
         env = TEST_ENV | {"PYTHONPATH": str(beside(session, tools, "libraries"))}
-        paths = (f"packages/hora-torch/tests/test_{name}.py" for name in ("lifetime", "subclasses"))
+        paths = [f"packages/hora-torch/tests/test_{name}.py" for name in LIBRARY_TESTS]
+        paths.append("tests/serving/test_diffusers.py")
         run(session, tools, "pytest", *paths, *parallel(), *session.posargs, env=env)
     else:
         tools = everything(session)
@@ -198,6 +202,46 @@ def families(session):
     tools = everything(session)
     env = TEST_ENV | {"PYTHONPATH": str(beside(session, tools, "families"))}
     run(session, tools, "python", "packages/hora-torch/families/run.py", *session.posargs, env=env)
+
+
+@nox.session(python=False)
+def integrations(session):
+    """trl, sentence-transformers, diffusers, lm-eval and accelerate, as they are, with adapters of HoRA."""
+    tools = environment(session, "integrations", packages=PACKAGES[:2], groups=("test", "consumers"))
+    options = ("--override-ini=python_files=check_*.py", "--override-ini=filterwarnings=")  # warnings are theirs
+    run(session, tools, "pytest", "packages/hora-torch/integrations", *options, *session.posargs, env=TEST_ENV)
+
+
+@nox.session(python=False)
+def serving(session):
+    """Servers on tiny models: llama.cpp, vLLM, ONNX Runtime, OpenVINO, MLX, node-llama-cpp; writes the table of
+    docs/guide/serving.md (``-- llama`` for one architecture).
+    """
+    tools = everything(session)
+    vllm = environment(session, "serving-vllm", groups=("serving-vllm",), constrained=False)
+    others = ("torchvision", "torchaudio", "torchcodec")  # not of torch's kind; whatever finds them fails
+    run(session, vllm, "python", "-m", "pip", "uninstall", "--quiet", "--yes", *others)
+    graphs = environment(session, "serving-graphs", groups=("serving-graphs",))
+    engines = [f"vllm={vllm / 'python'}", f"graphs={graphs / 'python'}"]
+    if shutil.which("npm"):
+        folder = ROOT / ".nox/serving-node"
+        folder.mkdir(exist_ok=True)
+        session.run("npm", "install", "--silent", "--prefix", str(folder), "node-llama-cpp@3.22.1", external=True)
+        engines.append(f"node={shutil.copy(ROOT / 'tests/serving/by_node.mjs', folder)}")
+    models = ROOT / ".nox/serving-models"
+    shutil.rmtree(models, ignore_errors=True)
+    run(session, tools, "python", "tests/serving/prepare.py", str(models), env=TEST_ENV)
+    run(session, tools, "python", "tests/serving/run.py", str(models), *engines, "--", *session.posargs, env=TEST_ENV)
+
+
+@nox.session(python=False)
+def quantised(session):
+    """A small model quantised in every known way, adapted beside LoRA; writes docs/guide/quantised.md (``-- NAME ...``
+    for some ways).
+    """
+    tools = everything(session)
+    env = TEST_ENV | {"PYTHONPATH": str(beside(session, tools, "libraries"))}
+    run(session, tools, "python", "packages/hora-torch/quantised/run.py", *session.posargs, env=env)
 
 
 @nox.session(python=False)

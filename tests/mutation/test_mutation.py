@@ -8,11 +8,16 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-PACKAGES = tomllib.loads((HERE / "modules.toml").read_text())["packages"]
+MODULES = tomllib.loads((HERE / "modules.toml").read_text())
+PACKAGES, RAN = MODULES["packages"], MODULES["ran"]
 SURVIVORS = tomllib.loads((HERE / "survivors.toml").read_text())
 REASONS = ("equivalent", "performance", "message", "refused elsewhere", "beyond these tests")
 
 SOURCE = '''
+@dataclass(frozen=True, slots=True)
+class Empty:
+    pass
+
 def scaled(x: int, *, by: float = 2) -> int:
     """A docstring with 1 number."""
     if x is None:
@@ -35,6 +40,10 @@ def test_every_module_with_code_is_mutated():
     for name, package in PACKAGES.items():
         folder = ROOT / "packages" / name.replace("_", "-") / "src" / name
         assert {path.stem for path in folder.glob("*.py")} - {"__init__"} == package["modules"].keys()
+
+
+def test_what_is_said_to_have_run_is_a_module():
+    assert RAN.keys() <= {f"{name}.{own}" for name, package in PACKAGES.items() for own in package["modules"]}
 
 
 def test_the_tests_of_a_module_exist():
@@ -77,6 +86,18 @@ def test_a_mistake_of_each_kind_is_made(name):
     assert name in mutants_of(SOURCE)
 
 
-@pytest.mark.parametrize("idle", ["int & float", "strict=False", "x + 1", "docstring with 2", "not x is None"])
+@pytest.mark.parametrize(
+    "idle",
+    [
+        "int & float",
+        "strict=False",
+        "x + 1",
+        "docstring with 2",
+        "not x is None",
+        "frozen=False",
+        "(slots=True)",
+        "= -1",
+    ],
+)
 def test_what_means_nothing_is_left_alone(idle):
     assert not [name for name, code in mutants_of(SOURCE).items() if idle in code]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import transformers
 
-VOCABULARY = 64
+VOCABULARY = 192
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -30,7 +30,7 @@ def language_model(arch: str = "llama", *, seed: int = 0, **changes: Any) -> Any
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
     model_class = getattr(transformers, ARCHITECTURES[arch])
     torch.manual_seed(seed)
-    config = model_class.config_class(**sizes, **heads, **tokens, **changes)
+    config = model_class.config_class(**(sizes | heads | tokens | changes))
     model = model_class(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -84,9 +84,10 @@ def writer_arch(arch: str) -> Any:
 
 
 def _add_tokens(writer: Any, size: int) -> None:
-    """Words alone: a byte that is no whole character would be answered without probabilities."""
-    special = [("<unk>", gguf.TokenType.UNKNOWN), ("<s>", gguf.TokenType.CONTROL), ("</s>", gguf.TokenType.CONTROL)]
-    tokens = special + [(f"\u2581word{i}", gguf.TokenType.NORMAL) for i in range(size - len(special))]
+    """Words and the bytes of ASCII: one that is no whole character would be answered without probabilities."""
+    tokens = [("<unk>", gguf.TokenType.UNKNOWN), ("<s>", gguf.TokenType.CONTROL), ("</s>", gguf.TokenType.CONTROL)]
+    tokens += [(f"<0x{byte:02X}>", gguf.TokenType.BYTE) for byte in range(128)] + [("\u2581", gguf.TokenType.NORMAL)]
+    tokens += [(f"\u2581word{i}", gguf.TokenType.NORMAL) for i in range(size - len(tokens))]
     writer.add_tokenizer_model("llama")
     writer.add_token_list([text for text, _ in tokens])
     writer.add_token_scores([0.0] * size)

@@ -2,6 +2,7 @@
 
 import json
 
+import hora_jax
 import hora_spec
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from hora_jax import (
+    Target,
     export_lora,
     from_adapter,
     init,
@@ -21,7 +23,7 @@ from hora_jax import (
     to_adapter,
 )
 from hora_jax.nnx import HoraModel, HoraParam
-from hora_spec import HoraError, Layout, Window
+from hora_spec import AdapterSpec, HoraError, Layout, Window
 from safetensors.numpy import load_file
 
 
@@ -74,6 +76,34 @@ def test_parts_of_a_fused_weight_are_rows_of_the_pytorch_weight(make_vit, method
     assert {site.module for site in sites.values()} == {"blocks.1.attn.qkv"}
     assert sites["v"].layout == Layout("(h k) d", Window(0, 32, 48))
     assert sites["v"].weight_shape == (48, 16)
+
+
+ROWS = {
+    "part of each head": (Layout("d h k", Window(2, 3, 5)), (8, 2, 5), Window(0, 3, 5, 2)),
+    "some of the heads": (Layout("d h k", Window(1, 1, 3)), (8, 4, 2), Window(0, 2, 6)),
+    "heads in groups": (Layout("d g h k"), (8, 2, 1, 2), None),
+    "a group of heads": (Layout("d g h k", Window(1, 1, 2)), (8, 3, 2, 2), Window(0, 4, 8)),
+    "heads of each group": (Layout("d g h k", Window(2, 1, 2)), (8, 2, 3, 2), Window(0, 2, 4, 2)),
+    "columns by head": (Layout("d (h k)", Window(1, 2, 4, 2)), (8, 12), Window(0, 2, 4, 2)),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_f2_a_leaf_in_any_layout_is_rows_of_the_pytorch_weight(tmp_path, name):
+    layout, shape, window = ROWS[name]
+    tree = {"attn": {"map": {"kernel": np.ones(shape, np.float32)}}}
+    planned = plan(
+        tree, AdapterSpec(2, hidden_dim=3, head_embed_dim=4), Target("attn.map.kernel", "q", layout, heads=2)
+    )
+    phi = hora_jax.init(planned)
+    phi["attn"]["b_out.q"] += 1
+    save_adapter(tmp_path, planned, phi)
+    (site,) = hora_spec.load_adapter(tmp_path).layers["attn"].sites.values()
+    assert site.layout == Layout("(h k) d", window)
+    merged = hora_jax.merge(planned, tree, phi)["attn"]["map"]["kernel"]
+    delta = hora_jax.delta(planned, phi)["attn"]["q"]
+    in_torch = hora_spec.reference.merge(np.ones(site.weight_shape), np.asarray(delta), site.layout)
+    np.testing.assert_allclose(Layout(layout.pattern).read(np.asarray(merged)), in_torch, rtol=1e-6)
 
 
 def test_the_method_of_a_file_plans_the_model(tmp_path, llama, planned, phi, method):

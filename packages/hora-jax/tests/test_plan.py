@@ -87,6 +87,19 @@ def test_fused_parts_are_windows_of_one_leaf():
     assert [site.layout.window for site in layer.sites] == [Window(1, 0, 8), Window(1, 16, 24)]
 
 
+def test_parts_of_each_head_are_windows_of_blocks():
+    targets = [Target("attn.qkv.kernel", p, "d (h k)", 2, ("qkv".index(p), 3, 2)) for p in "qkv"]
+    (layer,) = plan({"attn": {"qkv": {"kernel": leaf(8, 24)}}}, SPEC, targets).layers
+    windows = [Window(1, 0, 4, 2), Window(1, 4, 8, 2), Window(1, 8, 12, 2)]
+    assert [site.layout.window for site in layer.sites] == windows
+    assert "4:8 of each 12 of 24 of axis 1" in plan({"attn": {"qkv": {"kernel": leaf(8, 24)}}}, SPEC, targets).report()
+
+
+def test_heads_in_groups_are_counted_together():
+    target = Target("attn.q.kernel", "q", "d g h k")
+    assert plan({"attn": {"q": {"kernel": leaf(8, 2, 3, 4)}}}, SPEC, target).layers[0].shape["q"].num_heads == 6
+
+
 def test_the_report_counts_layers_and_parameters():
     report = plan(blocks(11), SPEC, QV).report()
     assert "blocks.0.attn ... blocks.10.attn: layers=11 rank=2" in report

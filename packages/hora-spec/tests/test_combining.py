@@ -27,6 +27,8 @@ SPECS = {
     "a": AdapterSpec(1, sharing="a"),
     "b": AdapterSpec(2, sharing="b", hidden_dim=4, head_embed_dim=3),
     "none": AdapterSpec(3, sharing="none", alpha=0.5),
+    "gated": AdapterSpec(2, hidden_dim=4, head_embed_dim=3, residual=True, gate=0.5),
+    "tied and fixed": AdapterSpec(2, hidden_dim=4, head_embed_dim=3, a_source="fixed", tie_a=True),
 }
 
 

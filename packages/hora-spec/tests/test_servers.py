@@ -30,10 +30,12 @@ def adapter_of(*, sites=None, modules=None, config=None, rank=2, sharing="none")
 
 
 CONV1D = {"q": Site("a.q_proj", "weight", (8, 8), Layout("d (h k)"), HEADS), "v": V}
+CONVOLUTION = {"q": Site("a.conv", "weight", (8, 8, 1, 1), Layout("(h k) d 1 1"), HEADS)}
 IN_PROJ = {"q": Site("a", "in_proj_weight", (8, 8), Layout(), HEADS)}
 REFUSED = {
     "a rank": ({"rank": 129}, {"vllm": "ranks end at 512, got 516"}),
     "weights stored (in, out)": ({"sites": CONV1D}, {"vllm": "stored \\(in, out\\)"}),
+    "a convolution": ({"sites": CONVOLUTION}, dict.fromkeys(SERVERS, "got a convolution of a.conv")),
     "a parameter of another name": ({"sites": IN_PROJ}, dict.fromkeys(SERVERS, "got in_proj_weight of a")),
     "a head": (
         {"modules": HEAD},

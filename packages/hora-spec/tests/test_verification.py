@@ -33,6 +33,7 @@ PLACES = {
     },
     "interleaved": {"v": Site("a.qkv", "weight", (36, 8), Layout("(h k) d", Window(0, 6, 9, blocks=4)), HEADS)},
     "conv1d": {"q": Site("a.q", "weight", (8, 12), Layout("d (h k)"), HEADS)},
+    "convolution": {"q": Site("a.q", "weight", (12, 8, 1, 1), Layout("(h k) d 1 1"), HEADS)},
     "in_proj": {"q": Site("a", "in_proj_weight", (36, 8), Layout("(h k) d", Window(0, 0, 12)), HEADS)},
 }
 

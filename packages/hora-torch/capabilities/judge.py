@@ -339,6 +339,7 @@ _HEAD = """# What works, beside LoRA
 
 Found by doing it on tiny models, with the questions of PEFT's own `generate_method_capabilities.py`; a target counts if
 its adapted output changes, and merging computes the same. Written by `nox -s capabilities`, and tested to be true.
+Quantised bases have [a page of their own](quantised.md).
 
 | | LoRA | HoRA | why not |
 |---|---|---|---|"""

@@ -29,6 +29,8 @@ def base(kind="llama", **kwargs):
         return transformers.Phi3ForCausalLM(
             transformers.Phi3Config(**SIZES, num_key_value_heads=2, pad_token_id=0, **kwargs)
         )
+    if kind == "gpt_neox":
+        return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZES, rotary_pct=0.5))
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=2, **kwargs))
 
 
@@ -197,6 +199,23 @@ def fused(mesh, rank):
     return train(adapt(model))
 
 
+def head_by_head(mesh, rank):
+    """Rows of q, k and v of each head together, so that each process has all rows of its heads."""
+    return train(adapt(_cut_between_heads(base("gpt_neox"), mesh)))
+
+
+def head_by_head_merged(mesh, rank):
+    """The loss of the merged model, and after the way back."""
+    return merging(adapt(_cut_between_heads(base("gpt_neox"), mesh)))
+
+
+def _cut_between_heads(model, mesh):
+    for layer in model.gpt_neox.layers:
+        plan = {"query_key_value": ColwiseParallel(), "dense": RowwiseParallel()}
+        parallelize_module(layer.attention, mesh, plan)
+    return model
+
+
 def plain_layers(model):
     """Every adapted and every other linear layer."""
     from hora_torch import HoraLinear
@@ -259,6 +278,8 @@ CHECKS = {
     "rows of inputs of q": rows_of_inputs_of_q,
     "sequence": sequence,
     "fused": fused,
+    "head by head": head_by_head,
+    "head by head, merged": head_by_head_merged,
     **{f"fsdp {units}": partial(fsdp, units) for units in UNITS},
     "fsdp merged": fsdp_merged,
     "fsdp blocks, checkpoints": partial(fsdp, "blocks", checkpointing=False),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import hora_spec
 import hora_torch
@@ -80,11 +81,23 @@ def test_what_is_said_of_modules_that_are_no_targets_is_an_error(llama, kwargs):
         hora_torch.plan(llama.model(), HoraConfig(**SMALL | kwargs))
 
 
-def test_a_target_that_no_module_is_called_is_said(llama):
-    config = HoraConfig(**SMALL, target_modules=["q_proj", "v_prj"])
-    assert "target_modules names ['v_prj']" in str(hora_torch.plan(llama.model(), config))
-    with pytest.warns(UserWarning, match=r"\['v_prj'\], which no module is called"):
+@pytest.mark.parametrize(
+    ("kwargs", "said"),
+    [
+        ({"target_modules": ["q_proj", "v_prj"]}, "target_modules names ['v_prj'], which no module is called"),
+        ({"modules_to_save": ["lm_head", "lm_haed"]}, "modules_to_save names ['lm_haed'], which no module is called"),
+    ],
+)
+def test_a_name_that_no_module_has_is_said(llama, kwargs, said):
+    config = HoraConfig(**SMALL, **kwargs)
+    assert said in str(hora_torch.plan(llama.model(), config))
+    with pytest.warns(UserWarning, match=re.escape(said)):
         peft.get_peft_model(llama.model(), config)
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
+def test_heads_that_peft_names_for_a_task_are_not_what_a_user_misspelt(families, task):
+    peft.get_peft_model(families["bert"].model(), HoraConfig(**SMALL, task_type=task))
 
 
 def test_trained_tokens_are_trained_saved_exported_and_merged(llama, tmp_path):

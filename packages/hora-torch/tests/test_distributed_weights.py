@@ -4,7 +4,8 @@ import pytest
 import torch
 from hora_spec import AdapterSpec, HoraError, LayerShape
 from hora_torch.hypernet import HoraHypernet
-from hora_torch.merging import mergeable, merged_weight, value_of, write
+from hora_torch.merging import merged_weight
+from hora_torch.stored import stored_weight
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -29,14 +30,17 @@ def test_a_distributed_weight_is_merged_in_place(form, dtype, one_process):
     expected = merged_weight(weight, [(layout, a, b, 0.5)])
     module = nn.Module()
     module.weight = nn.Parameter(distribute_tensor(weight.clone(), one_process, [Shard(layout.row_axis)]))
-    stored, before = mergeable(module, "weight"), value_of(module.weight)
-    local = stored.to_local().data_ptr()
-    write(stored, merged_weight(stored.data, [(layout, a, b, 0.5)]))
+    stored = stored_weight(module, "weight")
+    before, local = stored.value(), stored.bits().data_ptr()
+    merged, _ = stored.plus(before, [(layout, a, b, 0.5)], check=True, name="default")
+    stored.write(merged)
     unit = torch.finfo(dtype).eps  # a padded product may be summed in another order
-    torch.testing.assert_close(stored.full_tensor().detach(), expected, rtol=unit, atol=4e-7)
-    assert stored.to_local().data_ptr() == local
-    write(stored, before)
-    assert torch.equal(stored.full_tensor(), weight)
+    torch.testing.assert_close(module.weight.full_tensor().detach(), expected, rtol=unit, atol=4e-7)
+    assert stored.bits().data_ptr() == local
+    again, _ = stored.plus(before, [(layout, a, b, 0.5)], check=True, name="default")
+    assert torch.equal(again, merged)
+    stored.write(before)
+    assert torch.equal(module.weight.full_tensor(), weight)
 
 
 def test_a_parameter_that_is_still_sharded_is_refused(one_process):

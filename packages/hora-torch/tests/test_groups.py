@@ -15,6 +15,8 @@ METHODS = {
     "A free": {"sharing": "b"},
     "both free": {"sharing": "none"},
     "raw embeddings": {"normalize": False},
+    "gated": {"residual": True, "gate": 0.1},
+    "A fixed": {"a_source": "fixed"},
 }
 
 
@@ -43,12 +45,16 @@ def test_parameters_are_told_apart_by_the_factor_that_depends_on_them(families, 
     model = adapted(families["llama"], init_weights=False, **METHODS[method])
     found = named(model, hora_torch.param_groups(model, 1e-3))
     hypernet = next(module for module in model.modules() if isinstance(module, hora_torch.hypernet.HoraHypernet))
-    (a, b), own = hypernet()["q"], dict(hypernet.named_parameters())
+    (a, b), own = hypernet()["q"], {key: p for key, p in hypernet.named_parameters() if p.requires_grad}
+    of_v = {f"{kind}.v" for kind in ("a", "a_out", "b", "b_out", "gate")}
     for part, factor in (("A", a), ("B", b)):
+        if not factor.requires_grad:  # a fixed A is in no group
+            assert not any(key[0] == part for key in found)
+            continue
         grads = torch.autograd.grad(factor.sum(), list(own.values()), allow_unused=True)
         reached = {key for key, grad in zip(own, grads, strict=True) if grad is not None and "v" not in key.split(".")}
         listed = {name for key, names in found.items() if key[0] == part for name in names if "layers.0" in name}
-        assert {name.partition(".default.")[2] for name in listed} - {"a.v", "a_out.v", "b.v", "b_out.v"} == reached
+        assert {name.partition(".default.")[2] for name in listed} - of_v == reached
 
 
 def test_rates_and_decay_are_as_said(families):

@@ -7,7 +7,8 @@ import torch
 from hora_spec import HoraError, Layout, Window, reference
 from hora_torch import HoraConfig
 from hora_torch.layer import HoraLayer
-from hora_torch.merging import fingerprint, mergeable, merged_weight, write
+from hora_torch.merging import merged_weight
+from hora_torch.stored import Fingerprint, PlainWeight, stored_weight
 from torch import nn
 
 from . import oracle
@@ -75,6 +76,17 @@ def test_a_thousand_cycles_in_bfloat16_leave_the_base_identical():
         adapted.unmerge_adapter()
     assert layer(adapted).base_layer.weight is weight
     assert torch.equal(weight, before)
+
+
+def test_where_somebody_else_wrote_to_one_weight_no_layer_is_unmerged(families):
+    adapted = oracle.adapted(families["llama"])
+    adapted.merge_adapter()
+    *_, last = (module for module in adapted.modules() if isinstance(module, HoraLayer))
+    last.get_base_layer().weight.data[0, 0] += 1
+    before = oracle.snapshot(adapted)
+    with pytest.raises(HoraError, match="weight was written to since"):
+        adapted.unmerge_adapter()
+    oracle.assert_unchanged(adapted, before)
 
 
 def test_merging_the_same_adapter_twice_is_refused_with_a_warning():
@@ -199,22 +211,28 @@ class Stubborn(nn.Parameter):
 
 def test_only_a_plain_parameter_that_is_here_is_merged_into():
     module = nn.Linear(2, 2)
-    assert mergeable(module, "weight") is module.weight
+    assert stored_weight(module, "weight").bits().data_ptr() == module.weight.data_ptr()
     with pytest.raises(HoraError, match="got a NoneType as other of Linear"):
-        mergeable(module, "other")
+        stored_weight(module, "other")
     with pytest.raises(HoraError, match="weight of Linear is offloaded"):
-        mergeable(nn.Linear(2, 2, device="meta"), "weight")
-    module.weight = Stubborn(torch.zeros(2, 2))
+        stored_weight(nn.Linear(2, 2, device="meta"), "weight")
+    stubborn = PlainWeight(module, "weight")
+    module.weight = stubborn.param = Stubborn(torch.zeros(2, 2))
     with pytest.raises(HoraError, match="got a Stubborn as weight"):
-        mergeable(module, "weight")
+        stored_weight(module, "weight")
     with pytest.raises(HoraError, match="kept its own value"):
-        write(module.weight, torch.ones(2, 2))
+        stubborn.write(torch.ones(2, 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_a_fingerprint_tells_one_changed_bit_and_nothing_else(dtype):
-    weight = nn.Parameter(torch.randn(6, 5, dtype=dtype))
-    copy, turned = nn.Parameter(weight.detach().clone()), nn.Parameter(weight.detach().T.contiguous().T)
+    def fingerprint(tensor):
+        module = nn.Linear(1, 1)
+        module.weight = nn.Parameter(tensor)
+        return Fingerprint.of(PlainWeight(module, "weight"))
+
+    weight = torch.randn(6, 5, dtype=dtype)
+    copy, turned = weight.clone(), weight.T.contiguous().T
     assert fingerprint(weight) == fingerprint(copy) == fingerprint(turned)
-    copy.data[2, 3] = torch.nextafter(copy.data[2, 3], torch.tensor(torch.inf, dtype=dtype))
+    copy[2, 3] = torch.nextafter(copy[2, 3], torch.tensor(torch.inf, dtype=dtype))
     assert fingerprint(weight) != fingerprint(copy)

@@ -20,6 +20,7 @@ EQUAL = [
     "sharded after",
     "loaded by heads",
     "two adapters",
+    "head by head",
     "fsdp blocks",
     "fsdp whole",
     "fsdp attentions",
@@ -28,7 +29,7 @@ EQUAL = [
 ]
 EQUAL_OR_REFUSED = ["gathered", "fused", "rows of inputs of q", "fsdp linears", "fsdp adapted", "fsdp hypernets"]
 REFUSED = ["rows of inputs", "sequence"]
-MERGED = ["merged", "fsdp merged"]
+MERGED = ["merged", "fsdp merged", "head by head, merged"]
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,8 @@ def test_two_processes_compute_as_one(worker, tmp_path, subtests):
     other = {
         "two adapters": worker.train(worker.with_second(worker.adapt(worker.base()))),
         "fused": worker.train(worker.adapt(worker.base("phi3"))),
+        "head by head": (heads := worker.train(worker.adapt(worker.base("gpt_neox")))),
+        "head by head, merged": heads,
     }
     ranks = launch(tmp_path)
     named = {*EQUAL, *EQUAL_OR_REFUSED, *REFUSED, *MERGED}
@@ -101,7 +104,8 @@ def test_two_processes_compute_as_one(worker, tmp_path, subtests):
                 elif name in REFUSED:
                     assert_refused(found[name])
                 elif name in MERGED:
-                    assert_merged(found[name], one)
+                    assert name != "head by head, merged" or "evaluated" in found[name], found[name]
+                    assert_merged(found[name], other.get(name, one))
 
 
 def replicate(module, copies):

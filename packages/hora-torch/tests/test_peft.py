@@ -13,6 +13,8 @@ from hora_torch import HoraConfig
 from hora_torch.layer import HoraLayer
 from torch import nn
 
+from .conftest import FAMILIES
+
 SMALL = {"r": 2, "hidden_dim": 6, "head_embed_dim": 5}
 
 
@@ -252,6 +254,18 @@ def test_injection_from_a_state_dict_finds_all_targets_of_a_layer(llama, inputs)
     )
     peft.set_peft_model_state_dict(model, state)
     assert torch.equal(logits(model, inputs), logits(source, inputs))
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "gpt-neox", "gpt2-cross"])
+def test_injection_from_a_state_dict_finds_projections_by_their_rows(name):
+    family = FAMILIES[name]
+    source = peft.get_peft_model(family.model(), config()).eval()
+    state = {key.removeprefix("base_model.model."): v for key, v in peft.get_peft_model_state_dict(source).items()}
+    target = config(target_modules=list(family.modules))
+    model = peft.inject_adapter_in_model(target, family.model(), state_dict=state)
+    peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(source))
+    inputs = family.inputs()
+    assert torch.equal(model.eval()(**inputs).logits, source(**inputs).logits)
 
 
 def test_transformers_adds_saves_and_loads_adapters(llama, inputs, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hora_spec import HoraError, Layout, ProjectionShape, Window
 from hora_torch.layer import HoraLayer
+from hora_torch.stored import PlainWeight
 from torch import nn
 
 from .oracle import adapted, assert_unchanged, snapshot
@@ -119,16 +120,14 @@ def test_weights_that_are_tied_are_named():
 
 
 def test_merging_that_loses_the_update_is_wrong(families, monkeypatch):
-    monkeypatch.setattr("hora_torch.layer.write", lambda stored, value: None)
+    monkeypatch.setattr(PlainWeight, "write", lambda stored, value: None)
     report = hora_torch.verify(adapted(families["llama"]), families["llama"].inputs())
     assert ("computes the same merged", "the model") in verdicts(report, "wrong")
 
 
 def test_a_base_that_changes_in_unmerging_is_wrong(families, monkeypatch):
-    from hora_torch import layer
-
-    write = layer.write
-    monkeypatch.setattr("hora_torch.layer.write", lambda stored, value: write(stored, value + 1e-6))
+    write = PlainWeight.write
+    monkeypatch.setattr(PlainWeight, "write", lambda stored, value: write(stored, value + 1e-6))
     report = hora_torch.verify(adapted(families["llama"]), families["llama"].inputs())
     assert ("is restored by unmerging", "the model") in verdicts(report, "wrong")
 
@@ -224,10 +223,9 @@ def test_an_effect_of_no_more_than_rounding_is_not_compared():
 
 
 def test_a_merge_that_is_off_by_little_is_wrong(families, monkeypatch):
-    from hora_torch import layer
-
-    write = layer.write
-    monkeypatch.setattr("hora_torch.layer.write", lambda stored, value: write(stored, stored + (value - stored) * 0.99))
+    write = PlainWeight.write
+    less = lambda stored, value: write(stored, stored.bits() + (value - stored.bits()) * 0.99)  # noqa: E731
+    monkeypatch.setattr(PlainWeight, "write", less)
     report = hora_torch.verify(adapted(families["llama"]), families["llama"].inputs())
     assert ("computes the same merged", "the model") in verdicts(report, "wrong"), str(report)
 

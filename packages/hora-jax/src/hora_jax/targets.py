@@ -27,7 +27,8 @@ class Target:
         Head count, needed where the pattern has ``(h k)``: a number, or the dotted attribute of the attention module
         that holds it, which is read when a model rather than its state is planned.
     fused
-        ``(index, parts)`` when the ``(h k)`` axis holds that many projections of equal size.
+        ``(index, parts)`` when the axis of heads holds that many projections of equal size one after the other;
+        ``(index, parts, blocks)`` when each of so many equal blocks of it, such as heads, holds all of them.
     layer
         Name of the layer: ``{0}``, ``{1}`` ... stand for what the wildcards matched, ``{l}`` for the place in a stack.
         None: the path without its last two segments.
@@ -45,7 +46,7 @@ class Target:
     projection: str
     layout: Layout | str = "(h k) d"
     heads: int | str | None = None
-    fused: tuple[int, int] | None = None
+    fused: tuple[int, int] | tuple[int, int, int] | None = None
     layer: str | None = None
     module: str | None = None
 
@@ -131,15 +132,16 @@ def _layout(target: Target, shape: tuple[int, ...], path: str) -> Layout:
         )
     if target.fused is None:
         return layout
-    index, parts = target.fused
+    index, parts, blocks = (*target.fused, 1)[:3]
     axis = layout.axes.index(layout.row_axes[0])
-    if not 0 <= index < parts or shape[axis] % parts:
+    if not 0 <= index < parts or blocks < 1 or shape[axis] % (parts * blocks):
         raise HoraError(
-            f"fused=(index, parts) needs index < parts, and parts to divide the axis, got {target.fused} for axis "
-            f"{axis} of {path}, shape {tuple(shape)}: give a Layout with a Window instead (spec L2)"
+            f"fused=(index, parts, blocks) needs index < parts, and parts in blocks to divide the axis, got "
+            f"{target.fused} for axis {axis} of {path}, shape {tuple(shape)}: give a Layout with a Window instead "
+            "(spec L2)"
         )
-    size = shape[axis] // parts
-    return Layout(layout.pattern, Window(axis, index * size, (index + 1) * size))
+    size = shape[axis] // parts // blocks
+    return Layout(layout.pattern, Window(axis, index * size, (index + 1) * size, blocks))
 
 
 def _projection(target: Target, site: Site, leaf: Leaf, params: Any) -> ProjectionShape:

@@ -110,6 +110,7 @@ def _read_lora(directory: Path) -> tuple[dict[str, Matrix], float]:
     found: dict[str, Matrix] = {}
     for module in (name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")):
         a, b = (np.asarray(tensors[f"{module}.lora_{factor}.weight"], np.float64) for factor in "AB")
+        a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)  # those of a convolution have further axes of length one
         scaling = _value(config, "lora_alpha", "alpha_pattern", module) / _value(config, "r", "rank_pattern", module)
         if module.endswith(".base_layer.out_proj") and not b.any():
             continue  # PEFT wants one beside in_proj

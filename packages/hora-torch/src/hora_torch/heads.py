@@ -1,11 +1,10 @@
 """Which output rows of a module belong to which heads, and how that is known.
 
-The names that other libraries give to projections and head counts are translated here, and the orders of fused rows in
-`row_order`, nowhere else. A name proves nothing: whatever knows a count or a width is asked, what they say is compared
-with the rows, and sources that disagree are an error that shows them.
+The names that other libraries give to head counts and widths are translated here, those of projections in `roles`, the
+orders of fused rows in `row_order`, nowhere else. A name proves nothing: whatever knows a count or a width is asked,
+what they say is compared with the rows, and sources that disagree are an error that shows them.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -17,19 +16,8 @@ from torch import nn
 
 from hora_torch.config import HoraConfig
 from hora_torch.order import Order, Unfit
+from hora_torch.roles import FUSED, ROLE_OF, ROLES, identifier, matches
 from hora_torch.row_order import row_order
-
-ROLES = {
-    "q": ("q_proj", "query", "q", "q_lin", "to_q", "wq", "query_proj", "q_attn", "linear_q"),
-    "k": ("k_proj", "key", "k", "k_lin", "to_k", "wk", "key_proj", "linear_k"),
-    "v": ("v_proj", "value", "v", "v_lin", "to_v", "wv", "value_proj", "linear_v"),
-}
-"""Names of separate projections in transformers, timm and common code."""
-
-ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
-
-FUSED = ("qkv", "qkv_proj", "c_attn", "Wqkv", "to_qkv", "query_key_value", "kv", "kv_proj", "to_kv", "qk")
-"""Names of modules that may hold several projections; the class of their attention tells whether and how."""
 
 _COUNT_NAMES = {
     "q": ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads"),
@@ -336,17 +324,6 @@ def _attribute(holder: Any, name: str) -> Any:
         return getattr(holder, name, None)
     except RuntimeError:
         return None
-
-
-def matches(key: str, module: str) -> bool:
-    """PEFT's rule for patterns: the end of the path, as a regular expression."""
-    return re.match(rf"(.*\.)?({key})$", module) is not None
-
-
-def identifier(name: str) -> str:
-    """A module name as the name of a projection."""
-    name = re.sub(r"\W", "_", name)
-    return f"_{name}" if name[:1].isdigit() else name
 
 
 def _quotient(number: int, divisor: int) -> int | None:

@@ -75,7 +75,7 @@ def joint_a(
     >>> config = hora_torch.HoraConfig(r=2, sharing="a", a_source="fixed", target_modules=["0"], num_heads=2)
     >>> model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config)
     >>> start = hora_torch.joint_a(model, [torch.randn(8, 4)], lambda model, x: model(x).square().mean())
-    >>> start.params["0"]["a._0"].shape
+    >>> start.params["."]["a._0"].shape
     (2, 4)
     """
     name = adapter_name_of(model, adapter_name)

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from hora_spec import Factors, HoraError, Site
 from hora_spec.layout import Span
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -19,10 +20,12 @@ from hora_torch.functional import stacked
 from hora_torch.hypernet import HoraHypernet
 from hora_torch.lifetime import handed, kept
 from hora_torch.linear import Branch, add_branches, has_hooks, low_rank_linear
-from hora_torch.merging import Addition, fingerprint, mergeable, merged_weight, on_all_rows, value_of, write
+from hora_torch.merging import Addition, merged_weight, on_all_rows
 from hora_torch.planning import LayerPlan
+from hora_torch.quantized import Rounding, backend_of
 from hora_torch.sharding import check_rows_alone, is_sharded, of_this_process
-from hora_torch.targets import out_in
+from hora_torch.stored import Replaced, Stored, stored_weight
+from hora_torch.targets import device_of, out_in
 
 BASE = "__base__"
 """PEFT's name for the base model in ``adapter_names``."""
@@ -66,8 +69,8 @@ class HoraLayer(BaseTunerLayer):
         self._scaling: dict[str, float] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._originals: dict[str, Tensor] = {}
-        self._written: dict[str, tuple[torch.dtype, int]] = {}
+        self.requantizing: Mapping[str, Any] = {}
+        self._replaced = Replaced()
 
     def update_layer(
         self,
@@ -99,6 +102,20 @@ class HoraLayer(BaseTunerLayer):
     def out_features(self) -> int:
         """Output width of the base layer."""
         return out_in(self.get_base_layer())[0]
+
+    @property
+    def quantization_backend(self) -> QuantizationBackend | None:
+        """How PEFT reads and writes the base's weight where that is made of codes."""
+        return backend_of(self.get_base_layer(), self.requantizing)
+
+    @property
+    def rounding(self) -> Mapping[str, Rounding]:
+        """What was lost where merged weights, by their names, were rounded to codes."""
+        return self._replaced.rounding
+
+    def stored(self, parameter: str) -> Stored:
+        """The place of a base weight, if a sum can be written into it; otherwise a HoraError."""
+        return stored_weight(self.get_base_layer(), parameter, self.quantization_backend)
 
     @property
     def scaling(self) -> Mapping[str, float]:
@@ -194,30 +211,35 @@ class HoraLayer(BaseTunerLayer):
         """Replace the base weight by ``W + delta`` of the named, by default the active, adapters.
 
         The sum is computed in float32 from the unmerged weight and rounded once; the unmerged weight is kept. Of a
-        distributed weight each process merges its own part.
+        distributed weight each process merges its own part. A sum of codes is rounded to codes again, with a warning
+        that says what is lost (`rounding`).
 
         Raises
         ------
         HoraError
-            If the result is not finite (`safe_merge` checks every entry), or the base is quantised or computed. Nothing
+            If the result is not finite (`safe_merge` checks every entry), the base is computed or made of codes that
+            cannot be written, or `safe_merge` finds that rounding to codes loses more than half of the update. Nothing
             has changed then.
         """
+        if self.merge_silently(safe_merge, adapter_names):
+            warn_of_rounding({type(self.get_base_layer()).__name__: self}, stacklevel=3)
+
+    def merge_silently(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> bool:
+        """As `merge`; whether anything was lost by rounding to codes."""
         names = self.active_adapters if adapter_names is None else adapter_names
         if not isinstance(names, str):  # PEFT's check refuses one
             names = [name for name in names if name in self.hora_attached]
         if not names or not (names := check_adapters_to_merge(self, names)):
-            return
-        base, merged = self.get_base_layer(), {}
+            return False
         with torch.no_grad():
-            for parameter, additions in self._additions([*self.merged_adapters, *names]).items():
-                stored = mergeable(base, parameter)
-                original = self._originals.get(parameter, stored.data)
-                merged[stored] = parameter, merged_weight(original, additions, check=safe_merge, name=names[0])
-            for stored, (parameter, value) in merged.items():
-                self._originals.setdefault(parameter, value_of(stored))
-                write(stored, value)
-                self._written[parameter] = fingerprint(stored)
+            additions = self._additions([*self.merged_adapters, *names])
+            self._replaced.replace(self._places(additions), additions, check=safe_merge, name=names[0])
         self.merged_adapters.extend(names)
+        return any(rounding.delta for rounding in self.rounding.values())
+
+    def check_unmergeable(self) -> None:
+        """Raise HoraError if somebody else wrote to a merged weight, which unmerging would lose (spec M2)."""
+        self._replaced.check(self._places(self._replaced.originals))
 
     def unmerge(self) -> None:
         """Restore the base weight, bit for bit.
@@ -230,20 +252,12 @@ class HoraLayer(BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        stored = {parameter: mergeable(self.get_base_layer(), parameter) for parameter in self._originals}
-        for parameter, param in stored.items():
-            dtype, bits = fingerprint(param)
-            if (dtype, bits) != self._written[parameter] and dtype == self._written[parameter][0]:
-                raise HoraError(
-                    f"a merged weight is unmerged as it was merged, {parameter} was written to since: unmerge in the "
-                    "opposite order, or load the base again (spec M2)"
-                )
         with torch.no_grad():
-            for parameter, original in self._originals.items():
-                write(stored[parameter], original.to(stored[parameter].device, stored[parameter].dtype))
-        self._originals.clear()
-        self._written.clear()
+            self._replaced.restore(self._places(self._replaced.originals))
         self.merged_adapters.clear()
+
+    def _places(self, parameters: Iterable[str]) -> dict[str, Stored]:
+        return {parameter: self.stored(parameter) for parameter in parameters}
 
     def enable_adapters(self, enabled: bool) -> None:
         """Turn adapters on or off; merged ones leave the weight at once, since others may read it past this module."""
@@ -257,7 +271,7 @@ class HoraLayer(BaseTunerLayer):
             return
         self.unmerge()
         if names:
-            self.merge(adapter_names=list(names))
+            self.merge_silently(adapter_names=list(names))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """A HoRA delta has low rank; `hora_torch.export_lora` converts without loss."""
@@ -302,11 +316,23 @@ class HoraLayer(BaseTunerLayer):
         if adapter_name not in self.hora_hyper:
             return
         hypernet, base = self.hora_hyper[adapter_name], self.get_base_layer()
-        target = device or next(base.parameters()).device
+        target = device or device_of(base)
         if target.type == "meta":  # offloaded: where accelerate runs it
             target = getattr(getattr(base, "_hf_hook", None), "execution_device", None) or "cpu"
         if not any(param.is_meta for param in hypernet.params().values()):
             hypernet.to(target)
+
+
+def warn_of_rounding(layers: Mapping[str, HoraLayer], *, stacklevel: int) -> None:
+    """Say what merging into codes lost, with the numbers of the layer that lost most."""
+    found = [(rounding, name) for name, layer in layers.items() for rounding in layer.rounding.values()]
+    if found:
+        worst, name = max(found, key=lambda entry: entry[0].delta)
+        warnings.warn(
+            f"a merge into quantised weights is rounded to their codes, which loses up to {worst} ({name}); unmerging "
+            "restores the codes",
+            stacklevel=stacklevel,
+        )
 
 
 def tied_weights(model: nn.Module, adapter_names: Sequence[str] | None = None) -> dict[str, list[str]]:
@@ -368,6 +394,12 @@ class HoraLinear(nn.Module, HoraLayer):
             raise HoraError(
                 f"a linear map returns one tensor, {type(base).__name__} returned a {type(result).__name__}: leave it "
                 "out of target_modules"
+            )
+        if x.requires_grad and torch.is_grad_enabled() and not result.requires_grad:
+            raise HoraError(
+                f"an adapted map hands the gradient on to its input, {type(base).__name__} returned a result without "
+                "one, so that layers below would be trained on wrong gradients: quantise weights alone, not "
+                "activations; load a base of bitsandbytes anew that was evaluated on a CPU before it was adapted"
             )
         weight = getattr(base, "weight", None)
         if is_sharded(weight):

@@ -7,8 +7,6 @@ from hora_spec import HoraError, Layout
 from hora_spec.layout import Span
 from torch import Tensor, nn
 
-from hora_torch.sharding import is_sharded, part_of_weight
-
 Addition = tuple[Layout, Tensor, Tensor, float]
 """Layout, a (rank, embed), b (rows of the layout, rank) and scaling of one delta."""
 
@@ -27,8 +25,7 @@ def merged_weight(
     Parameters
     ----------
     weight
-        The stored weight, (rows, embed) or for a Conv1D (embed, rows), floating; unchanged. Of a distributed tensor
-        the part of this process is merged and returned.
+        The stored weight, (rows, embed) or for a Conv1D (embed, rows), floating; unchanged.
     additions
         Layout, a (rank, embed), b (rows, rank) and scaling of each.
     check
@@ -54,9 +51,6 @@ def merged_weight(
     if weight.dim() > 2:  # a convolution with a kernel of one
         squeezed = [(layout.squeezed, a, b, scaling) for layout, a, b, scaling in additions]
         return merged_weight(weight.flatten(1), squeezed, check=check, name=name).view(weight.shape)
-    if is_sharded(weight):
-        additions = [_part(addition, weight) for addition in additions]
-        weight = weight.to_local()
     limit = 0.0
     additions = [(layout, a.to(weight.device), b.to(weight.device), scaling) for layout, a, b, scaling in additions]
     for _, a, b, scaling in additions:
@@ -78,51 +72,6 @@ def merged_weight(
     return merged
 
 
-def mergeable(module: nn.Module, parameter: str) -> nn.Parameter:
-    """The stored weight ``module.parameter``, if a sum can be written into it.
-
-    Raises
-    ------
-    HoraError
-        If it is no plain parameter: writing into quantised and computed weights fails, or is lost without an error.
-    """
-    stored = module._parameters.get(parameter)
-    if stored is None or not (type(stored) is nn.Parameter or is_sharded(stored)):
-        kind = type(getattr(module, parameter, None)).__name__
-        raise HoraError(
-            f"only a plain parameter can be merged into, got a {kind} as {parameter} of {type(module).__name__}: load "
-            "the base in its full dtype, or serve the adapter as LoRA with hora_torch.export_lora (spec M1)"
-        )
-    if stored.is_meta:
-        raise HoraError(
-            f"only a weight that is here can be merged into, {parameter} of {type(module).__name__} is offloaded: load "
-            "the base without offloading (spec M1)"
-        )
-    return stored
-
-
-def write(stored: nn.Parameter, value: Tensor) -> None:
-    """Make `value` the value of a parameter, without touching the tensor that held it unless that is distributed."""
-    if is_sharded(stored):
-        stored.data.to_local().copy_(value)
-        return
-    stored.data = value
-    if stored.data_ptr() != value.data_ptr():
-        raise HoraError(f"a merged weight is written into its parameter, {type(stored)} kept its own value (spec M1)")
-
-
-def fingerprint(stored: nn.Parameter) -> tuple[torch.dtype, int]:
-    """What tells whether a weight was written to: its type, and the sum of its bits, which costs one pass."""
-    local = stored.data.to_local() if is_sharded(stored) else stored.data
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return local.dtype, int(local.contiguous().view(integers[local.element_size()]).sum(dtype=torch.int64))
-
-
-def value_of(stored: nn.Parameter) -> Tensor:
-    """What `write` takes to bring a parameter back to its present value."""
-    return stored.data.to_local().clone() if is_sharded(stored) else stored.data
-
-
 def on_all_rows(b: Tensor, rows: Span) -> Tensor:
     """`b` (rows of a span, rank) among zeros for all other rows of the stored weight, (all rows, rank)."""
     return nn.functional.pad(b.unflatten(0, (rows.blocks, -1)), (0, 0, *rows.around)).flatten(0, 1)
@@ -135,12 +84,6 @@ def _add(matrix: Tensor, rows: Span, a: Tensor, b: Tensor, scaling: float) -> No
         return
     blocks = matrix.unflatten(0, (rows.blocks, -1))[:, rows.start : rows.stop]
     blocks.baddbmm_(b.unflatten(0, (rows.blocks, -1)), a.expand(rows.blocks, -1, -1), alpha=scaling)
-
-
-def _part(addition: Addition, weight: Tensor) -> Addition:
-    layout, a, b, scaling = addition
-    b = on_all_rows(b, layout.rows(tuple(weight.shape)))
-    return Layout(layout.pattern), *part_of_weight(a, b, weight, layout.row_axis), scaling
 
 
 def _broken(name: str) -> str:

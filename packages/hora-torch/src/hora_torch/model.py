@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from hora_spec import HoraError
 from peft.tuners.tuners_utils import BaseTuner, onload_layer
+from peft.utils import get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from hora_torch.config import HoraConfig
 from hora_torch.convolution import HoraConv
 from hora_torch.export import rescaled
 from hora_torch.hypernet import HoraHypernet
-from hora_torch.layer import BASE, HoraLayer, HoraLinear, tied_weights
+from hora_torch.layer import BASE, HoraLayer, HoraLinear, tied_weights, warn_of_rounding
 from hora_torch.lifetime import during_call
 from hora_torch.planning import make_plan, planned_layer
 from hora_torch.saving import check_loaded
@@ -72,6 +73,7 @@ class HoraModel(BaseTuner):
             for param, requires_grad in trained:
                 param.requires_grad_(requires_grad)
             raise
+        _keep_differentiable(model)
         if config.given_layers is not None:
             for hypernet in _hypernets(model, adapter_name):
                 hypernet.await_values(needed=self._loads_unchecked)
@@ -103,6 +105,7 @@ class HoraModel(BaseTuner):
             layer = kind(target)
             layer._active_adapter = self.active_adapter
         leader = None if plan.leader == current_key else self.model.get_submodule(plan.leader)
+        layer.requantizing = get_quantization_kwargs(self.model)
         layer.update_layer(adapter_name, plan, sites, leader, peft_config)
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
@@ -130,9 +133,16 @@ class HoraModel(BaseTuner):
                 f"an adapted weight that is merged belongs to one module, that of {name!r} is tied: {owners[:4]}: give "
                 "the modules weights of their own, or serve the adapter as LoRA with hora_torch.export_lora (spec M3)"
             )
-        before = {layer: list(layer.merged_adapters) for layer in self._layers().values()}
+        self._check_merge_allowed()
+        layers = self._layers()
+        before = {layer: list(layer.merged_adapters) for layer in layers.values()}
+        rounded = {}
         try:
-            super().merge_adapter(adapter_names, safe_merge=safe_merge)
+            for name, layer in layers.items():
+                with onload_layer(layer):
+                    if layer.merge_silently(safe_merge, adapter_names):
+                        rounded[name] = layer
+            warn_of_rounding(rounded, stacklevel=3)
         except BaseException:
             for layer, names in before.items():
                 with onload_layer(layer):
@@ -164,6 +174,14 @@ class HoraModel(BaseTuner):
             )
         add_sum(self, adapters, weights, adapter_name)
 
+    def unmerge_adapter(self) -> None:
+        """Restore the base: all layers, or where somebody else wrote to a merged weight, none."""
+        for layer in self._layers().values():
+            if layer.merged:
+                with onload_layer(layer):
+                    layer.check_unmergeable()
+        super().unmerge_adapter()
+
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -186,8 +204,8 @@ class HoraModel(BaseTuner):
             return
         for module in self.model.modules():
             if isinstance(module, HoraLayer) and adapter_name in module.hora_hyper:
-                dtype = next(module.get_base_layer().parameters()).dtype
-                if dtype.is_floating_point:
+                dtype = next((param.dtype for param in module.get_base_layer().parameters()), None)
+                if dtype is not None and dtype.is_floating_point:
                     module.hora_hyper[adapter_name].to(dtype)
 
     @contextmanager
@@ -317,6 +335,15 @@ def _use_module_forward(attention: nn.Module) -> None:
     if getattr(attention, "qkv_bias_separate", None) is False and getattr(attention, "q_bias", None) is not None:
         attention.qkv_bias_separate = True
         attention._hora_restores_qkv_bias = True
+
+
+def _keep_differentiable(model: nn.Module) -> None:
+    """Where a CPU has AVX512-BF16, bitsandbytes 0.50 packs four bits for good when it first evaluates: the codes stand
+    for other floats than in training, and no gradient passes from then on, in training neither.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _restore_module_forward(model: nn.Module) -> None:

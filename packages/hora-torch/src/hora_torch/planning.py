@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hora_spec import AdapterSpec, HoraError, LayerShape, Site, layer_from_json, layer_to_json, param_shapes
@@ -16,7 +16,8 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from hora_torch.config import HoraConfig
-from hora_torch.heads import ROLES, DisagreeError, UnknownRowsError, identifier, matches
+from hora_torch.heads import DisagreeError, UnknownRowsError
+from hora_torch.roles import ROLES, identifier, matches
 from hora_torch.said import check_layers, check_patterns, unmatched
 from hora_torch.sites import (
     Found,
@@ -25,9 +26,10 @@ from hora_torch.sites import (
     find_sites,
     is_candidate,
     not_in_use,
+    targets_of,
     where_named,
 )
-from hora_torch.targets import base_module, no_default, no_match, short_names, targets_of
+from hora_torch.targets import base_module, no_default, no_match, short_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,7 @@ class Plan:
     left_out
         Path of each attention module, or of a part of it, that is not adapted by default, and why.
     unmatched
-        Names in ``target_modules`` that no module has.
+        Names in ``target_modules`` and ``modules_to_save`` that no module has, by field.
     target_modules
         Names that choose the adapted modules, in PEFT's meaning.
     """
@@ -99,7 +101,7 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     left_out: Mapping[str, str]
     target_modules: Any = None
-    unmatched: tuple[str, ...] = ()
+    unmatched: Mapping[str, list[str]] = field(default_factory=dict)
 
     def headline(self) -> str:
         """How many attention modules, and other maps, are adapted."""
@@ -111,9 +113,11 @@ class Plan:
 
     def warning(self) -> str:
         """What may not be as it was meant, in one line; empty if there is nothing."""
-        if self.unmatched:
-            return f"target_modules names {list(self.unmatched)}, which no module is called"
-        return f"{self.headline()} (hora_torch.plan says which and why)" if self.left_out else ""
+        left_out = [f"{self.headline()} (hora_torch.plan says which and why)"] if self.left_out else []
+        return "; ".join([*left_out, *self._misspelt()])
+
+    def _misspelt(self) -> list[str]:
+        return [f"{name} names {names}, which no module is called" for name, names in self.unmatched.items()]
 
     def __str__(self) -> str:
         lines = [self.headline()]
@@ -121,9 +125,7 @@ class Plan:
             lines += [f"  {names}", text]
         for names, why in _together((name, why.replace(name, "...")) for name, why in self.left_out.items()):
             lines += [f"  not {names}", f"    {why}"]
-        if self.unmatched:
-            lines.append(f"  {self.warning()}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  {text}" for text in self._misspelt())])
 
 
 def plan(model: nn.Module, config: HoraConfig) -> Plan:
@@ -238,7 +240,7 @@ def _new_plan(model: nn.Module, names: Iterable[str], config: HoraConfig, *, nam
         adapted = [module for layer in layers for module in layer.modules]
         check_patterns(config, ("rank_pattern", "alpha_pattern"), adapted)
         check_layers(config, adapted)
-    unknown = tuple(unmatched(config, (name for name, _ in _modules(model)))) if named else ()
+    unknown = unmatched(config, (name for name, _ in _modules(model)))
     if left_out:
         config.target_modules = short_names(model, [module for layer in layers for module in layer.modules])
     return Plan(layers, left_out, config.target_modules, unknown)

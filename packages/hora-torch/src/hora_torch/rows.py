@@ -62,7 +62,7 @@ def _fault(probe: Probe, plan: list[_Planned], q: _Planned, v: _Planned | None) 
     boundary, width = (), probe.width
     if head is not None:  # the context may be beside something else
         boundary, width = (head - 1, head), min(width, head * q.site.projection.num_heads)
-    columns = sorted({0, width // 2 - 1, width // 2, width - 1, *boundary} & set(range(probe.width)))
+    columns = sorted({0, width - 1, *boundary} & set(range(probe.width)))
     found = {column: probe.column(column) for column in columns}
     local = {column: probe.local(column) for column in columns}
     if v and not all(any(rows.any() for rows in narrow.values()) for _, narrow in found.values()):

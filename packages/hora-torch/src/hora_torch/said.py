@@ -7,7 +7,10 @@ from hora_spec import HoraError
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from hora_torch.config import HoraConfig
-from hora_torch.heads import matches
+from hora_torch.roles import matches
+
+_OF_TASKS = {"classifier", "score", "qa_outputs"}
+"""What PEFT adds to ``modules_to_save`` for some tasks, without looking which of them there are."""
 
 
 def check_patterns(config: HoraConfig, fields: Iterable[str], modules: Sequence[str]) -> None:
@@ -33,10 +36,13 @@ def check_layers(config: HoraConfig, modules: Sequence[str]) -> None:
             )
 
 
-def unmatched(config: HoraConfig, modules: Iterable[str]) -> list[str]:
-    """Names in ``target_modules`` that no module of the model has."""
-    said = config.target_modules
-    if isinstance(said, str) or said is None:
-        return []
-    modules = list(modules)
-    return sorted(name for name in said if not any(f".{module}".endswith(f".{name}") for module in modules))
+def unmatched(config: HoraConfig, modules: Iterable[str]) -> dict[str, list[str]]:
+    """Names in ``target_modules`` and ``modules_to_save`` that no module of the model has, by field."""
+    modules, said = list(modules), config.target_modules
+    targets = () if isinstance(said, str) or said is None else said
+    whole = set(config.modules_to_save or ()) - _OF_TASKS
+    found = {
+        "target_modules": [name for name in targets if not any(f".{m}".endswith(f".{name}") for m in modules)],
+        "modules_to_save": [name for name in whole if not any(m.endswith(name) for m in modules)],
+    }
+    return {field: sorted(names) for field, names in found.items() if names}

@@ -7,15 +7,16 @@ import inspect
 import itertools
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from hora_spec import HoraError, Layout, ProjectionShape, Site, Window
-from torch import nn
+from torch import Tensor, nn
 
 from hora_torch.config import HoraConfig
-from hora_torch.heads import FUSED, ROLE_OF, Attention, Rows, UnknownRowsError
+from hora_torch.heads import Attention, Rows, UnknownRowsError
 from hora_torch.order import Order
+from hora_torch.roles import FUSED, ROLE_OF, identifier
 from hora_torch.row_order import is_where_named, row_order
 from hora_torch.sharding import check_rows_alone, is_sharded
 from hora_torch.targets import CONVOLUTIONS, base_module, is_supported, out_in, stored_form
@@ -127,6 +128,36 @@ def where_named(model: nn.Module, name: str) -> str | None:
     )
 
 
+def targets_of(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
+    """Modules that a state dict adapts: its leaders, and what in their attention plays a role they generate for."""
+    projections: dict[str, set[str]] = {}
+    for key in state_dict:
+        leader, found, param = key.removeprefix("base_model.model.").partition(".hora_hyper.")
+        if found:
+            roles = projections.setdefault(leader.removeprefix("_orig_mod."), set())
+            if "." in param:
+                roles.add(param.rpartition(".")[2])
+    chosen: set[str] = set()
+    for leader, roles in projections.items():
+        chosen.add(leader)
+        if isinstance(base_module(model.get_submodule(leader)), nn.MultiheadAttention):
+            continue
+        owner, _ = attention_of(model, leader)
+        attention = base_module(model.get_submodule(owner))
+        for own, module in attention.named_modules():
+            name = f"{owner}.{own}".lstrip(".")
+            if own and is_supported(base_module(module)) and attention_of(model, name) == (owner, own):
+                chosen |= {name} if roles & _names(attention, own) else set()
+    return [name for name, _ in model.named_modules() if name in chosen]
+
+
+def _names(attention: nn.Module, own: str) -> set[str]:
+    """Names that the projections of a module may have in a layer."""
+    order, child = row_order(attention, own), identifier(own.rpartition(".")[2])
+    parts = set(order.names) if isinstance(order, Order) else {ROLE_OF[own]} if own in ROLE_OF else set()
+    return {child, *parts, *(f"{child}_{part}" for part in parts)}
+
+
 def not_in_use(model: nn.Module, name: str) -> str | None:
     """Why a default target may be idle: its attention holds both fused and separate projections."""
     parent_name, _, own = name.rpartition(".")
@@ -156,15 +187,15 @@ def _roles(attention: nn.Module, own: str) -> set[str]:
 def check_recorded(model: nn.Module, site: Site) -> None:
     """Raise unless the model holds the weight that a loaded adapter was trained on (spec F5)."""
     module = base_module(model.get_submodule(site.module))
-    weights = _MULTIHEAD_WEIGHTS if isinstance(module, nn.MultiheadAttention) else ("weight",)
-    weight = getattr(module, site.parameter, None) if is_supported(module) and site.parameter in weights else None
-    if weight is None:
+    inside = isinstance(module, nn.MultiheadAttention)
+    # codes have no weight of that name, and stand for one
+    weight = getattr(module, site.parameter, None) if inside and site.parameter in _MULTIHEAD_WEIGHTS else None
+    if weight is None and (inside or site.parameter != "weight" or not is_supported(module)):
         raise HoraError(
             f"the adapter has {site.parameter!r} of {site.module!r}, which {type(module).__name__} lacks: load the "
             "base model the adapter was trained on (spec F5)"
         )
-    attends = isinstance(module, nn.MultiheadAttention)
-    shape, pattern = (tuple(weight.shape), Layout().pattern) if attends else stored_form(module)
+    shape, pattern = (tuple(weight.shape), Layout().pattern) if weight is not None else stored_form(module)
     axis = Layout(pattern).row_axis
     axes = {site.layout.row_axis, site.layout.row_axis if site.layout.window is None else site.layout.window.axis}
     if shape != site.weight_shape or axes != {axis}:

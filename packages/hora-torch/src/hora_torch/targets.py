@@ -1,16 +1,17 @@
 """Modules that can be adapted, and the names that choose them."""
 
 import difflib
+import itertools
 from collections.abc import Mapping
 
+import torch
 from hora_spec import HoraError
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hora_torch.config import HoraConfig
-from hora_torch.heads import FUSED, ROLES, identifier
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -30,7 +31,10 @@ def is_supported(module: nn.Module) -> bool:
         return True
     if isinstance(module, CONVOLUTIONS):
         return is_pointwise(module)
-    return hasattr(module, "in_features") and hasattr(module, "out_features") and hasattr(module, "weight")
+    # codes have names of their own: qweight, W_q, codebooks
+    tensors = itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False))
+    own = hasattr(module, "weight") or next(tensors, None) is not None
+    return own and hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
 def is_pointwise(module: nn.Module) -> bool:
@@ -48,6 +52,11 @@ def out_in(module: nn.Module) -> tuple[int, int]:
         embed, rows = module.weight.shape
         return rows, embed
     return module.out_features, module.in_features
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the weight of a supported module is; the codes of some are no parameters."""
+    return next(itertools.chain(module.parameters(), module.buffers())).device
 
 
 def stored_form(module: nn.Module) -> tuple[tuple[int, ...], str]:
@@ -92,25 +101,3 @@ def short_names(model: nn.Module, chosen: list[str]) -> set[str]:
     if any(name.rpartition(".")[2] in short for name, _ in model.named_modules() if name not in others):
         return set(chosen)
     return short
-
-
-def targets_of(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
-    """Modules that a state dict adapts: its leaders, and their siblings that play a role the leader generates for."""
-    projections: dict[str, set[str]] = {}
-    for key in state_dict:
-        leader, found, param = key.removeprefix("base_model.model.").partition(".hora_hyper.")
-        if found:
-            roles = projections.setdefault(leader.removeprefix("_orig_mod."), set())
-            if "." in param:
-                roles.add(param.rpartition(".")[2])
-    chosen: set[str] = set()
-    for leader, roles in projections.items():
-        chosen.add(leader)
-        if isinstance(base_module(model.get_submodule(leader)), nn.MultiheadAttention):
-            continue
-        parent = leader.rpartition(".")[0]
-        own_names = {name for role in roles for name in ROLES.get(role, ())}
-        for child, _ in model.get_submodule(parent).named_children():
-            if child in own_names or identifier(child) in roles or (child in FUSED and leader.endswith(child)):
-                chosen.add(f"{parent}.{child}" if parent else child)
-    return [name for name, _ in model.named_modules() if name in chosen]

@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hora_torch.findings import Finding, Report, Verdict
 from hora_torch.hypernet import HoraHypernet
 from hora_torch.layer import HoraLayer, tied_weights
-from hora_torch.merging import mergeable
 from hora_torch.probing import UntoldError, recorded
 from hora_torch.rows import rows_of_one_head
+from hora_torch.sites import attention_of
 from hora_torch.targets import CONVOLUTIONS
 from hora_torch.tracing import Trace, floating, traced
 
@@ -175,7 +175,8 @@ class _Trial:
                     elif isinstance(layer.get_base_layer(), CONVOLUTIONS):
                         yield Finding(question, name, "unknown", "the channels of a convolution are not followed")
                     elif site.parameter == "weight" and trace.called(name):
-                        attentions.setdefault(name.rpartition(".")[0], {})[p] = name.rpartition(".")[2], site
+                        attention, own = attention_of(self.model, name)
+                        attentions.setdefault(attention, {})[p] = own, site
                     elif site.parameter != "weight":
                         yield Finding(question, name, "ok", "by the shape of nn.MultiheadAttention")
         untold = self._probed(attentions, norms=True)
@@ -214,16 +215,18 @@ class _Trial:
             for layer in self.layers.values():
                 layer._disable_adapters = False
         try:
-            stored = [
-                mergeable(layer.get_base_layer(), site.parameter)
+            places = {
+                (layer, site.parameter): layer.stored(site.parameter)
                 for name, layer in self.layers.items()
                 for key in self.active[name]
                 for site in layer.hora_attached[key].sites.values()
-            ]
-            before = [(param, param.detach().clone()) for param in dict.fromkeys(stored)]
+            }.values()
+            before = [(place, place.bits().clone()) for place in places]
+            lost = 0.0
             try:
                 for layer in self.layers.values():
-                    layer.merge()
+                    layer.merge_silently()
+                    lost = max([lost, *(rounding.delta for rounding in layer.rounding.values())])
                 merged = self._evaluate()
             finally:
                 for layer in self.layers.values():
@@ -231,12 +234,14 @@ class _Trial:
         except HoraError as error:
             yield Finding("computes the same merged", "the model", "unknown", str(error))
             return
-        half = any(param.element_size() < 4 for param, _ in before)
+        half = any(bits.element_size() < 4 for _, bits in before)
         compared = _compared(base, adapted, again, merged, half)
+        if compared[0] == "wrong" and lost:
+            compared = "unknown", f"{compared[1]}; rounding to codes loses up to {lost:.0%} of the update"
         if torch.equal(base, adapted):
             compared = ("wrong", "the adapters change no output") if matters else ("unknown", _NO_PART)
         yield Finding("computes the same merged", "the model", *compared)
-        restored = all(torch.equal(param, value) for param, value in before)
+        restored = all(torch.equal(place.bits(), bits) for place, bits in before)
         yield Finding("is restored by unmerging", "the model", "ok" if restored else "wrong")
 
 
