@@ -169,7 +169,7 @@ def _jax_init(spec: AdapterSpec, layer: LayerShape, seed: int, name: str) -> dic
     """Through a plan of canonical weights whose layer is called `name`."""
     tree = {p: jnp.zeros(shape.weight_shape) for p, shape in layer.items()}
     targets = [hora_jax.Target(p, p, "(h k) d", shape.num_heads, layer=name) for p, shape in layer.items()]
-    phi = hora_jax.init(hora_jax.plan(tree, spec, targets), seed)
+    phi = hora_jax.init(hora_jax.make_plan(tree, spec, targets), seed)
     return {key: np.asarray(value[0]) for key, value in phi[name].items()}
 
 
@@ -178,7 +178,7 @@ def _jax_merge(weight: Any, delta: Any, layout: Layout) -> Any:
     embed = delta.shape[-1]
     name = "layer.{l}" if layout.stacked else "layer"
     target = hora_jax.Target("weight", "p", layout, heads=None if "h" in layout.axes else 1, layer=name)
-    plan = hora_jax.plan({"weight": weight}, AdapterSpec(embed, sharing="a"), target)
+    plan = hora_jax.make_plan({"weight": weight}, AdapterSpec(embed, sharing="a"), target)
     shape, layers = plan.layers[0].shape["p"], plan.layers[0].names
     a = np.broadcast_to(np.eye(embed, dtype=delta.dtype), (len(layers), embed, embed))
     b = delta.reshape(len(layers), shape.num_heads, shape.head_dim, embed)

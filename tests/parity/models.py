@@ -33,7 +33,7 @@ class Model:
     torch, jax
         Build it, in float32: a module with random weights, and the NNX model that holds the same ones.
     targets
-        Of `hora_jax.plan`; torch finds its own.
+        Of `hora_jax.make_plan`; torch finds its own.
     batch
         ``(inputs, labels)`` of a training step, the same for both frameworks.
     logits

@@ -136,7 +136,7 @@ class JaxRun:
         base = self.model.jax(self.model.torch())
         self.base = widen_jax(base, self.monkeypatch) if self.wide else base
         self.dtype = jnp.float64 if self.wide else jnp.float32
-        self.plan = hora_jax.plan(self.base, self.spec, self.model.targets)
+        self.plan = hora_jax.make_plan(self.base, self.spec, self.model.targets)
         self.optimizer = optax.adamw(LEARNING_RATE, **ADAMW)
         self.restart()
 

@@ -76,7 +76,7 @@ def test_s5_targets_that_do_not_fit(rule, options, targets, base, tally):
     model = LLAMA.torch()
     before = {name: from_torch(value) for name, value in model.state_dict().items()}
     refused(lambda: peft.get_peft_model(model, config(SPEC, **options)))
-    refused(lambda: hora_jax.plan(base, SPEC, targets))
+    refused(lambda: hora_jax.make_plan(base, SPEC, targets))
     after = model.state_dict()
     assert before.keys() == after.keys(), "torch models are changed in place: not by a refusal"
     for name, value in before.items():
@@ -86,7 +86,7 @@ def test_s5_targets_that_do_not_fit(rule, options, targets, base, tally):
 
 def test_i1_a_seed_is_not_negative(base, tally):
     assert "spec I1" in refused(lambda: peft.get_peft_model(LLAMA.torch(), config(SPEC, seed=-1)))
-    assert "spec I1" in refused(lambda: hora_jax.init(hora_jax.plan(base, SPEC, LLAMA.targets), seed=-1))
+    assert "spec I1" in refused(lambda: hora_jax.init(hora_jax.make_plan(base, SPEC, LLAMA.targets), seed=-1))
     tally.add("borders", "torch and JAX", {"I1", "E1"})
 
 
@@ -148,14 +148,14 @@ def test_f5_damaged_files(rules, damage, digests, base, tmp_path, tally):
         run.adapted.load_adapter(tmp_path, "other")
     for name, value in before.items():
         np.testing.assert_array_equal(from_torch(run.adapted.state_dict()[name]), value)
-    plan = hora_jax.plan(base, SPEC, LLAMA.targets)
+    plan = hora_jax.make_plan(base, SPEC, LLAMA.targets)
     told = rules | {"F7"} if digests else rules
     assert set(re.findall(r"\b[A-Z]\d\b", refused(lambda: hora_jax.load_adapter(tmp_path, plan)))) & told
     tally.add("borders", "torch and JAX", told | {"E1", "E2"})
 
 
 def test_f6_an_export_destroys_nothing(base, tmp_path, tally):
-    run, plan = TorchRun(LLAMA, SPEC, wide=False), hora_jax.plan(base, SPEC, LLAMA.targets)
+    run, plan = TorchRun(LLAMA, SPEC, wide=False), hora_jax.make_plan(base, SPEC, LLAMA.targets)
     run.save(tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     refused(lambda: hora_torch.export_lora(run.adapted, tmp_path))
@@ -165,7 +165,7 @@ def test_f6_an_export_destroys_nothing(base, tmp_path, tally):
 
 
 def test_f3_an_adapter_is_replaced_whole(base, tmp_path, tally):
-    run, plan = TorchRun(LLAMA, SPEC, wide=False), hora_jax.plan(base, SPEC, LLAMA.targets)
+    run, plan = TorchRun(LLAMA, SPEC, wide=False), hora_jax.make_plan(base, SPEC, LLAMA.targets)
     run.save(tmp_path)
     names, tensors = {file.name for file in tmp_path.iterdir()}, (tmp_path / TENSORS).read_bytes()
     hora_jax.save_adapter(tmp_path, plan, hora_jax.init(plan, seed=3))
@@ -178,7 +178,7 @@ def test_f3_an_adapter_is_replaced_whole(base, tmp_path, tally):
 
 
 def test_m3_a_merged_model_is_not_merged_again(base, tally):
-    run, plan = TorchRun(LLAMA, SPEC, wide=False), hora_jax.plan(base, SPEC, LLAMA.targets)
+    run, plan = TorchRun(LLAMA, SPEC, wide=False), hora_jax.make_plan(base, SPEC, LLAMA.targets)
     run.train(range(1))
     run.adapted.merge_adapter()
     merged = {name: from_torch(value) for name, value in run.adapted.state_dict().items()}

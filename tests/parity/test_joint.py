@@ -56,7 +56,7 @@ def of_jax(model, batches, **options):
         parts = [x @ params[f"attn.{p}_proj.weight"].T for p in "qv"]
         return jnp.square(jnp.tanh(jnp.concatenate(parts, -1))).mean()
 
-    plan = hora_jax.plan(params, preset("joint", 3), targets)
+    plan = hora_jax.make_plan(params, preset("joint", 3), targets)
     found, _ = hora_jax.joint_a(
         plan, loss, params, hora_jax.init(plan), [jnp.asarray(x.numpy()) for x in batches], **options
     )

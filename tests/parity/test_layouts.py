@@ -159,7 +159,7 @@ def on_jax(problem: Problem, route: str) -> tuple[Any, Arrays]:
         hora_jax.Target("map.weight", p, layout, heads=golden.shapes[p].num_heads, layer="layer", module="map")
         for p, layout in golden.layouts.items()
     ]
-    plan = hora_jax.plan(base, problem.spec, targets)
+    plan = hora_jax.make_plan(base, problem.spec, targets)
     assert plan.layers[0].shape == problem.layer
     phi = {"layer": {key: jnp.asarray(value)[None] for key, value in problem.params.items()}}
 

@@ -56,7 +56,7 @@ def test_i6_a_layer_alone_starts_as_among_others(monkeypatch, tally):
     )
     run = JaxRun(model, spec, False, monkeypatch)
     targets = [Target(f"{name}.{p}_proj.kernel", p, "d (h k)", heads) for p, heads in (("q", 4), ("v", 2))]
-    phi = hora_jax.init(hora_jax.plan(run.base, spec, targets))
+    phi = hora_jax.init(hora_jax.make_plan(run.base, spec, targets))
     of_torch = {key.rpartition(f"{name}.q_proj.hora_hyper.default.")[2]: v for key, v in alone.named_parameters()}
     for key, value in everything[name].items():
         np.testing.assert_array_equal(from_torch(of_torch[key]), value)

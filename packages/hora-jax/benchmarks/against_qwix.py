@@ -106,7 +106,7 @@ def workloads(small: bool) -> list[Workload]:
 
 
 def attach_hora(base: nnx.Module, workload: Workload) -> tuple[nnx.Module, Any]:
-    plan = hora_jax.plan(base, AdapterSpec(RANK), workload.targets)
+    plan = hora_jax.make_plan(base, AdapterSpec(RANK), workload.targets)
     return HoraModel(base, plan, hora_jax.init(plan)), HoraParam
 
 

@@ -9,7 +9,7 @@ from hora_jax.nnx import HoraModel, HoraParam
 from hora_spec import AdapterSpec
 
 base = nnx.Sequential(nnx.MultiHeadAttention(4, 32, decode=False, rngs=nnx.Rngs(0)), lambda x: x.mean(axis=(1, 2)))
-plan = hora_jax.plan(base, AdapterSpec(rank=4), hora_jax.presets.attention())
+plan = hora_jax.make_plan(base, AdapterSpec(rank=4), hora_jax.presets.attention())
 print(plan.report())
 model = HoraModel(base, plan, hora_jax.init(plan, seed=0))
 optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=HoraParam)

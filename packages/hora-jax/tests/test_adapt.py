@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hora_jax import Target, adapt, init, merge, plan, verify
+from hora_jax import Target, adapt, init, make_plan, merge, verify
 from hora_jax.follow import RULES, regroup
 from hora_spec import AdapterSpec, HoraError, Layout, Window
 from jax import export
@@ -32,14 +32,14 @@ X = some(9, 2, 6, D)
 
 
 def attention(params):
-    return plan(params, SPEC, [Target(f"attn.{p}", p, "d h k", layer="a") for p in "qv"])
+    return make_plan(params, SPEC, [Target(f"attn.{p}", p, "d h k", layer="a") for p in "qv"])
 
 
 PLANS = {
     "apart": attention(PARAMS),
-    "first": plan(PARAMS, SPEC, [Target(f"first.{p}", p, "l d h k", layer="l.{l}") for p in "qv"]),
-    "inner": plan(PARAMS, SPEC, Target("inner.q", "q", "d l h k", layer="l.{l}")),
-    "fused": plan(
+    "first": make_plan(PARAMS, SPEC, [Target(f"first.{p}", p, "l d h k", layer="l.{l}") for p in "qv"]),
+    "inner": make_plan(PARAMS, SPEC, Target("inner.q", "q", "d l h k", layer="l.{l}")),
+    "fused": make_plan(
         PARAMS,
         SPEC,
         [
@@ -47,7 +47,7 @@ PLANS = {
             for i, p in ((0, "q"), (2, "v"))
         ],
     ),
-    "per head": plan(
+    "per head": make_plan(
         PARAMS,
         SPEC,
         [

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hora_jax import Target, delta, factors, init, merge, plan, presets, replace_weights, weights
+from hora_jax import Target, delta, factors, init, make_plan, merge, presets, replace_weights, weights
 from hora_spec import AdapterSpec, HoraError, init_params, reference
 from hora_spec.testing import REFERENCE, Case, check_merge_refuses
 
@@ -29,10 +29,10 @@ def tree(dtype: str = "float32", *, stack: int | None = None) -> dict:
 
 def planned(spec: AdapterSpec, *, stack: int | None = None):
     if stack is None:
-        return plan(tree(), spec, [Target(f"block.*.{p}", p, "d h k", layer="block.{0}") for p in "qv"])
+        return make_plan(tree(), spec, [Target(f"block.*.{p}", p, "d h k", layer="block.{0}") for p in "qv"])
     axes = ["d", "h", "k"]
     axes.insert(stack, "l")
-    return plan(tree(stack=stack), spec, [Target(p, p, " ".join(axes), layer="block.{l}") for p in "qv"])
+    return make_plan(tree(stack=stack), spec, [Target(p, p, " ".join(axes), layer="block.{l}") for p in "qv"])
 
 
 def per_layer(the_plan, phi) -> list[dict]:
@@ -82,7 +82,7 @@ def test_generation_of_separate_layers_is_one_program_however_many():
 
     def dots(layers: int) -> int:
         params = {str(i): {"q": jax.ShapeDtypeStruct((8, 4, 2), "float32")} for i in range(layers)}
-        the_plan = plan(params, spec, Target("*.q", "q", "d h k", layer="{0}"))
+        the_plan = make_plan(params, spec, Target("*.q", "q", "d h k", layer="{0}"))
         return str(jax.make_jaxpr(lambda phi: factors(the_plan, phi))(init(the_plan))).count("dot_general")
 
     assert dots(6) == dots(1) == 2
@@ -117,7 +117,7 @@ def test_a_donating_merge_reuses_the_weights_memory(perturbed):
 
 
 def test_an_nnx_model_merges_to_a_model_of_its_own(tower, x, perturbed):
-    the_plan = plan(tower, METHODS[0], presets.attention())
+    the_plan = make_plan(tower, METHODS[0], presets.attention())
     phi, before = perturbed(init(the_plan)), tower(x)
     merged = merge(the_plan, tower, phi)
     assert isinstance(merged, type(tower))
@@ -141,7 +141,7 @@ def test_m3_merging_refuses_what_the_specification_refuses():
     def through_a_plan(weight, delta, layout):
         embed = delta.shape[-1]
         target = Target("w", "p", layout, None if "h" in layout.axes else 1, layer="x")
-        the_plan = plan({"w": weight}, AdapterSpec(embed, sharing="a"), target)
+        the_plan = make_plan({"w": weight}, AdapterSpec(embed, sharing="a"), target)
         shape = the_plan.layers[0].shape["p"]
         b = delta.reshape(1, shape.num_heads, shape.head_dim, embed)
         phi = {"x": {"a.p": jnp.eye(embed)[None], "b.p": jnp.asarray(b)}}

@@ -17,7 +17,8 @@ from hora_jax import (
     init,
     load_adapter,
     load_specs,
-    plan,
+    make_plan,
+    plan_from,
     presets,
     save_adapter,
     to_adapter,
@@ -34,7 +35,7 @@ def llama(make_llama):
 
 @pytest.fixture
 def planned(llama, method):
-    return plan(llama, method, presets.llama())
+    return make_plan(llama, method, presets.llama())
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_f2_tensors_carry_the_names_they_have_in_pytorch(tmp_path, planned, phi)
 
 
 def test_stacking_does_not_change_the_file(tmp_path, make_llama, planned, phi, method):
-    scanned = plan(make_llama(num_hidden_layers=3, scan_layers=True), method, presets.llama())
+    scanned = make_plan(make_llama(num_hidden_layers=3, scan_layers=True), method, presets.llama())
     save_adapter(tmp_path / "a", planned, phi)
     save_adapter(tmp_path / "b", scanned, {"model.layers.*.self_attn": phi["model.layers.0.self_attn"]})
     for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -71,7 +72,7 @@ def test_stacking_does_not_change_the_file(tmp_path, make_llama, planned, phi, m
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_parts_of_a_fused_weight_are_rows_of_the_pytorch_weight(make_vit, method, scan):
-    planned = plan(make_vit(scan_layers=scan), method, presets.vit())
+    planned = make_plan(make_vit(scan_layers=scan), method, presets.vit())
     sites = to_adapter(planned, init(planned)).layers["blocks.1.attn"].sites
     assert {site.module for site in sites.values()} == {"blocks.1.attn.qkv"}
     assert sites["v"].layout == Layout("(h k) d", Window(0, 32, 48))
@@ -92,7 +93,7 @@ ROWS = {
 def test_f2_a_leaf_in_any_layout_is_rows_of_the_pytorch_weight(tmp_path, name):
     layout, shape, window = ROWS[name]
     tree = {"attn": {"map": {"kernel": np.ones(shape, np.float32)}}}
-    planned = plan(
+    planned = make_plan(
         tree, AdapterSpec(2, hidden_dim=3, head_embed_dim=4), Target("attn.map.kernel", "q", layout, heads=2)
     )
     phi = hora_jax.init(planned)
@@ -108,15 +109,15 @@ def test_f2_a_leaf_in_any_layout_is_rows_of_the_pytorch_weight(tmp_path, name):
 
 def test_the_method_of_a_file_plans_the_model(tmp_path, llama, planned, phi, method):
     save_adapter(tmp_path, planned, phi)
-    assert plan(llama, load_specs(tmp_path), presets.llama()) == planned
-    other = plan(llama, method.replace(rank=2), presets.llama())
+    assert make_plan(llama, load_specs(tmp_path), presets.llama()) == planned
+    other = make_plan(llama, method.replace(rank=2), presets.llama())
     with pytest.raises(HoraError, match="load_specs"):
         load_adapter(tmp_path, other)
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path, make_vit, planned, phi, method):
     save_adapter(tmp_path, planned, phi)
-    vit = plan(make_vit(), method, presets.vit())
+    vit = make_plan(make_vit(), method, presets.vit())
     with pytest.raises(HoraError, match="of another model"):
         load_adapter(tmp_path, vit)
 
@@ -181,3 +182,31 @@ def test_orbax_keeps_the_training_state_and_only_that(tmp_path, llama, planned, 
     for each in ((model, optimizer), (again, optimizer_again)):
         train(*each)
     equal(again.adapter(), model.adapter())
+
+
+def test_sixteen_bit_adapters_are_saved_exactly_as_float32(tmp_path, planned):
+    phi = init(planned, seed=3, dtype="bfloat16")
+    save_adapter(tmp_path, planned, phi)
+    for key, params in load_adapter(tmp_path, planned).items():
+        for name, value in params.items():
+            assert value.dtype == "float32"
+            np.testing.assert_array_equal(value, phi[key][name].astype("float32"))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_file_and_a_tree_make_the_plan(tmp_path, make_llama, planned, phi, scan):
+    save_adapter(tmp_path, planned, phi)
+    base = make_llama(num_hidden_layers=3, scan_layers=scan)
+    found = plan_from(tmp_path, base, presets.llama("qkv"))
+    assert [name for layer in found.layers for name in layer.names] == [x.name for x in planned.layers]
+    values = load_adapter(tmp_path, found)
+    assert found == planned or scan
+    equal(list(values.values()), list(phi.values()))
+
+
+def test_a_file_that_does_not_fit_the_tree_makes_no_plan(tmp_path, make_llama, planned, phi):
+    save_adapter(tmp_path, planned, phi)
+    with pytest.raises(HoraError, match="missing"):
+        plan_from(tmp_path, make_llama(num_hidden_layers=2), presets.llama())
+    with pytest.raises(HoraError, match="has"):
+        plan_from(tmp_path, make_llama(num_hidden_layers=3, num_key_value_heads=4), presets.llama())

@@ -26,7 +26,7 @@ def loss(params, x):
 
 
 def plan(spec=None):
-    return hora_jax.plan(PARAMS, spec or preset("joint", 3), TARGETS)
+    return hora_jax.make_plan(PARAMS, spec or preset("joint", 3), TARGETS)
 
 
 @cache

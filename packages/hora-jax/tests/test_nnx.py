@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from hora_jax import Target, init, merge, plan, presets
+from hora_jax import Target, init, make_plan, merge, presets
 from hora_jax.nnx import HoraModel, HoraParam
 from hora_spec import AdapterSpec, HoraError, Layout, Window
 
@@ -18,7 +18,7 @@ def route() -> str:
 
 @pytest.fixture
 def model(tower, method, perturbed, route) -> HoraModel:
-    planned = plan(tower, method, presets.attention())
+    planned = make_plan(tower, method, presets.attention())
     return HoraModel(tower, planned, perturbed(init(planned)), route=route)
 
 
@@ -38,7 +38,7 @@ def only_adapter(loss):
 
 
 def test_i4_a_fresh_adapter_changes_no_bit(tower, method, x):
-    planned = plan(tower, method, presets.attention())
+    planned = make_plan(tower, method, presets.attention())
     np.testing.assert_array_equal(HoraModel(tower, planned, init(planned))(x), tower(x))
 
 
@@ -190,7 +190,7 @@ def test_statistics_of_the_base_are_updated(model, x):
 
 
 def test_random_streams_of_the_base_advance_as_without_adapter(tower, method, x):
-    planned = plan(tower, method, presets.attention())
+    planned = make_plan(tower, method, presets.attention())
     model = HoraModel(nnx.clone(tower), planned, init(planned))
     for each in (tower, model):
         each.train()
@@ -203,7 +203,7 @@ def test_random_streams_of_the_base_advance_as_without_adapter(tower, method, x)
 def test_a_key_value_cache_is_filled_as_without_adapter(tower, method, perturbed, x):
     base = type(tower)(nnx.Rngs(0), decode=True)
     base.eval()
-    planned = plan(base, method, presets.attention())
+    planned = make_plan(base, method, presets.attention())
     phi = perturbed(init(planned))
     model, merged = HoraModel(base, planned, phi), merge(planned, base, phi)
     for each in (base, merged):
@@ -225,7 +225,7 @@ def test_what_the_base_sows_is_captured(model, x):
             return self.block(x)
 
     base = Sower(model.base.blocks[0])  # flax 0.12.8 cannot merge an nnx.List while it captures
-    planned = plan(base, model.plan.layers[0].spec, presets.attention())
+    planned = make_plan(base, model.plan.layers[0].spec, presets.attention())
     sowing = HoraModel(base, planned, init(planned))
     y, captured = nnx.capture(sowing, nnx.Intermediate)(x)
     (seen,) = captured["base"]["seen"].get_value()
@@ -263,7 +263,7 @@ def stacked_tower(depth: int, axis: int):
 def test_a_scan_over_stacked_layers_slices_the_factors(axis, route, method, perturbed, x):
     base = stacked_tower(3, axis)
     (target_q, target_v) = presets.attention(stack_axis=axis)
-    planned = plan(base, method, (target_q, target_v))
+    planned = make_plan(base, method, (target_q, target_v))
     assert planned.layers[0].names == ("layers.0", "layers.1", "layers.2")
     model = HoraModel(base, planned, perturbed(init(planned)), route=route)
     close(nnx.jit(lambda m, x: m(x))(model, x), model.merged()(x))
@@ -335,7 +335,7 @@ def test_parts_of_a_fused_weight_are_adapted_alone(form, windows, route, method,
         Target("qkv.kernel", p, w, 2 if form == "columns" else None, layer="a")
         for p, w in zip("qv", windows, strict=True)
     ]
-    planned = plan(base, method, targets)
+    planned = make_plan(base, method, targets)
     model = HoraModel(base, planned, perturbed(init(planned)), route=route)
     changed = model(x) - base(x)
     close(model(x), model.merged()(x))
@@ -348,7 +348,7 @@ def test_projections_of_one_weight_agree_about_its_axes(method):
     holder = nnx.Sequential(base)
     layouts = (Layout("d h k", Window(1, 0, 2)), Layout("k h d", Window(1, 2, 4)))
     targets = [Target("layers.0.kernel", p, w, layer="a") for p, w in zip("qv", layouts, strict=True)]
-    planned = plan(holder, method, targets)
+    planned = make_plan(holder, method, targets)
     with pytest.raises(HoraError, match="one order of axes"):
         HoraModel(holder, planned, init(planned))(jnp.ones((2, 8)))
 
@@ -362,7 +362,7 @@ def test_a_projection_may_read_a_part_of_the_inputs(route, method, perturbed, x)
         def __call__(self, x):
             return self.proj(x)
 
-    planned = plan(Part(), method, Target("proj.kernel", "q", Layout("d (h k)", Window(0, 4, 12)), 2, layer="a"))
+    planned = make_plan(Part(), method, Target("proj.kernel", "q", Layout("d (h k)", Window(0, 4, 12)), 2, layer="a"))
     model = HoraModel(Part(), planned, perturbed(init(planned)), route=route)
     close(model(x), model.merged()(x))
     assert not jnp.allclose(model(x), model.base(x))
@@ -421,7 +421,7 @@ class Holder(nnx.Module):
 @pytest.mark.parametrize(("style", "targets", "uses"), STYLES, ids=lambda v: getattr(v, "__name__", ""))
 def test_a_model_is_adapted_however_it_uses_its_weights(style, targets, uses, route, method, perturbed, x):
     base = Holder(style())
-    planned = plan(base, method, targets)
+    planned = make_plan(base, method, targets)
     model = HoraModel(base, planned, perturbed(init(planned)), route=route, dense="error")
     close(model(x), model.merged()(x))
     assert len(model.report(x).low_rank) == uses
@@ -440,7 +440,7 @@ def test_modules_among_the_arguments_keep_what_a_call_changes(method, x):
             return self.dropout(self.q(x), rngs=rngs)
 
     base, rngs = Dropping(), nnx.Rngs(3)
-    planned = plan(base, method, Target("q.kernel", "q", "d (h k)", 4, layer="a"))
+    planned = make_plan(base, method, Target("q.kernel", "q", "d (h k)", 4, layer="a"))
     model = HoraModel(base, planned, init(planned))
     first, second = model(x, rngs), model(x, rngs)
     assert not jnp.allclose(first, second)
@@ -449,7 +449,7 @@ def test_modules_among_the_arguments_keep_what_a_call_changes(method, x):
 
 
 def test_a_call_that_assigns_to_a_planned_weight_is_refused(tower, method, x):
-    planned = plan(tower, method, presets.attention())
+    planned = make_plan(tower, method, presets.attention())
 
     def decay(base, x):
         kernel = base.blocks[0].attn.query.kernel
@@ -463,7 +463,7 @@ def test_a_call_that_assigns_to_a_planned_weight_is_refused(tower, method, x):
 
 def test_an_adapted_model_is_merged_before_it_is_adapted_again(model, method, perturbed, x):
     with pytest.raises(HoraError, match=r"adapt its merged\(\)"):
-        HoraModel(model, plan(model, method, presets.attention()), {})
+        HoraModel(model, make_plan(model, method, presets.attention()), {})
     again = HoraModel(model.merged(), model.plan, perturbed(init(model.plan, seed=1), 1))
     close(again(x), again.merged()(x))
 

@@ -1,10 +1,13 @@
 """Planning: layouts, names, determinism, and every refusal."""
 
+from dataclasses import replace
+
+import hora_jax
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from hora_jax import Target, plan, presets
+from hora_jax import Target, make_plan, presets
 from hora_spec import AdapterSpec, HoraError, Layout, ProjectionShape, Window
 from hora_spec.testing import merging
 
@@ -29,13 +32,13 @@ QV = [Target(f"blocks.*.attn.{name}.kernel", p, "d h k") for name, p in (("query
 def test_l1_every_stored_form_gives_the_same_projection(layout: Layout, shape):
     layer = "block.{l}" if layout.stacked else "block"
     heads = None if "h" in layout.axes else SHAPE.num_heads
-    found = plan({"w": leaf(*shape)}, SPEC, Target("w", "q", layout, heads, layer=layer)).layers[0]
+    found = make_plan({"w": leaf(*shape)}, SPEC, Target("w", "q", layout, heads, layer=layer)).layers[0]
     assert found.shape["q"] == SHAPE
     assert found.names == (("block.0", "block.1") if layout.stacked else ("block",))
 
 
 def test_layers_are_in_natural_order_and_named_by_their_attention_module():
-    planned = plan(blocks(11), SPEC, QV)
+    planned = make_plan(blocks(11), SPEC, QV)
     assert [layer.name for layer in planned.layers] == [f"blocks.{i}.attn" for i in range(11)]
     assert list(planned.groups()) == ["blocks.0.attn"]
 
@@ -43,7 +46,7 @@ def test_layers_are_in_natural_order_and_named_by_their_attention_module():
 def test_a_model_its_state_its_shapes_and_a_dict_give_equal_plans(tower):
     targets = presets.attention()
     plans = [
-        plan(tree, SPEC, targets)
+        make_plan(tree, SPEC, targets)
         for tree in (
             tower,
             nnx.state(tower),
@@ -58,16 +61,16 @@ def test_planning_reads_no_values():
     traced = []
 
     def step(x):
-        traced.append(plan({"w": x}, SPEC, Target("w", "q", "(h k) d", 2, layer="w")))
+        traced.append(make_plan({"w": x}, SPEC, Target("w", "q", "(h k) d", 2, layer="w")))
         return x
 
     jax.jit(step)(jnp.ones((4, 5)))
-    assert traced == [plan({"w": leaf(4, 5)}, SPEC, Target("w", "q", "(h k) d", 2, layer="w"))]
+    assert traced == [make_plan({"w": leaf(4, 5)}, SPEC, Target("w", "q", "(h k) d", 2, layer="w"))]
 
 
 def test_a_stack_names_its_layers_by_place():
     target = Target("**.layers.q.kernel", "q", "l d h k", layer="{0}.layers.{l}.self_attn")
-    (layer,) = plan({"model": {"layers": {"q": {"kernel": leaf(3, 8, 4, 2)}}}}, SPEC, target).layers
+    (layer,) = make_plan({"model": {"layers": {"q": {"kernel": leaf(3, 8, 4, 2)}}}}, SPEC, target).layers
     assert layer.name == "model.layers.*.self_attn"
     assert layer.names == tuple(f"model.layers.{i}.self_attn" for i in range(3))
     assert layer.stacked
@@ -76,35 +79,38 @@ def test_a_stack_names_its_layers_by_place():
 def test_layers_of_different_shape_or_method_are_different_groups():
     tree = blocks(3)
     tree["blocks"]["1"]["attn"]["query"]["kernel"] = leaf(8, 2, 2)
-    assert list(plan(tree, SPEC, QV).groups()) == ["blocks.0.attn", "blocks.1.attn"]
+    assert list(make_plan(tree, SPEC, QV).groups()) == ["blocks.0.attn", "blocks.1.attn"]
     specs = {f"blocks.{i}.attn": SPEC.replace(rank=1 + i // 2) for i in range(3)}
-    assert [len(group) for group in plan(blocks(3), specs, QV).groups().values()] == [2, 1]
+    assert [len(group) for group in make_plan(blocks(3), specs, QV).groups().values()] == [2, 1]
 
 
 def test_fused_parts_are_windows_of_one_leaf():
     targets = [Target("attn.qkv.kernel", p, "d (h k)", 2, ("qkv".index(p), 3)) for p in "qv"]
-    (layer,) = plan({"attn": {"qkv": {"kernel": leaf(8, 24)}}}, SPEC, targets).layers
+    (layer,) = make_plan({"attn": {"qkv": {"kernel": leaf(8, 24)}}}, SPEC, targets).layers
     assert [site.layout.window for site in layer.sites] == [Window(1, 0, 8), Window(1, 16, 24)]
 
 
 def test_parts_of_each_head_are_windows_of_blocks():
     targets = [Target("attn.qkv.kernel", p, "d (h k)", 2, ("qkv".index(p), 3, 2)) for p in "qkv"]
-    (layer,) = plan({"attn": {"qkv": {"kernel": leaf(8, 24)}}}, SPEC, targets).layers
+    (layer,) = make_plan({"attn": {"qkv": {"kernel": leaf(8, 24)}}}, SPEC, targets).layers
     windows = [Window(1, 0, 4, 2), Window(1, 4, 8, 2), Window(1, 8, 12, 2)]
     assert [site.layout.window for site in layer.sites] == windows
-    assert "4:8 of each 12 of 24 of axis 1" in plan({"attn": {"qkv": {"kernel": leaf(8, 24)}}}, SPEC, targets).report()
+    assert (
+        "4:8 of each 12 of 24 of axis 1"
+        in make_plan({"attn": {"qkv": {"kernel": leaf(8, 24)}}}, SPEC, targets).report()
+    )
 
 
 def test_heads_in_groups_are_counted_together():
     target = Target("attn.q.kernel", "q", "d g h k")
-    assert plan({"attn": {"q": {"kernel": leaf(8, 2, 3, 4)}}}, SPEC, target).layers[0].shape["q"].num_heads == 6
+    assert make_plan({"attn": {"q": {"kernel": leaf(8, 2, 3, 4)}}}, SPEC, target).layers[0].shape["q"].num_heads == 6
 
 
 def test_the_report_counts_layers_and_parameters():
-    report = plan(blocks(11), SPEC, QV).report()
+    report = make_plan(blocks(11), SPEC, QV).report()
     assert "blocks.0.attn ... blocks.10.attn: layers=11 rank=2" in report
     assert "q: heads=4 head_dim=2 embed=8, 'd h k' in blocks.0.attn.query.kernel (8, 4, 2)" in report
-    assert report.endswith(f"total: layers=11 params={plan(blocks(11), SPEC, QV).params_count:,}")
+    assert report.endswith(f"total: layers=11 params={make_plan(blocks(11), SPEC, QV).params_count:,}")
 
 
 REFUSED = {
@@ -195,15 +201,54 @@ REFUSED = {
 def test_refused(name):
     tree, targets, message = REFUSED[name]
     with pytest.raises(HoraError, match=message):
-        plan(tree, SPEC, targets)
+        make_plan(tree, SPEC, targets)
 
 
 def test_specs_by_layer_must_fit_the_layers_found():
     names = [f"blocks.{i}.attn" for i in range(2)]
     with pytest.raises(HoraError, match=r"got none for \['blocks.1.attn'\]"):
-        plan(blocks(2), {names[0]: SPEC}, QV)
+        make_plan(blocks(2), {names[0]: SPEC}, QV)
     with pytest.raises(HoraError, match=r"got also \['blocks.7.attn'\]"):
-        plan(blocks(2), dict.fromkeys([*names, "blocks.7.attn"], SPEC), QV)
+        make_plan(blocks(2), dict.fromkeys([*names, "blocks.7.attn"], SPEC), QV)
     target = Target("w", "q", "l d h k", layer="x.{l}")
     with pytest.raises(HoraError, match="stacked layers share one spec"):
-        plan({"w": leaf(2, 8, 4, 2)}, {"x.0": SPEC, "x.1": SPEC.replace(rank=1)}, target)
+        make_plan({"w": leaf(2, 8, 4, 2)}, {"x.0": SPEC, "x.1": SPEC.replace(rank=1)}, target)
+
+
+def test_a_stack_of_blocks_numbers_its_layers(method):
+    shapes = {"block": {str(i): {"q": jax.ShapeDtypeStruct((3, 16, 4, 4), "float32")} for i in range(2)}}
+    targets = [Target(f"block.{i}.q", "q", "l d h k", layer=f"layers.{{l*2+{i}}}.attn") for i in range(2)]
+    planned = make_plan(shapes, method, targets)
+    assert [layer.names for layer in planned.layers] == [
+        tuple(f"layers.{2 * i + j}.attn" for i in range(3)) for j in range(2)
+    ]
+    assert len({layer.name for layer in planned.layers}) == 2
+    same = [replace(target, layer="layers.{l}.attn", projection=p) for target, p in zip(targets, "qv", strict=True)]
+    assert len(make_plan(shapes, method, same).layers) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads": 0, "layout": "d (h k)"}, "integer of at least 1, got 0"),
+        ({"layer": "{1}"}, "wildcards of its path"),
+        ({"layer": "{name}"}, "wildcards of its path"),
+        ({"layer": "{"}, "wildcards of its path"),
+    ],
+)
+def test_what_a_target_cannot_mean_is_refused(method, change, message):
+    shapes = {"attn": {"q": jax.ShapeDtypeStruct((16, 16) if "heads" in change else (16, 4, 4), "float32")}}
+    target = replace(Target("*.q", "q", "d h k", layer="{0}"), **change)
+    with pytest.raises(HoraError, match=message):
+        make_plan(shapes, method, target)
+
+
+def test_a_plan_without_targets_is_refused(method):
+    with pytest.raises(HoraError, match="got no targets"):
+        make_plan({}, method, [])
+
+
+def test_the_old_name_of_make_plan_warns(method):
+    shapes = {"attn": {"q": jax.ShapeDtypeStruct((16, 4, 4), "float32")}}
+    with pytest.warns(DeprecationWarning, match="make_plan"):
+        hora_jax.plan(shapes, method, Target("*.q", "q", "d h k", layer="{0}"))

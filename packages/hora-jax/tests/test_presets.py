@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hora_jax import init, merge, plan, presets
+from hora_jax import init, make_plan, merge, presets
 from hora_jax.nnx import HoraModel
 from hora_spec import HoraError, ProjectionShape
 
@@ -23,7 +23,7 @@ def close(a, b) -> None:
 @pytest.mark.parametrize("remat", [False, True])
 def test_llama(make_llama, method, perturbed, scan, remat):
     base = make_llama(scan_layers=scan, remat=remat)
-    planned = plan(base, method, presets.llama("qkv"))
+    planned = make_plan(base, method, presets.llama("qkv"))
     names = [name for layer in planned.layers for name in layer.names]
     assert names == [f"model.layers.{i}.self_attn" for i in range(2)]
     assert planned.layers[0].shape["v"] == ProjectionShape(2, 4, 16)
@@ -34,7 +34,7 @@ def test_llama(make_llama, method, perturbed, scan, remat):
 @pytest.mark.parametrize("scan", [False, True])
 def test_llama_with_a_key_value_cache(make_llama, method, perturbed, scan):
     base = make_llama(scan_layers=scan)
-    planned = plan(base, method, presets.llama())
+    planned = make_plan(base, method, presets.llama())
     model, cache, logits = HoraModel(base, planned, perturbed(init(planned))), base.init_cache(2, 5), []
     step = nnx.jit(lambda m, token, cache: m(token, cache=cache))
     for i in range(5):
@@ -46,15 +46,15 @@ def test_llama_with_a_key_value_cache(make_llama, method, perturbed, scan):
 def test_head_counts_of_parameters_alone_are_given(make_llama, method):
     state = nnx.state(make_llama())
     with pytest.raises(HoraError, match="plan the model itself"):
-        plan(state, method, presets.llama())
-    planned = plan(state, method, presets.llama(num_heads=4, num_kv_heads=2))
-    assert planned == plan(make_llama(), method, presets.llama())
+        make_plan(state, method, presets.llama())
+    planned = make_plan(state, method, presets.llama(num_heads=4, num_kv_heads=2))
+    assert planned == make_plan(make_llama(), method, presets.llama())
 
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_vit(make_vit, method, perturbed, scan):
     base = make_vit(scan_layers=scan)
-    planned = plan(base, method, presets.vit())
+    planned = make_plan(base, method, presets.vit())
     assert [name for layer in planned.layers for name in layer.names] == ["blocks.0.attn", "blocks.1.attn"]
     model = HoraModel(base, planned, perturbed(init(planned)))
     close(model(IMAGES), model.merged()(IMAGES))
@@ -69,7 +69,7 @@ def test_linen_attention(method, perturbed, x):
             return x
 
     variables = Net().init(jax.random.key(0), x)
-    planned = plan(variables, method, presets.attention())
+    planned = make_plan(variables, method, presets.attention())
     assert [layer.name for layer in planned.layers] == [f"params.MultiHeadDotProductAttention_{i}" for i in range(2)]
     merged = merge(planned, variables, perturbed(init(planned)))
     assert not jnp.allclose(Net().apply(merged, x), Net().apply(variables, x))
@@ -84,7 +84,7 @@ def test_linen_attention_scanned_over_layers(method, perturbed, x, axis):
 
     net = nn.scan(Layer, variable_axes={"params": axis}, split_rngs={"params": True}, length=3)()
     variables = net.init(jax.random.key(0), x, None)
-    planned = plan(variables, method, presets.attention(stack_axis=axis))
+    planned = make_plan(variables, method, presets.attention(stack_axis=axis))
     assert planned.layers[0].names == tuple(f"params.attn.{i}" for i in range(3))
     merged = merge(planned, variables, perturbed(init(planned)))
     assert not jnp.allclose(net.apply(merged, x, None)[0], net.apply(variables, x, None)[0])
@@ -100,7 +100,7 @@ def test_equinox_attention(method, perturbed, x):
             return x
 
     net = Net([eqx.nn.MultiheadAttention(4, 16, key=jax.random.key(i)) for i in range(2)])
-    planned = plan(net, method, presets.equinox("qkv"))
+    planned = make_plan(net, method, presets.equinox("qkv"))
     assert [layer.name for layer in planned.layers] == ["layers.0", "layers.1"]
     assert planned.layers[0].shape["k"] == ProjectionShape(4, 4, 16)
     merged = merge(planned, net, perturbed(init(planned)))
@@ -122,7 +122,7 @@ def test_tunix_llama(method, perturbed):
         weight_tying=True,
     )
     base = llama3.Llama3(config, rngs=nnx.Rngs(0))
-    planned = plan(base, method, presets.tunix_llama())
+    planned = make_plan(base, method, presets.tunix_llama())
     assert [layer.name for layer in planned.layers] == [f"model.layers.{i}.self_attn" for i in range(2)]
     model = HoraModel(base, planned, perturbed(init(planned)))
     positions, mask = np.broadcast_to(np.arange(5), (2, 5)), jnp.tril(jnp.ones((2, 5, 5), bool))
@@ -141,7 +141,7 @@ def test_jimm_vit(method, perturbed):
         hidden_size=16,
         dropout_rate=0.0,
     )
-    planned = plan(base, method, presets.jimm_vit())
+    planned = make_plan(base, method, presets.jimm_vit())
     assert [name for layer in planned.layers for name in layer.names] == [f"vit.layers.{i}.attention" for i in range(2)]
     model = HoraModel(base, planned, perturbed(init(planned)))
     close(model(IMAGES), model.merged()(IMAGES))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hora_jax import Target, functional, init, plan, presets
+from hora_jax import Target, functional, init, make_plan, presets
 from hora_jax.nnx import HoraModel, HoraParam
 from hora_spec import AdapterSpec, LayerShape, init_params
 from jax.sharding import AxisType, NamedSharding
@@ -108,7 +108,7 @@ def test_a_sharded_model_trains_as_one_device_does(make_llama, method, perturbed
         return nnx.jit(nnx.value_and_grad(loss, argnums=nnx.DiffState(0, HoraParam)))(model)
 
     base = make_llama(hidden_size=32, intermediate_size=64, num_attention_heads=8, num_key_value_heads=4)
-    planned = plan(base, method, presets.llama())
+    planned = make_plan(base, method, presets.llama())
     phi = perturbed(init(planned))
     value, grads = gradients(HoraModel(base, planned, phi), TOKENS)
     mesh = mesh_of(AxisType.Auto)
@@ -138,7 +138,7 @@ class Attention(nnx.Module):
 def test_an_nnx_model_works_on_a_mesh_of_explicit_axes(method, perturbed):
     base = Attention(nnx.Rngs(0))
     targets = [Target("query.kernel", "q", "d h k", layer="a"), Target("value.kernel", "v", "d (h k)", 8, layer="a")]
-    planned = plan(base, method, targets)
+    planned = make_plan(base, method, targets)
     phi, x = perturbed(init(planned)), np.random.default_rng(0).normal(size=(4, 6, 32)).astype("float32")
     mesh = mesh_of(AxisType.Explicit)
     with jax.set_mesh(mesh):

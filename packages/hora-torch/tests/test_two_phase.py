@@ -86,6 +86,25 @@ def test_a_second_merge_that_is_refused_leaves_the_first(family):
     assert torch.equal(evaluate(model, family.inputs()), expected)
 
 
+def test_trained_rows_of_embeddings_are_merged_with_the_layers_or_not_at_all(family):
+    model = adapted(family, trainable_token_indices=[1, 3])
+    wrapper = model.get_input_embeddings()
+    wrapper.token_adapter.trainable_tokens_delta["default"].data += 0.5
+    expected = evaluate(model, family.inputs())
+    before = snapshot(model)
+    model.merge_adapter()
+    assert wrapper.token_adapter.merged
+    agree(evaluate(model, family.inputs()), expected)
+    model.unmerge_adapter()
+    assert_unchanged(model, before)
+    diverged(model)
+    before = snapshot(model)
+    with pytest.raises(HoraError):
+        model.merge_adapter()
+    assert not wrapper.token_adapter.merged
+    assert_unchanged(model, before)
+
+
 BAD = {
     "heads that do not divide": {"num_heads": 5},
     "ranks that differ in a layer": {"rank_pattern": {"layers.1.self_attn.q_proj": 5}},

@@ -1,12 +1,14 @@
 """``verify`` passes what is right, names what is wrong, and leaves the model as it was."""
 
 import dataclasses
+import itertools
 
 import hora_torch
 import peft
 import pytest
 import torch
 from hora_spec import HoraError, Layout, ProjectionShape, Window
+from hora_torch.findings import Finding, Report
 from hora_torch.layer import HoraLayer
 from hora_torch.stored import PlainWeight
 from torch import nn
@@ -25,6 +27,16 @@ def test_every_family_is_found_right_and_left_as_it_was(family):
     assert_unchanged(model, before)
     assert report.ok, str(report)
     assert not [finding for finding in report.of("unknown") if "rows" in finding.question], str(report)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_are_verified(families, dtype):
+    family = families["llama"]
+    model = peft.get_peft_model(family.model().to(dtype), small())
+    report = hora_torch.verify(model, family.inputs())
+    assert {finding.verdict for finding in report.findings} == {"ok"}, str(report)
+    report = hora_torch.verify(with_sites(model, of_heads(2)), family.inputs())
+    assert {question for question, _ in verdicts(report, "wrong")} == {"adapts the rows of its heads"}, str(report)
 
 
 def test_a_new_adapter_is_verified_before_its_first_step(families):
@@ -228,6 +240,28 @@ def test_a_merge_that_is_off_by_little_is_wrong(families, monkeypatch):
     monkeypatch.setattr(PlainWeight, "write", less)
     report = hora_torch.verify(adapted(families["llama"]), families["llama"].inputs())
     assert ("computes the same merged", "the model") in verdicts(report, "wrong"), str(report)
+
+
+def test_a_report_says_what_is_wrong_first_and_equal_answers_once():
+    findings = [
+        Finding("fits", "a", "ok"),
+        Finding("turns", "a", "unknown", "no key"),
+        Finding("fits", "b", "wrong", "too wide"),
+        Finding("fits", "c", "ok"),
+        Finding("fits", "d", "ok"),
+        Finding("turns", "d", "unknown", "no key"),
+    ]
+    expected = [
+        "wrong   fits: b: too wide",
+        "unknown turns: a and 1 more: no key",
+        "ok      fits: a and 2 more",
+    ]
+    for order in itertools.permutations(range(len(findings)), len(findings)):
+        report = Report(tuple(findings[i] for i in order))
+        assert [line[:8] for line in str(report).splitlines()] == ["wrong   ", "unknown ", "ok      "]
+    assert str(Report(tuple(findings))).splitlines() == expected
+    with pytest.raises(HoraError, match="too wide"):
+        report.require()
 
 
 def test_what_cannot_be_verified_is_an_error(families):

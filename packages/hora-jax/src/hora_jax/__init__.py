@@ -1,14 +1,15 @@
 """HoRA for any JAX pytree and Flax NNX: hypernetwork-shared low-rank adaptation of attention heads."""
 
+import warnings
 from importlib import import_module
 from typing import Any
 
 from hora_jax import functional, presets
 from hora_jax.adapted import Adapted, Report, adapt
 from hora_jax.adapter import delta, factors, init, merge, replace_weights, weights
-from hora_jax.files import export_lora, from_adapter, load_adapter, load_specs, save_adapter, to_adapter
+from hora_jax.files import export_lora, from_adapter, load_adapter, load_specs, plan_from, save_adapter, to_adapter
 from hora_jax.joint import joint_a
-from hora_jax.plan import Layer, Plan, plan
+from hora_jax.planning import Layer, Plan, make_plan
 from hora_jax.targets import Site, Target
 from hora_jax.verification import Verification, verify
 
@@ -32,9 +33,11 @@ __all__ = [
     "joint_a",
     "load_adapter",
     "load_specs",
+    "make_plan",
     "merge",
     "nnx",
     "plan",
+    "plan_from",
     "presets",
     "replace_weights",
     "save_adapter",
@@ -42,6 +45,12 @@ __all__ = [
     "verify",
     "weights",
 ]
+
+
+def plan(params: Any, spec: Any, targets: Any) -> Plan:
+    """Another name of `make_plan`, until version 0.2: a plan is what it returns."""
+    warnings.warn("hora_jax.plan is called hora_jax.make_plan", DeprecationWarning, stacklevel=2)
+    return make_plan(params, spec, targets)
 
 
 def __getattr__(name: str) -> Any:

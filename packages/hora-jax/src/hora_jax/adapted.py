@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from hora_jax import adapter, functional, routes
 from hora_jax.adapter import Phi
 from hora_jax.pairs import pairs
-from hora_jax.plan import Plan
+from hora_jax.planning import Plan
 from hora_jax.routes import Route
 from hora_jax.views import View
 from hora_jax.walk import Dense, Use, Walk
@@ -132,7 +132,7 @@ def adapt(fn: Callable[..., Any], plan: Plan, *, route: Route = "auto", dense: D
     >>> import hora_jax
     >>> from hora_spec import AdapterSpec
     >>> params = {"attn": {"q": jax.numpy.ones((16, 4, 4))}}
-    >>> plan = hora_jax.plan(params, AdapterSpec(rank=2), hora_jax.Target("*.q", "q", "d h k", layer="attn"))
+    >>> plan = hora_jax.make_plan(params, AdapterSpec(rank=2), hora_jax.Target("*.q", "q", "d h k", layer="attn"))
     >>> adapted = adapt(lambda params, x: jax.numpy.einsum("bd,dhk->bhk", x, params["attn"]["q"]), plan)
     >>> x, phi = jax.numpy.ones((3, 16)), hora_jax.init(plan)
     >>> adapted(params, phi, x).shape
@@ -170,4 +170,5 @@ def _views(plan: Plan, weights: dict[str, Any], phi: Phi) -> dict[str, View]:
 
 def _view(weight: Any, a: jax.Array, b: jax.Array, path: str) -> View:
     w = jax.lax.stop_gradient(jnp.asarray(weight))
-    return View(w, a, b, path, axes=tuple(range(w.ndim)))
+    codes = not jnp.issubdtype(w.dtype, jnp.floating)  # scales of codes might be trained
+    return View(w, a, b, path, constant=not codes, codes=codes, axes=tuple(range(w.ndim)))

@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from hora_jax import functional
-from hora_jax.plan import Layer, Plan
+from hora_jax.planning import Layer, Plan
 from hora_jax.targets import leaves, nnx_of
 
 Phi = Mapping[str, Mapping[str, jax.Array]]
@@ -116,10 +116,20 @@ def merge(plan: Plan, params: Any, phi: Phi, *, donate: bool = False) -> Any:
     """
     check(plan, phi)
     old = weights(plan, params)
+    _check_mergeable(old)
     if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((old, phi))):
         _check_finite(_finite(plan, old, phi))
     new = (_add_donating if donate else _add)(plan, old, phi)
     return replace_weights(params, new)
+
+
+def _check_mergeable(old: Mapping[str, Any]) -> None:
+    if bad := [path for path, leaf in old.items() if leaf.dtype.itemsize < 2]:
+        raise HoraError(
+            f"deltas are merged into weights of 16 bits or more, got {bad[0]} of dtype {old[bad[0]].dtype}, too coarse "
+            "for one: train and run it through hora_jax.adapt or HoraModel, dequantise it first, or "
+            "write hora_jax.export_lora (spec M1)"
+        )
 
 
 def weights(plan: Plan, params: Any) -> dict[str, jax.Array]:

@@ -1,6 +1,7 @@
 """Primitives that run other programs: each is called again around the program walked with views inside."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -76,7 +77,7 @@ def _row(whole: Any, part: Any) -> Any:
         return part
     w, *own = part
     a, b = (f[0] if row is None else row for f, row in zip((whole.a, whole.b), own, strict=True))
-    return View(w, a, b, whole.path, whole.constant)
+    return replace(whole, w=w, a=a, b=b, axes=None)
 
 
 def _while(walk: "Walk", eqn: JaxprEqn, ins: Sequence[Any]) -> Sequence[Any]:

@@ -1,7 +1,8 @@
 """Adapters on disk: the PEFT directory that every backend reads and writes (spec F1 to F6)."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import hora_spec
@@ -9,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from hora_spec import Adapter, AdapterLayer, AdapterSpec, HoraError, Layout, Window
+from jax.experimental import multihost_utils
 from numpy.typing import DTypeLike
 
 from hora_jax.adapter import Phi, check, stack
-from hora_jax.plan import Layer, Plan
-from hora_jax.targets import Site
+from hora_jax.planning import Layer, Plan, make_plan
+from hora_jax.targets import Site, Target
 
 Path = str | os.PathLike[str]
 
@@ -38,8 +40,15 @@ def save_adapter(
     ------
     HoraError
         If phi does not fit the plan or is not finite, or the directory holds something else. Nothing is written then.
+
+    Notes
+    -----
+    Values of 16 bits are written as float32, which is exact. Where phi is sharded over processes, each of them calls
+    this function, and the first one writes.
     """
-    hora_spec.save_adapter(directory, to_adapter(plan, phi, config=config, modules=modules))
+    adapter = to_adapter(plan, phi, config=config, modules=modules)
+    if jax.process_index() == 0:
+        hora_spec.save_adapter(directory, adapter)
 
 
 def load_adapter(directory: Path, plan: Plan, *, skip_modules: bool = False) -> dict[str, dict[str, jax.Array]]:
@@ -50,7 +59,7 @@ def load_adapter(directory: Path, plan: Plan, *, skip_modules: bool = False) -> 
     directory
         A PEFT directory of type HORA.
     plan
-        Made with the method of the file: pass ``spec=hora_jax.load_specs(directory)`` to `hora_jax.plan` to be sure.
+        Made with the method of the file: pass `hora_jax.load_specs` of the directory to `hora_jax.make_plan`.
     skip_modules
         Leave out modules that were trained whole. `hora_spec.load_adapter(directory).modules` has them, in PyTorch's
         names and orientation.
@@ -68,8 +77,43 @@ def load_adapter(directory: Path, plan: Plan, *, skip_modules: bool = False) -> 
     return from_adapter(plan, hora_spec.load_adapter(directory), skip_modules=skip_modules)
 
 
+def plan_from(directory: Path, params: Any, targets: Target | Sequence[Target]) -> Plan:
+    """The plan of an adapter on disk for a tree: methods and layers are the file's, places are the targets'.
+
+    Parameters
+    ----------
+    directory
+        A PEFT directory of type HORA, whichever backend wrote it.
+    params, targets
+        As for `hora_jax.make_plan`. Layers of the tree that the file does not adapt are left out.
+
+    Raises
+    ------
+    HoraError
+        If a layer of the file is not in the tree, or has another shape there.
+    """
+    stored = hora_spec.load_adapter(directory).layers
+    projections = {p for layer in stored.values() for p in layer.shape}
+    chosen = [t for t in ((targets,) if isinstance(targets, Target) else targets) if t.projection in projections]
+    found = make_plan(params, next(iter(stored.values())).spec, chosen)
+    kept = [layer for layer in found.layers if any(name in stored for name in layer.names)]
+    plan = Plan(tuple(replace(layer, spec=_one_spec(stored, layer)) for layer in kept))
+    check_same_layers(plan, stored)
+    return plan
+
+
+def _one_spec(stored: Mapping[str, AdapterLayer], layer: Layer) -> AdapterSpec:
+    specs = {stored[name].spec if name in stored else None for name in layer.names}
+    if len(specs) > 1 or None in specs:
+        raise HoraError(
+            f"layers of a stack are adapted together and alike, got {sorted(set(layer.names) - stored.keys())[:3]} of "
+            f"{layer.name} missing in the file, or several methods: unstack the tree (spec F2)"
+        )
+    return specs.pop()
+
+
 def load_specs(directory: Path) -> dict[str, AdapterSpec]:
-    """Method of every layer of an adapter on disk, as `hora_jax.plan` takes it."""
+    """Method of every layer of an adapter on disk, as `hora_jax.make_plan` takes it."""
     return {name: layer.spec for name, layer in hora_spec.load_adapter(directory).layers.items()}
 
 
@@ -113,7 +157,7 @@ def to_adapter(plan: Plan, phi: Phi, *, config: Mapping[str, Any] | None = None,
     check(plan, phi)
     layers = {}
     for key, members in plan.groups().items():
-        params = {name: np.asarray(value) for name, value in jax.device_get(dict(phi[key])).items()}
+        params = {name: _on_host(value) for name, value in phi[key].items()}
         rows = ((layer, name) for layer in members for name in layer.names)
         for i, (layer, name) in enumerate(rows):
             sites = {site.projection: _file_site(layer, site, name) for site in layer.sites}
@@ -122,32 +166,45 @@ def to_adapter(plan: Plan, phi: Phi, *, config: Mapping[str, Any] | None = None,
     return Adapter(ordered, dict(config or {}), {key: np.asarray(value) for key, value in (modules or {}).items()})
 
 
+def _on_host(value: Any) -> np.ndarray:
+    """All of an array, from every process that has a part; float32 where NumPy has no such type, which is exact."""
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        value = multihost_utils.process_allgather(value, tiled=True)
+    host = np.asarray(value)
+    return host.astype(np.float32) if host.dtype.itemsize < 4 else host
+
+
 def from_adapter(plan: Plan, adapter: Adapter, *, skip_modules: bool = False) -> dict[str, dict[str, jax.Array]]:
     """The parameters of an adapter, stacked as the plan says."""
-    names = [name for layer in plan.layers for name in layer.names]
-    if set(names) != adapter.layers.keys():
-        missing, extra = sorted(set(names) - adapter.layers.keys()), sorted(adapter.layers.keys() - set(names))
-        raise HoraError(
-            f"an adapter has the layers of the plan, missing {missing[:3]}, extra {extra[:3]}: the adapter is of "
-            "another model, or the targets name its layers differently (spec F2)"
-        )
+    check_same_layers(plan, adapter.layers)
     if adapter.modules and not skip_modules:
         raise HoraError(
             f"modules trained whole are not part of phi, got {sorted(adapter.modules)[:3]}: put them into the tree "
             "from hora_spec.load_adapter(directory).modules and pass skip_modules=True (spec F2)"
         )
+    return {
+        key: stack([dict(adapter.layers[name].params) for layer in members for name in layer.names], jnp.float32)
+        for key, members in plan.groups().items()
+    }
+
+
+def check_same_layers(plan: Plan, stored: Mapping[str, AdapterLayer]) -> None:
+    """Raise unless an adapter has the layers, methods and shapes of the plan (spec F2)."""
+    names = [name for layer in plan.layers for name in layer.names]
+    if set(names) != stored.keys():
+        missing, extra = sorted(set(names) - stored.keys()), sorted(stored.keys() - set(names))
+        raise HoraError(
+            f"an adapter has the layers of the plan, missing {missing[:3]}, extra {extra[:3]}: the adapter is of "
+            "another model, or the targets name its layers differently (spec F2)"
+        )
     for layer in plan.layers:
         for name in layer.names:
-            got = adapter.layers[name]
+            got = stored[name]
             if (got.spec, got.shape) != (layer.spec, layer.shape):
                 raise HoraError(
                     f"layer {name!r} of the plan has {layer.spec} and {layer.shape}, got {got.spec} and {got.shape} in "
                     "the adapter: plan with spec=hora_jax.load_specs(directory) and its projections (spec F2)"
                 )
-    return {
-        key: stack([dict(adapter.layers[name].params) for layer in members for name in layer.names], jnp.float32)
-        for key, members in plan.groups().items()
-    }
 
 
 def _file_site(layer: Layer, site: Site, name: str) -> hora_spec.Site:

@@ -66,7 +66,7 @@ def _reshape(ins: Operands, bind: Bind, params: Mapping[str, Any]) -> list[Any] 
     groups = regroup(view.w.shape, params["new_sizes"])
     if rest or params.get("dimensions") is not None:
         return None
-    factors = [_regrouped(view, factor, groups) for factor in (view.a, view.b)]
+    factors = [regrouped(view, factor, groups) for factor in (view.a, view.b)]
     if any(factor is None for factor in factors):
         return None
     return [view.moved(bind(view.w)[0], factors[0], factors[1])]
@@ -87,7 +87,8 @@ def regroup(old: Sequence[int], new: Sequence[int]) -> list[tuple[tuple[int, ...
     return groups
 
 
-def _regrouped(view: View, factor: Array, groups: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> Array | None:
+def regrouped(view: View, factor: Array, groups: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> Array | None:
+    """A factor along the regrouped axes; None where axes are joined that it does not have alike."""
     owned, shape = view.owned(factor), []
     for axes, sizes in groups:
         longer = [axis for axis in axes if view.w.shape[axis] != 1]
@@ -125,16 +126,20 @@ def _dynamic_slice(ins: Operands, bind: Bind, params: Mapping[str, Any]) -> list
     return [view.moved(bind(view.w, *starts)[0], cut(view.a), cut(view.b))]
 
 
-def _concatenate(ins: Operands, bind: Bind, params: Mapping[str, Any]) -> list[Any]:
+def _concatenate(ins: Operands, bind: Bind, params: Mapping[str, Any]) -> list[Any] | None:
     """Several weights side by side."""
+    if any(isinstance(part, View) and (part.codes or part.decoded) for part in ins):
+        return None
     return [_joined(ins, bind(*map(_base, ins))[0], params["dimension"])]
 
 
-def _stack(ins: Operands, bind: Bind, params: Mapping[str, Any]) -> list[Any]:
+def _stack(ins: Operands, bind: Bind, params: Mapping[str, Any]) -> list[Any] | None:
     """Several weights along a new axis."""
     axis = params["axis"]
+    if any(isinstance(part, View) and (part.codes or part.decoded) for part in ins):
+        return None
     longer = [
-        View(*(jnp.expand_dims(v, axis) for v in (part.w, part.a, part.b)), part.path, part.constant)
+        part.moved(*(jnp.expand_dims(v, axis) for v in (part.w, part.a, part.b)))
         if isinstance(part, View)
         else jnp.expand_dims(part, axis)
         for part in ins

@@ -17,7 +17,7 @@ from hora_spec.joint import Probes, Scale, Source
 from hora_jax import adapter
 from hora_jax.adapted import Adapted
 from hora_jax.adapter import Phi
-from hora_jax.plan import Plan
+from hora_jax.planning import Plan
 
 Loss = Callable[[Any, Any], jax.Array]
 
@@ -69,7 +69,7 @@ def joint_a(
     >>> import hora_jax
     >>> from hora_spec import preset
     >>> params = {"attn": {"q": jax.random.normal(jax.random.key(0), (16, 4, 4))}}
-    >>> plan = hora_jax.plan(params, preset("joint", 2), hora_jax.Target("*.q", "q", "d h k", layer="attn"))
+    >>> plan = hora_jax.make_plan(params, preset("joint", 2), hora_jax.Target("*.q", "q", "d h k", layer="attn"))
     >>> def loss(params, x):
     ...     return jax.numpy.square(jax.numpy.einsum("bd,dhk->bhk", x, params["attn"]["q"])).mean()
     >>> x = jax.random.normal(jax.random.key(1), (8, 16))

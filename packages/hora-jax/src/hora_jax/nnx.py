@@ -13,7 +13,7 @@ from hora_spec import HoraError
 from hora_jax import adapter, routes
 from hora_jax.adapted import Adapted, Report, walked
 from hora_jax.adapter import Phi
-from hora_jax.plan import Plan
+from hora_jax.planning import Plan
 from hora_jax.routes import Route
 from hora_jax.views import View
 from hora_jax.walk import Dense, Walk

@@ -9,7 +9,7 @@ from hora_spec import Factors, HoraError, Layout
 from jaxtyping import Array
 
 from hora_jax.adapter import unstack
-from hora_jax.plan import Layer
+from hora_jax.planning import Layer
 from hora_jax.targets import Site
 
 Pair = tuple[Array, Array]

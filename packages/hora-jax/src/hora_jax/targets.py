@@ -7,8 +7,12 @@ from math import prod
 from operator import attrgetter
 from typing import Any
 
+import jax.numpy as jnp
 from hora_spec import HoraError, Layout, ProjectionShape, Window
 from jax.tree_util import GetAttrKey, SequenceKey, tree_flatten_with_path
+
+PLACE = re.compile(r"\{l(?:\*(\d+))?(?:\+(\d+))?\}")
+"""The place in a stack in a layer's name: ``{l}``, or ``{l*n+i}`` for layer i of every block of n."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,8 @@ class Target:
         ``(index, parts)`` when the axis of heads holds that many projections of equal size one after the other;
         ``(index, parts, blocks)`` when each of so many equal blocks of it, such as heads, holds all of them.
     layer
-        Name of the layer: ``{0}``, ``{1}`` ... stand for what the wildcards matched, ``{l}`` for the place in a stack.
+        Name of the layer: ``{0}``, ``{1}`` ... stand for what the wildcards matched, ``{l}`` for the place in a stack,
+        ``{l*3+1}`` for the second layer of each block where a stack holds blocks of three.
         None: the path without its last two segments.
     module
         Name, inside the layer, of the PyTorch module that holds the projection in adapter files. None: the last but
@@ -106,10 +111,11 @@ def match(target: Target, path: str, leaf: Leaf, params: Any) -> Match | None:
     hit = _regex(target.path).fullmatch(path)
     if hit is None:
         return None
+    _check_dtype(leaf, path)
     layout = _layout(target, leaf.value.shape, path)
     *_, attention, module, _ = ("", "", *path.rsplit(".", 2))
     name = attention if target.layer is None else _fill(target.layer, hit.groups())
-    if not name or layout.stacked is not ("{l}" in name):
+    if not name or layout.stacked is not bool(PLACE.search(name)):
         raise HoraError(
             f"a layer has a name, which holds {{l}} if and only if its leaves are stacked, got {name!r} for the layout "
             f"{layout.pattern!r} of {path}: set Target.layer (spec I1)"
@@ -118,8 +124,25 @@ def match(target: Target, path: str, leaf: Leaf, params: Any) -> Match | None:
     return Match(name, site, _projection(target, site, leaf, params))
 
 
+def _check_dtype(leaf: Leaf, path: str) -> None:
+    """Floating weights, and codes that qwix keeps beside their scale."""
+    keys = [_name(key) for key in leaf.keys if key != GetAttrKey("value")]
+    if not jnp.issubdtype(leaf.value.dtype, jnp.floating) and keys[-2:] != ["array", "qvalue"]:
+        raise HoraError(
+            f"a planned weight is floating, or quantised by qwix, got {path} of dtype {leaf.value.dtype}, whose "
+            "scale is unknown: plan the model before it is quantised, or quantise it with qwix (spec S3)"
+        )
+
+
 def _fill(template: str, captured: tuple[str, ...]) -> str:
-    name = template.format(*(text.rstrip(".") for text in captured), l="{l}")
+    try:
+        places = PLACE.sub(lambda place: f"{{{place[0]}}}", template)
+        name = places.format(*(text.rstrip(".") for text in captured))
+    except (IndexError, KeyError, ValueError) as error:
+        raise HoraError(
+            f"a layer's name may hold {{l}} and the {len(captured)} wildcards of its path, {{0}} the first, got "
+            f"{template!r}: set Target.layer (spec I1)"
+        ) from error
     return re.sub(r"\.{2,}", ".", name).strip(".")
 
 
@@ -154,6 +177,8 @@ def _projection(target: Target, site: Site, leaf: Leaf, params: Any) -> Projecti
         raise HoraError(
             f"{site.layout.pattern!r} does not show the head count of {site.path}, got heads=None: pass it (spec S3)"
         )
+    if not isinstance(heads, int) or heads < 1:
+        raise HoraError(f"a head count is an integer of at least 1, got {heads!r} for {site.path} (spec S3)")
     rows = prod(sizes[axis] for axis in site.layout.row_axes)
     if rows % heads:
         raise HoraError(
@@ -186,8 +211,9 @@ def _regex(path: str) -> re.Pattern[str]:
 
 
 def _unboxed(keys: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Keys without the one that leads from a Flax variable, or a Linen box, to its value."""
-    return keys[:-1] if keys and keys[-1] == GetAttrKey("value") else keys
+    """Keys without those that lead from a Flax variable, a Linen box or a quantised array of qwix to its values."""
+    keys = keys[:-1] if keys and keys[-1] == GetAttrKey("value") else keys
+    return keys[:-2] if [_name(key) for key in keys[-2:]] == ["array", "qvalue"] else keys
 
 
 def child(node: Any, key: Any) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 
 from hora_jax.adapted import Report, adapt
 from hora_jax.adapter import Phi, merge, replace_weights, weights
-from hora_jax.plan import Plan
+from hora_jax.planning import Plan
 from hora_jax.routes import Route
 from hora_jax.targets import leaves
 

@@ -22,6 +22,8 @@ class View:
         Of the planned leaf.
     constant
         Whether w is made of frozen weights alone, so that no gradient is lost if none is taken of it.
+    codes, decoded
+        Whether w holds codes of a quantised weight rather than the weight, and whether it was computed from such codes.
     axes
         Which axis of the leaf each of w's axes is; None where w is not the whole leaf as it is stored.
     """
@@ -31,6 +33,8 @@ class View:
     b: Array
     path: str = field(metadata={"static": True})
     constant: bool = field(default=True, metadata={"static": True})
+    codes: bool = field(default=False, metadata={"static": True})
+    decoded: bool = field(default=False, metadata={"static": True})
     axes: tuple[int, ...] | None = field(default=None, metadata={"static": True})
 
     @property

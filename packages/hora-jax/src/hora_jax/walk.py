@@ -13,6 +13,7 @@ from jax.extend.core import Literal as Constant
 from hora_jax.calls import CALLS
 from hora_jax.follow import RULES
 from hora_jax.products import multiply
+from hora_jax.quantised import follow_codes
 from hora_jax.routes import Route
 from hora_jax.views import View
 
@@ -61,6 +62,11 @@ class Walk:
         if not isinstance(value, View):
             return value
         use = self._note(value, eqn, low_rank=False)
+        if value.codes or value.decoded:
+            raise HoraError(
+                "a quantised weight is followed from codes through one scale to products with floating activations, "
+                f"got {use.path} in {use.primitive} at {use.place}: dequantise this weight before planning it (spec D3)"
+            )
         if self.dense == "error":
             raise HoraError(
                 f"a planned weight is multiplied with activations alone where dense='error', got {use.path} in "
@@ -99,6 +105,8 @@ class Walk:
             elif call := CALLS.get(name):
                 inner = replace(self, within=(*self.within, id(eqn)), place=_place(eqn) or self.place)
                 out = call(inner, eqn, ins)
+            elif any(isinstance(v, View) and v.codes for v in ins):
+                out = follow_codes(name, ins, partial(_bind, eqn), eqn.params)
             elif rule := RULES.get(name):
                 out = rule(ins, partial(_bind, eqn), eqn.params)
             if out is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from hora_spec import HoraError
-from peft.tuners.tuners_utils import BaseTuner, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -134,19 +134,24 @@ class HoraModel(BaseTuner):
                 "the modules weights of their own, or serve the adapter as LoRA with hora_torch.export_lora (spec M3)"
             )
         self._check_merge_allowed()
-        layers = self._layers()
+        layers = {name: module for name, module in self.model.named_modules() if isinstance(module, BaseTunerLayer)}
         before = {layer: list(layer.merged_adapters) for layer in layers.values()}
         rounded = {}
         try:
             for name, layer in layers.items():
                 with onload_layer(layer):
-                    if layer.merge_silently(safe_merge, adapter_names):
+                    if not isinstance(layer, HoraLayer):  # PEFT's, of trained rows of embeddings
+                        layer.merge(safe_merge, adapter_names)
+                    elif layer.merge_silently(safe_merge, adapter_names):
                         rounded[name] = layer
             warn_of_rounding(rounded, stacklevel=3)
         except BaseException:
             for layer, names in before.items():
                 with onload_layer(layer):
-                    layer.restore_merged(names)
+                    if isinstance(layer, HoraLayer):
+                        layer.restore_merged(names)
+                    elif layer.merged_adapters != names:
+                        layer.unmerge()
             raise
 
     def add_weighted_adapter(

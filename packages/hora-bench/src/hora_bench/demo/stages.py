@@ -192,7 +192,7 @@ def _jax_learner(directory: Path, size: Size) -> Any:
     stored = hora_spec.load_adapter(directory)
     head = (stored.modules["head.weight"].T, stored.modules["head.bias"])
     base = load.nnx_vit(MODEL, size.image_size, head)
-    plan = hora_jax.plan(base, hora_jax.load_specs(directory), targets=presets.vit())
+    plan = hora_jax.make_plan(base, hora_jax.load_specs(directory), targets=presets.vit())
     model = HoraModel(base, plan, hora_jax.from_adapter(plan, stored, skip_modules=True))
     return JaxLearner(model, lambda path, variable: False, size.recipe)
 

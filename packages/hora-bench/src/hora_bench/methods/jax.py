@@ -51,7 +51,7 @@ def prepare(model: Any, method: Method, *, seed: int) -> tuple[Any, Filter]:
             from hora_jax.nnx import HoraModel, HoraParam
 
             targets = presets.llama() if language else presets.vit()
-            plan = hora_jax.plan(model, method.spec, targets=targets)
+            plan = hora_jax.make_plan(model, method.spec, targets=targets)
             adapted = HoraModel(model, plan, hora_jax.init(plan, seed=seed))
             return adapted, lambda path, variable: isinstance(variable, HoraParam) or _in_head(path, variable)
         case "lora":

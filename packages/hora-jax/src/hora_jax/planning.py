@@ -8,13 +8,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from itertools import chain, combinations, groupby, pairwise
 from operator import attrgetter
 from typing import Any
 
 from hora_spec import AdapterSpec, HoraError, LayerShape, count_params
 
-from hora_jax.targets import Match, Site, Target, leaves, match
+from hora_jax.targets import PLACE, Match, Site, Target, leaves, match
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ class Plan:
         return "\n".join([*lines, f"total: layers={count} params={self.params_count:,}"])
 
 
-def plan(params: Any, spec: AdapterSpec | Mapping[str, AdapterSpec], targets: Target | Sequence[Target]) -> Plan:
+def make_plan(params: Any, spec: AdapterSpec | Mapping[str, AdapterSpec], targets: Target | Sequence[Target]) -> Plan:
     """Find the targets in a tree.
 
     Parameters
@@ -106,12 +107,14 @@ def plan(params: Any, spec: AdapterSpec | Mapping[str, AdapterSpec], targets: Ta
     --------
     >>> import jax
     >>> params = {"attn": {"q": {"kernel": jax.ShapeDtypeStruct((16, 4, 4), "float32")}}}
-    >>> print(plan(params, AdapterSpec(rank=2), Target("*.q.kernel", "q", "d h k")).report())
+    >>> print(make_plan(params, AdapterSpec(rank=2), Target("*.q.kernel", "q", "d h k")).report())
     attn: layers=1 rank=2 params=2,112
       q: heads=4 head_dim=4 embed=16, 'd h k' in attn.q.kernel (16, 4, 4)
     total: layers=1 params=2,112
     """
     targets = (targets,) if isinstance(targets, Target) else tuple(targets)
+    if not targets:
+        raise HoraError("a plan adapts something, got no targets: pass those of a preset, or your own (spec S3)")
     found = leaves(params)
     matches = [hit for t in targets for path, leaf in found.items() if (hit := match(t, path, leaf, params))]
     _check_matched(targets, matches, list(found))
@@ -119,7 +122,10 @@ def plan(params: Any, spec: AdapterSpec | Mapping[str, AdapterSpec], targets: Ta
     matches.sort(key=lambda hit: (_natural(hit.layer), order[hit.site.projection], hit.site.path))
     layers = [_layer(name, list(members), spec) for name, members in groupby(matches, attrgetter("layer"))]
     _check_complete(targets, layers)
-    names = {name for layer in layers for name in layer.names}
+    every = [name for layer in layers for name in layer.names]
+    names = set(every)
+    if twice := sorted(name for name in names if every.count(name) > 1):
+        raise HoraError(f"layers have names of their own, got {twice[:3]} twice: set Target.layer (spec I1)")
     if not isinstance(spec, AdapterSpec) and (unknown := sorted(spec.keys() - names)):
         raise HoraError(f"specs by layer name layers of the tree, got also {unknown}: widen the targets")
     return Plan(tuple(layers))
@@ -136,9 +142,15 @@ def _layer(template: str, matches: list[Match], spec: AdapterSpec | Mapping[str,
     depths = {site.shape[site.layout.axes.index("l")] if site.layout.stacked else 1 for site in sites}
     if len(depths) > 1:
         raise HoraError(f"the leaves of {template} stack equally many layers, got {sorted(depths)}: check the layouts")
-    names = tuple(template.replace("{l}", str(i)) for i in range(depths.pop()))
+    names = tuple(PLACE.sub(partial(_place, i), template) for i in range(depths.pop()))
     shape = LayerShape({hit.site.projection: hit.shape for hit in matches})
-    return Layer(template.replace("{l}", "*"), names, _spec_of(spec, names), shape, sites)
+    name = PLACE.sub(lambda place: "*" if place[0] == "{l}" else place[0][1:-1], template)
+    return Layer(name, names, _spec_of(spec, names), shape, sites)
+
+
+def _place(index: int, place: re.Match[str]) -> str:
+    """Number of a layer in the model, from its place in the stack."""
+    return str(index * int(place[1] or 1) + int(place[2] or 0))
 
 
 def _spec_of(spec: AdapterSpec | Mapping[str, AdapterSpec], names: tuple[str, ...]) -> AdapterSpec:
