@@ -152,7 +152,6 @@ def tests(session, scope):
         tools = everything(session)
         env = TEST_ENV | {"PYTHONPATH": str(beside(session, tools, "libraries"))}
         paths = [f"packages/hora-torch/tests/test_{name}.py" for name in LIBRARY_TESTS]
-        paths.append("tests/serving/test_diffusers.py")
         run(session, tools, "pytest", *paths, *parallel(), *session.posargs, env=env)
     else:
         tools = everything(session)

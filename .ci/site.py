@@ -16,4 +16,4 @@ def on_files(files, *, config):
 
 def on_page_markdown(markdown, **_):
     """Links to where they are in the repository lead there."""
-    return markdown.replace(f"](../{RESULTS}/", "](results/")
+    return markdown.replace(f"](../../{RESULTS}/", "](../results/").replace(f"](../{RESULTS}/", "](results/")

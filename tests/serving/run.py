@@ -42,10 +42,10 @@ def main(arguments: list[str]) -> int:
             results["distances"].setdefault(engine, {})[arch] = {
                 case: distance(answer["log_probs"].get(case), rows) for case, rows in expected.items()
             }
+            results["versions"]["transformers"] = version("transformers")
+            RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
             print(engine, arch, results["distances"][engine][arch], flush=True)
-    results["versions"]["transformers"] = version("transformers")
-    RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-    PAGE.write_text(filled(PAGE.read_text(), results))
+    PAGE.write_text(filled(PAGE.read_text()))
     worst = [d for by_arch in results["distances"].values() for row in by_arch.values() for d in row.values()]
     return int(any(d is None or d > BOUND for d in worst))
 

@@ -1,12 +1,15 @@
-"""The results of servers as a table of the guide."""
+"""The results of servers, and of many adapters in PyTorch, as tables of the guide."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results.json", HERE.parents[1] / "docs/guide/serving.md"
+MANY = HERE.parents[1] / "packages/hora-torch/benchmarks/many_adapters.json"
 BEGIN, END = "<!-- results of nox -s serving -->\n", "<!-- end of results -->"
+MANY_BEGIN, MANY_END = "<!-- results of many_adapters.py -->\n", "<!-- end of many_adapters.py -->"
 
 BOUND = 1e-3
 """How far log-probabilities may be from those of transformers."""
@@ -18,7 +21,7 @@ ENGINES: Mapping[str, tuple[tuple[str, ...] | None, tuple[str, ...]]] = {
     "vLLM": (("vllm",), _CAUSAL),
     "ONNX Runtime": (("graphs", "onnxruntime"), ("llama", "phi3")),
     "OpenVINO": (("graphs", "openvino"), ("llama", "phi3")),
-    "MLX": (("graphs", "mlx"), _CAUSAL),
+    "MLX": (("graphs", "mlx"), ("llama", "qwen3", "phi3")),
 }
 """Engine to who runs it, with which arguments, and architectures."""
 
@@ -46,10 +49,28 @@ def table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def filled(page: str, results: Mapping[str, Any]) -> str:
-    """The page with the table of the results."""
-    before, _, rest = page.partition(BEGIN)
-    return f"{before}{BEGIN}\n{table(results)}\n{END}{rest.partition(END)[2]}"
+def many_table(results: Mapping[str, Any]) -> str:
+    """Markdown: time and memory by number of adapters and method."""
+    lines = ["| layers | adapters | method | one, ms | mixed, ms | MB an adapter |", "|---|---|---|---|---|---|"]
+    for row in results["rows"]:
+        times = f"{row['one_time_ms']:.0f} | {row['mixed_time_ms']:.0f}"
+        lines.append(
+            f"| {row['layers']} | {row['adapters']} | {row['method']} | {times} | {row['adapter_bytes'] / 1e6:.2f} |"
+        )
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    note = f"Rank {results['rank']}, medians of {results['repeats']}; {versions}."
+    return "\n".join([*lines, "", note]) + "\n"
+
+
+def filled(page: str) -> str:
+    """The page with the tables of the stored results."""
+    page = _between(page, BEGIN, END, table(json.loads(RESULTS.read_text())))
+    return _between(page, MANY_BEGIN, MANY_END, many_table(json.loads(MANY.read_text())))
+
+
+def _between(page: str, begin: str, end: str, content: str) -> str:
+    before, _, rest = page.partition(begin)
+    return f"{before}{begin}\n{content}\n{end}{rest.partition(end)[2]}"
 
 
 def _cell(row: Mapping[str, float | None] | None) -> str:
@@ -58,3 +79,7 @@ def _cell(row: Mapping[str, float | None] | None) -> str:
     if any(value is None for value in row.values()):
         return "failed"
     return f"{row['base']:.0e} / {max(value for case, value in row.items() if case != 'base'):.0e}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text()))

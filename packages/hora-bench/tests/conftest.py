@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import transformers
-from hora_bench.tasks.images import Examples, ImageTask
+from hora_bench.data.images import Examples, ImageTask
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -129,12 +129,11 @@ def records_file(tmp_path):
     for i in range(20):
         if i % 2:
             answer = "true" if i % 4 == 1 else "false"
-            text = "question : is the answer true ? \n\nAnswer format: true/false"
+            text = f"question {i} : is the answer true ? \n\nAnswer format: true/false"
         else:
             answer = f"answer{i % 3 + 1}"
-            text = (
-                "question : answer ? \n\nAnswer1: the Answer2: is Answer3: .\n\nAnswer format: answer1/answer2/answer3"
-            )
+            options = "Answer1: the Answer2: is Answer3: ."
+            text = f"question {i} : answer ? \n\n{options}\n\nAnswer format: answer1/answer2/answer3"
         rows.append({"instruction": text, "input": "", "output": f"the correct answer is {answer}", "answer": answer})
     path.write_text("\n".join(map(json.dumps, rows)) + "\n")
     return path

@@ -9,14 +9,14 @@ from hora_bench.torchvision_ops import declare_missing_ops
 
 declare_missing_ops()
 
-import hora_bench.methods.jax
-import hora_bench.methods.torch
-import hora_bench.training.jax
-import hora_bench.training.torch
+import hora_bench.backends.jax
+import hora_bench.backends.jax_methods
+import hora_bench.backends.torch
+import hora_bench.backends.torch_methods
 import hora_jax.nnx
 import hora_torch
 import timm
-from hora_bench import runs
+from hora_bench import run as runs
 
 
 def train(asked, task, out, moment, waits, told):

@@ -6,14 +6,17 @@ from concurrent.futures import ThreadPoolExecutor
 from io import StringIO
 
 import pytest
+import typer
 from hora_bench import cli, methods
 from hora_bench.asset_table import ASSETS
 from hora_bench.assets import Asset, UnavailableError, check_sha256
+from hora_bench.commands import run as run_command
 from hora_bench.commands import show
 from hora_bench.dry_run import by_torch, by_xla
 from hora_bench.dry_run.plan import Workload
 from hora_bench.methods import METHODS
 from hora_bench.models.llama import LlamaConfig
+from hora_bench.request import Request
 from hora_bench.terminal import show_table
 from hora_spec import HoraError
 from rich.console import Console
@@ -44,13 +47,14 @@ def test_the_schema_is_printed_as_json():
 
 
 def test_a_folder_is_trained_on_shown_and_not_trained_on_again(image_folder, vit_directory, tmp_path):
-    command = ["run", "image-folder", image_folder, "--model", vit_directory, "--image-size", 32, "--batch-size", 10]
+    command = ["run", image_folder, "--model", vit_directory, "--image-size", 32, "--batch-size", 10]
     command += ["--epochs", 1, "--out", tmp_path / "out", "--json", "--option", "rank=2"]
     first = json.loads(run(*command))
     assert first["request"]["steps"] == 10
     assert first["request"]["options"]["rank"] == 2
     assert first["scores"]["total_count"] == 20
     assert json.loads(run(*command)) == first
+    assert "made hora on torch, seed 0:" in run(*[part for part in command if part != "--json"])
     assert "made" in run("show", tmp_path / "out")
     (row,) = json.loads(run("show", tmp_path / "out", "--json"))
     assert row["method"] == "hora"
@@ -59,11 +63,21 @@ def test_a_folder_is_trained_on_shown_and_not_trained_on_again(image_folder, vit
     assert "http" not in page
 
 
+def test_several_seeds_are_several_runs_of_a_records_file(records_file, llama_directory, tmp_path):
+    command = ["run", records_file, "--model", llama_directory, "--seeds", "0-1", "--steps", 2, "--batch-size", 4]
+    found = [json.loads(line) for line in run(*command, "--device", "cpu", "--out", tmp_path, "--json").splitlines()]
+    assert [one["request"]["seed"] for one in found] == [0, 1]
+    assert {one["request"]["steps"] for one in found} == {2}
+    assert {one["request"]["device"] for one in found} == {"cpu"}
+    assert {one["request"]["schedule"] for one in found} == {"linear"}
+    assert len([*tmp_path.glob("*/predictions.jsonl")]) == 2
+
+
 def test_a_configuration_gives_defaults_that_the_command_line_overrides(tmp_path):
     options = {"model": "tiny", "method": "hora", "option": ["rank=2"], "mesh": "fsdp=2", "batch_size": 4}
     path = tmp_path / "tiny.json"
     path.write_text(json.dumps({"options": options, "architecture": TINY}))
-    text = run("run", "commonsense", "--config", path, "--dry-run", "--mesh", "fsdp=2,tp=2")
+    text = run("run", "commonsense", "--config", path, "--backend", "jax", "--dry-run", "--mesh", "fsdp=2,tp=2")
     assert "tiny" in text
     assert "4 devices" in text
     assert "memory per device" in text
@@ -127,27 +141,146 @@ def test_nothing_to_show_says_what_to_run(tmp_path):
         show.command(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["image-folder"], "reads your own copy"),
-        (["digits", "--lr", "-1"], "learning_rate of a run: input should be greater than 0, got -1"),
-        (["digits", "--fraction", "0"], "fraction of a run: input should be greater than 0, got 0"),
-        (["digits", "--tune", "--tune-lr", "high"], "--tune-lr takes numbers, got 'high'"),
-        (["digits", "--option", "rank=[8]"], "got [8]"),
-        (["digits", "--mesh", "fsdp=2"], "got --backend torch: use accelerate launch"),
-        (["digits", "--dtype", "bfloat16"], "image models are trained in float32"),
-        (["digits", "--backend", "jax", "--method", "dora"], "dora exists on torch, got --backend jax"),
-    ],
-)
-def test_bad_input_is_one_message_and_no_traceback(arguments, message, monkeypatch, capsys, vit_directory, tmp_path):
-    given = ["hora-bench", "run", *arguments, "--model", str(vit_directory), "--out", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", given)
+DIGITS, TEXT = ["digits"], ["RECORDS"]
+BAD = [
+    # what is trained on what
+    (["mnist"], "a task is one of"),
+    (["image-folder"], "image-folder reads your own copy"),
+    (["image-folder", "/nowhere"], "/nowhere, which does not exist"),
+    (["vtab/mnist"], "vtab is one of cifar"),
+    (["digits/0"], "digits is without members"),
+    (["digits", "IMAGES"], "digits brings its own data"),
+    (["EMPTY"], "got none of them"),
+    ([*DIGITS, "--method", "lara"], "a method is one of hora"),
+    ([*DIGITS, "--model", "/nowhere"], "--model must be an asset"),
+    ([*DIGITS, "--model", "EMPTY"], "--model must be an asset"),
+    ([*DIGITS, "--model", "vit_base_patch16_224.typo"], "--model must be an asset"),
+    ([*TEXT, "--model", "EMPTY"], "--model must be an asset"),
+    ([*DIGITS, "--backend", "jax", "--method", "dora"], "dora exists on torch, got --backend jax"),
+    # numbers
+    ([*DIGITS, "--lr", "-1"], "learning_rate of a run: input should be greater than 0, got -1"),
+    ([*DIGITS, "--lr", "0"], "learning_rate of a run"),
+    ([*DIGITS, "--lr", "nan"], "learning_rate of a run: input should be a finite number"),
+    ([*DIGITS, "--lr", "inf"], "learning_rate of a run: input should be a finite number"),
+    ([*DIGITS, "--wd", "-0.1"], "weight_decay of a run"),
+    ([*DIGITS, "--wd", "nan"], "weight_decay of a run"),
+    ([*DIGITS, "--fraction", "0"], "fraction of a run: input should be greater than 0, got 0"),
+    ([*DIGITS, "--fraction", "nan"], "should be less than or equal to 1"),
+    ([*DIGITS, "--epochs", "nan"], "--epochs is a positive number, got nan"),
+    ([*DIGITS, "--epochs", "inf"], "--epochs is a positive number"),
+    ([*DIGITS, "--epochs", "-3"], "--epochs is a positive number, got -3.0"),
+    ([*DIGITS, "--epochs", "0"], "--epochs is a positive number"),
+    ([*DIGITS, "--epochs", "1e300"], "steps of a run"),
+    ([*DIGITS, "--steps", "1000000000"], "steps of a run"),
+    ([*DIGITS, "--seed", "-1"], "seed of a run: input should be greater than or equal to 0, got -1"),
+    ([*DIGITS, "--seed", "4294967296"], "seed of a run"),
+    ([*DIGITS, "--seeds", "3-1"], "write 0-19"),
+    ([*DIGITS, "--seeds", "all"], "write 0-19"),
+    ([*DIGITS, "--batch-size", "100000"], "batch_size of a run"),
+    ([*DIGITS, "--image-size", "33"], "--image-size is a multiple of the patches"),
+    ([*DIGITS, "--image-size", "100000"], "image_size_px of a run"),
+    ([*DIGITS, "--limit", "3"], "--limit leaves at least one example of each of 10 classes, got 3"),
+    ([*DIGITS, "--tune", "--tune-lr", "high"], "--tune-lr takes numbers, got 'high'"),
+    ([*DIGITS, "--tune", "--tune-lr", "1e-3,,1"], "--tune-lr takes numbers"),
+    ([*DIGITS, "--tune", "--tune-lr", "1,1"], "--tune-lr takes different numbers"),
+    ([*DIGITS, "--tune", "--tune-lr", "nan"], "learning_rate of a run"),
+    ([*DIGITS, "--tune", "--tune-wd", "-1"], "weight_decay of a run"),
+    # options of methods, ours and the peers'
+    ([*DIGITS, "--option", "rank"], "--option takes key=value"),
+    ([*DIGITS, "--option", "rank=2", "--option", "rank=4"], "each key once"),
+    ([*DIGITS, "--option", "width=2"], "the options of hora are"),
+    ([*DIGITS, "--option", "rank=[8]"], "[8]"),
+    ([*DIGITS, "--option", "rank=0"], "got 0"),
+    ([*DIGITS, "--option", "rank=1000000"], "from 1 to 4096, got 1000000"),
+    ([*DIGITS, "--option", "activation=selu"], "selu"),
+    ([*DIGITS, "--option", "alpha=nan"], "nan"),
+    ([*DIGITS, "--option", "gain=x"], "x"),
+    *(
+        ([*DIGITS, "--method", method, "--option", option], message)
+        for method in ("lora", "dora")
+        for option, message in (
+            ("rank=-1", "from 1 to 4096, got -1"),
+            ("rank=2.5", "from 1 to 4096, got 2.5"),
+            ("rank=true", "got True"),
+            ("alpha=high", "alpha of"),
+            ("alpha=-1", "alpha of"),
+            ("alpha=Infinity", "alpha of"),
+            ("gain=1", "options of"),
+        )
+    ),
+    ([*DIGITS, "--method", "vera", "--option", "rank=0"], "rank of vera is a whole number"),
+    ([*DIGITS, "--method", "vblora", "--option", "vectors=0"], "vectors of vblora is a whole number"),
+    ([*DIGITS, "--method", "vblora", "--option", "rank=null"], "rank of vblora is a whole number"),
+    ([*DIGITS, "--method", "linear-probe", "--option", "rank=2"], "the options of linear-probe are none"),
+    ([*TEXT, "--method", "linear-probe"], "linear-probe trains a classification head"),
+    # what would change nothing
+    ([*DIGITS, "--tune", "--lr", "1e-3"], "some options are what --tune chooses, got --lr"),
+    ([*DIGITS, "--tune", "--wd", "0"], "got --wd"),
+    ([*DIGITS, "--tune-lr", "1e-3"], "belong to --tune, got --tune-lr"),
+    ([*DIGITS, "--tune-wd", "1e-3"], "belong to --tune, got --tune-wd"),
+    ([*DIGITS, "--steps", "2", "--epochs", "3"], "another way to say --steps, got --epochs"),
+    ([*DIGITS, "--seeds", "0-1", "--seed", "3"], "another way to say --seeds, got --seed"),
+    ([*DIGITS, "--scoring", "generation"], "belong to language models, got --scoring"),
+    ([*DIGITS, "--beams", "4"], "belong to language models, got --beams"),
+    ([*TEXT, "--image-size", "28"], "belongs to images, got --image-size"),
+    ([*TEXT, "--beams", "4"], "beams are torch's, for answers that are generated"),
+    ([*TEXT, "--beams", "4", "--scoring", "generation", "--backend", "jax"], "beams are torch's"),
+    ([*DIGITS, "--mesh", "fsdp=2"], "mesh is JAX's, got --backend torch"),
+    ([*DIGITS, "--remat"], "remat is JAX's, got --backend torch"),
+    ([*DIGITS, "--scan"], "scan is JAX's, got --backend torch"),
+    ([*DIGITS, "--dry-run", "--lr", "1"], "change nothing of a step's cost, got --lr"),
+    ([*DIGITS, "--dry-run", "--seeds", "0-3"], "change nothing of a step's cost, got --seeds"),
+    ([*DIGITS, "--dry-run", "--json"], "change nothing of a step's cost, got --json"),
+    # devices
+    ([*DIGITS, "--backend", "jax", "--mesh", "dp=2"], "--mesh names the axes fsdp and tp"),
+    ([*DIGITS, "--backend", "jax", "--mesh", "fsdp=0"], "--mesh names the axes fsdp and tp"),
+    ([*DIGITS, "--backend", "jax", "--mesh", "fsdp=1,fsdp=1"], "--mesh names each axis once"),
+    ([*DIGITS, "--backend", "jax", "--mesh", "fsdp=64"], "needs 64 devices"),
+    ([*DIGITS, "--backend", "jax", "--dtype", "bfloat16"], "on JAX image models are trained in float32"),
+    ([*DIGITS, "--device", "cuda"], "--device cuda needs a cuda device"),
+    # files
+    ([*DIGITS, "--out", "FILE"], "must be a directory that can be written to"),
+    ([*DIGITS, "--out", "/proc/results"], "must be a directory that can be written to"),
+    ([*DIGITS, "--config", "/nowhere"], "--config is one of llama-7b"),
+    ([*DIGITS, "--config", "FILE"], "a configuration is JSON"),
+    ([*DIGITS, "--config", "TYPO"], "options of a configuration are those of run, got learning_rate"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(given) for given, _ in BAD])
+def test_bad_input_is_one_message_and_no_traceback_before_anything_is_trained(
+    arguments, message, monkeypatch, capsys, vit_directory, llama_directory, image_folder, records_file, tmp_path
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("hora_bench.run.fit", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr(run_command.console, "quiet", False)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("no JSON")
+    (tmp_path / "typo").write_text(json.dumps({"options": {"learning_rate": 1.0}}))
+    places = {"IMAGES": image_folder, "RECORDS": records_file, "EMPTY": tmp_path / "empty", "FILE": tmp_path / "file"}
+    places |= {"TYPO": tmp_path / "typo"}
+    given, text = [str(places.get(argument, argument)) for argument in arguments], "RECORDS" in arguments
+    usual = {"--model": llama_directory if text else vit_directory}
+    usual |= {} if "--dry-run" in given else {"--out": tmp_path / "out"}
+    usual |= {} if text else {"--image-size": 32}
+    given += [str(part) for option, value in usual.items() if option not in given for part in (option, value)]
+    monkeypatch.setattr("sys.argv", ["hora-bench", "run", *given])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
-    assert message in capsys.readouterr().err.replace("\n", " ")
-    assert not list(tmp_path.rglob("*.json"))
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not list((tmp_path / "out").rglob("*.json"))
+
+
+def test_every_option_of_run_is_in_a_request_refused_or_says_where_things_go():
+    """An option that is added must be given a place here, and a test that it changes something."""
+    parameters = {p.name for p in typer.main.get_command(cli.app).commands["run"].params} - {"help"}
+    in_requests = {"lr": "learning_rate", "wd": "weight_decay", "option": "options", "image_size": "image_size_px"}
+    named, fields = {in_requests.get(name, name) for name in parameters}, set(Request.model_fields)
+    others = {"data", "seeds", "epochs", "tune", "tune_lr", "tune_wd", "dry_run", "out", "config", "as_json"}
+    assert named - fields == others
+    decided = {"warmup_steps", "schedule", "clip_norm", "drop_path", "train_on", "score_on"}  # by protocols
+    assert fields - named == decided
 
 
 class Source:

@@ -12,16 +12,16 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hora_bench import methods, results, runs
+from hora_bench import backends, methods, store
+from hora_bench import run as runs
 from hora_bench.cache import write_json
-from hora_bench.commands.run import load_task, parse_mesh
+from hora_bench.commands.run import parse_mesh
+from hora_bench.data.records import TextTask, read_records, records_task
+from hora_bench.models import load
 from hora_bench.models.load import tokenizer
-from hora_bench.results import Request
-from hora_bench.tasks.text import TextTask, read_records
-from hora_bench.tasks.text import records_file as read_file
-from hora_bench.training.checkpoint import Checkpoint
-from hora_bench.training.loop import fit
-from hora_bench.training.recipe import Recipe, batch_indices, subset
+from hora_bench.recipe import Recipe, batch_indices, subset
+from hora_bench.request import Inputs, Request, name_of
+from hora_bench.training import Checkpoint, fit
 from hora_spec import HoraError
 from safetensors.numpy import load_file
 
@@ -36,25 +36,19 @@ def request(model, **changes):
         "model": str(model),
         "method": method.name,
         "options": method.options,
-        "backend": "torch",
-        "seed": 0,
-        "fraction": 1.0,
-        "limit": None,
         "image_size_px": 32,
         "learning_rate": 1e-2,
-        "weight_decay": 1e-4,
         "batch_size": 8,
         "steps": 6,
-        "warmup_steps": 2,
+        "warmup_steps": min(2, changes.get("steps", 6)),
         "train_on": "train+val",
         "score_on": "test",
-        "scoring": "accuracy",
-        "dtype": "float32",
-        "mesh": None,
-        "remat": False,
-        "scan": False,
     }
     return Request(**(settings | changes))
+
+
+def stored(asked, task, out):
+    return out / f"{name_of(asked, Inputs.of(asked, task))}.json"
 
 
 def comparable(result):
@@ -99,7 +93,7 @@ def test_lora_trains_as_many_values_on_both_backends(vit_directory, image_task, 
 
 @pytest.mark.parametrize("scoring", ["log-likelihood", "generation"])
 def test_language_models_agree_on_both_backends(scoring, llama_directory, records_file, tmp_path):
-    task = read_file(records_file, tokenizer(str(llama_directory)))
+    task = records_task(records_file, tokenizer(str(llama_directory)), scoring=scoring)
     changes = {"image_size_px": None, "scoring": scoring, "batch_size": 4}
     torch, jax = (
         runs.run(request(llama_directory, backend=backend, **changes), task, tmp_path, command="test")
@@ -110,41 +104,40 @@ def test_language_models_agree_on_both_backends(scoring, llama_directory, record
         assert abs(jax.scores.correct_count - torch.scores.correct_count) <= 1
 
 
+NEW = 8
+
+
 def test_greedy_generation_with_a_cache_is_that_of_transformers(llama_directory):
+    import torch
     from flax import nnx
-    from hora_bench import generation
-    from hora_bench.models import load
+    from hora_bench.backends.writing import greedy
+    from hora_bench.data.prompts import left_padded
 
     theirs = load.causal_lm(str(llama_directory))
-    tokens, valid = generation.left_padded([[2, 3, 4], [5, 6, 7, 8, 2]], 0).values()
-    import torch
-
-    written = theirs.generate(
-        input_ids=torch.tensor(tokens),
-        attention_mask=torch.tensor(valid).long(),
-        max_new_tokens=generation.NEW_TOKENS,
-        do_sample=False,
-    ).numpy()[:, tokens.shape[1] :]
+    tokens, valid = left_padded([[2, 3, 4], [5, 6, 7, 8, 2]], 0).values()
+    settings = {"max_new_tokens": NEW, "do_sample": False}
+    given = {"input_ids": torch.tensor(tokens), "attention_mask": torch.tensor(valid).long()}
+    written = theirs.generate(**given, **settings).numpy()[:, tokens.shape[1] :]
     graph, params = nnx.split(load.nnx_llama(str(llama_directory)))
-    ours = np.asarray(generation.greedy(graph, params, nnx.State({}), tokens, valid, 0))
+    ours = np.asarray(greedy(graph, params, nnx.State({}), tokens, valid, 0, new_tokens=NEW))
     np.testing.assert_array_equal(ours[:, : written.shape[1]], written)
     assert (ours[:, written.shape[1] :] == 0).all()
 
 
 def test_an_adapter_writes_what_its_merged_model_writes(llama_directory):
     from flax import nnx
-    from hora_bench import generation
-    from hora_bench.methods.jax import prepare
-    from hora_bench.models import load
+    from hora_bench.backends.jax_methods import prepare
+    from hora_bench.backends.writing import greedy
+    from hora_bench.data.prompts import left_padded
 
     adapted, _ = prepare(load.nnx_llama(str(llama_directory)), methods.find("hora"), seed=0)
     rng = np.random.default_rng(0)
     for params in adapted.phi.values():
         for value in params.values():
             value.set_value(jnp.asarray(rng.standard_normal(value.get_value().shape), jnp.float32))
-    tokens, valid = generation.left_padded([[2, 3, 4], [5, 6, 7, 8, 2]], 0).values()
+    tokens, valid = left_padded([[2, 3, 4], [5, 6, 7, 8, 2]], 0).values()
     frozen, trained, merged = (
-        np.asarray(generation.greedy(*nnx.split(model), nnx.State({}), tokens, valid, 0))
+        np.asarray(greedy(*nnx.split(model), nnx.State({}), tokens, valid, 0, new_tokens=NEW))
         for model in (adapted.base, adapted, adapted.merged())
     )
     np.testing.assert_array_equal(trained, merged)
@@ -193,9 +186,12 @@ def test_ten_kills_end_in_the_same_file(backend, processes, vit_directory, image
     assert "step" in events
     assert torn  # some came while a checkpoint was written
     start(killed)[0].join()
-    assert [file.name for file in killed.iterdir()] == [f"{asked.name}.json"]
-    one, other = (results.read(out / f"{asked.name}.json") for out in (whole, killed))
+    name = stored(asked, image_task, killed).stem
+    assert sorted(file.name for file in killed.iterdir()) == [name, f"{name}.json"]
+    one, other = (store.read(out / f"{name}.json") for out in (whole, killed))
     assert comparable(one) == comparable(other)
+    for file in (path for path in (whole / name).rglob("*") if path.is_file()):
+        assert file.read_bytes() == (killed / file.relative_to(whole)).read_bytes()
 
 
 def test_a_finished_run_is_read_and_not_repeated(vit_directory, image_task, tmp_path):
@@ -230,7 +226,7 @@ def test_a_full_disk_leaves_files_whole_or_absent(tmp_path):
 
 @pytest.mark.parametrize(
     ("filled", "every_s", "unwritten"),
-    [("train", 0.0, "checkpoint"), ("train", 60.0, "checkpoint"), ("score", 60.0, "json")],
+    [("train", 0.0, "checkpoint"), ("train", 60.0, "checkpoint"), ("score", 60.0, "made-")],
 )
 def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(
     filled, every_s, unwritten, vit_directory, image_task, tmp_path
@@ -247,12 +243,13 @@ def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(
     assert {file.suffix for file in full.iterdir()} == ({".safetensors"} if filled == "score" else set())
     one, other = (runs.run(asked, image_task, out, command="test", every_s=every_s) for out in (full, whole))
     assert comparable(one) == comparable(other)
-    assert [file.name for file in full.iterdir()] == [f"{asked.name}.json"]
+    name = stored(asked, image_task, full).stem
+    assert sorted(file.name for file in full.iterdir()) == [name, f"{name}.json"]
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_a_loss_that_is_no_number_stops_and_says_where(backend, vit_directory, image_task, tmp_path):
-    learner = runs.build(request(vit_directory, backend=backend), image_task)
+    learner = backends.build(request(vit_directory, backend=backend), image_task)
     recipe = Recipe(learning_rate=1e30, weight_decay=0.0, batch_size=8, steps=9, warmup_steps=2)
     path = tmp_path / "state.safetensors"
     checkpoint = Checkpoint(learner, path, every_s=0.0)
@@ -265,7 +262,7 @@ def test_a_loss_that_is_no_number_stops_and_says_where(backend, vit_directory, i
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_the_module_where_numbers_end_is_named(backend, vit_directory, image_task):
-    learner = runs.build(request(vit_directory, backend=backend), image_task)
+    learner = backends.build(request(vit_directory, backend=backend), image_task)
     batch = image_task.train_batch("train", np.arange(8), np.random.default_rng(0))
     assert learner.first_nonfinite(batch) == "all parameters and all modules' outputs are finite"
     if backend == "torch":
@@ -284,7 +281,7 @@ def test_the_module_where_numbers_end_is_named(backend, vit_directory, image_tas
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_a_batch_without_a_readable_image_teaches_nothing(backend, vit_directory, image_task):
-    learner = runs.build(request(vit_directory, backend=backend, weight_decay=0.0), image_task)
+    learner = backends.build(request(vit_directory, backend=backend, weight_decay=0.0), image_task)
     before = learner.state()
     batch = image_task.train_batch("train", np.arange(8), np.random.default_rng(0))
     assert learner.step(batch | {"weight": np.zeros(8, np.float32)}, 1e-3, 0) == 0
@@ -295,16 +292,17 @@ def test_a_batch_without_a_readable_image_teaches_nothing(backend, vit_directory
 @pytest.mark.parametrize("scoring", ["log-likelihood", "generation"])
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_scoring_goes_on_where_it_was(backend, scoring, llama_directory, records_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("hora_bench.runs.EVAL_BATCH", {"text": 4})
-    monkeypatch.setattr("hora_bench.generation.BATCH", 2)
-    records = [*read_records(records_file, "made")] * 4
-    task = TextTask("made", records[:8], records[:2], records[-8:], tokenizer(str(llama_directory)))
+    monkeypatch.setattr("hora_bench.run.EVAL_BATCH", {"text": 4})
+    monkeypatch.setattr("hora_bench.data.prompts.BATCH", 2)
+    monkeypatch.setattr("hora_bench.run.NEW_TOKENS", NEW)
+    records = [*read_records(records_file)] * 4
+    task = TextTask("made", records[:8], records[:2], records[-8:], tokenizer(str(llama_directory)), scoring)
     asked = request(llama_directory, backend=backend, image_size_px=None, scoring=scoring, batch_size=4, steps=2)
     seen = []
 
     def stopped(stage, done, total, loss):
         seen.append((stage, done))
-        if len(seen) == 5:
+        if len(seen) == 6:
             raise KeyboardInterrupt
 
     whole = runs.run(asked, task, tmp_path / "whole", command="test", progress=lambda *event: seen.append(event[:2]))
@@ -312,15 +310,15 @@ def test_scoring_goes_on_where_it_was(backend, scoring, llama_directory, records
     seen.clear()
     with pytest.raises(KeyboardInterrupt):
         runs.run(asked, task, tmp_path / "stopped", command="test", progress=stopped, every_s=0.0)
-    assert [stage for stage, _ in seen] == ["train", "train", "score", "score", "score"]
+    assert [stage for stage, _ in seen][:3] == ["train", "train", "score"]
     seen.clear()
-    monkeypatch.setattr("hora_bench.training.checkpoint.Checkpoint.keep", lambda self: kept.append(len(self.rows)))
     kept = []
+    monkeypatch.setattr("hora_bench.training.Checkpoint.keep", lambda self: kept.append(len(self.rows)))
     resumed = runs.run(
         asked, task, tmp_path / "stopped", command="test", progress=lambda *event: seen.append(event[:2])
     )
     assert seen == events[2:]  # no step again
-    assert kept[0] == 4  # and no batch again: the first to be scored is the fourth
+    assert kept[0] == 5  # and no batch again: the first to be scored is the fifth
     assert comparable(resumed) == comparable(whole)
 
 
@@ -332,23 +330,23 @@ def test_the_search_chooses_on_validation_with_equal_budget(vit_directory, image
     assert [(trial.learning_rate, trial.weight_decay) for trial in trials] == [(1e-4, 0.0), (1e-2, 0.0)]
     assert best.learning_rate == max(trials, key=lambda trial: trial.accuracy_pct).learning_rate
     assert (best.train_on, best.score_on) == ("train+val", "test")
-    files = [results.read(tmp_path / trial.file) for trial in trials]
+    files = [store.read(tmp_path / trial.file) for trial in trials]
     assert {(f.request.train_on, f.request.score_on) for f in files} == {("train", "val")}
 
 
 def test_a_result_that_breaks_the_schema_is_refused_on_reading(vit_directory, image_task, tmp_path):
     result = runs.run(request(vit_directory, method="linear-probe", steps=1), image_task, tmp_path, command="test")
-    path = tmp_path / f"{result.request.name}.json"
-    assert results.read(path) == result
-    stored = json.loads(path.read_text())
-    for change in ({"loss": "low"}, {"surprise": 1}, {"schema_version": 2}):
-        path.write_text(json.dumps(stored | change))
-        with pytest.raises(HoraError, match=f"follow schema version 1.*at {next(iter(change))}"):
-            results.read(path)
+    path = tmp_path / f"{result.name}.json"
+    assert store.read(path) == result
+    content = json.loads(path.read_text())
+    for change in ({"loss": "low"}, {"surprise": 1}, {"schema_version": 3}):
+        path.write_text(json.dumps(content | change))
+        with pytest.raises(HoraError, match=f"follow schema version 2.*at {next(iter(change))}"):
+            store.read(path)
 
 
 def test_the_schema_names_every_field_and_unit():
-    fields = results.schema()["$defs"]["Measured"]["properties"]
+    fields = store.schema()["$defs"]["Measured"]["properties"]
     assert {"train_time_s", "step_time_s", "peak_memory_bytes"} <= set(fields)
 
 
@@ -372,8 +370,6 @@ def test_a_smaller_fraction_is_part_of_a_larger_one():
         (lambda: methods.find("lara"), "a method is one of hora"),
         (lambda: methods.find("lora").configured({"hidden_dim": 3}), "options of lora are rank, alpha"),
         (lambda: parse_mesh("dp=2"), "axes fsdp and tp"),
-        (lambda: load_task("fgvc/CUB", None, "m"), r"fgvc reads your own copy.*CUB/train\.json"),
-        (lambda: load_task("mnist", None, "m"), "a task is one of"),
     ],
 )
 def test_bad_requests_say_rule_and_fix(call, message):

@@ -5,13 +5,13 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from hora_bench import runs
-from hora_bench.experiments.setting import Setting, request, vary
+from hora_bench import backends
 from hora_bench.experiments.speed.clock import ratio, take_turns
-from hora_bench.experiments.speed.device import on_device
 from hora_bench.experiments.speed.operations import inference
 from hora_bench.experiments.speed.random_text import RandomText
 from hora_bench.experiments.speed.run import speed
+from hora_bench.request import request, vary
+from hora_bench.sweep import Setting
 from hora_spec import HoraError
 
 QWIX = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # qwix 0.1.8 calls what flax 0.12 deprecates
@@ -45,7 +45,9 @@ def test_the_peak_of_a_step_holds_weights_moments_gradients_and_what_backward_ne
     task = images.load("digits")
     batch = task.train_batch("train", np.arange(8), np.random.default_rng(0))
     half = {name: value[:4] for name, value in batch.items()}
-    learners = {name: runs.build(vary(images.base, backend=backend, method=name), task) for name in ("full", "hora")}
+    learners = {
+        name: backends.build(vary(images.base, backend=backend, method=name), task) for name in ("full", "hora")
+    }
     for learner in learners.values():
         learner.step(batch, 1e-3, 0)
     before = learners["full"].state()
@@ -93,7 +95,7 @@ def test_language_models_are_timed_on_both_backends(dtype, methods, text):
 def test_a_merged_pass_gives_what_the_adapted_one_gives(backend, text):
     task = RandomText(12)
     batch = task.train_batch("train", np.arange(3), np.random.default_rng(0))
-    learner = runs.build(vary(text.base, backend=backend), task)
+    learner = backends.build(vary(text.base, backend=backend), task)
     before = inference(learner, batch)["adapted"]()
     for step in range(3):
         learner.step(batch, 0.1, step)
@@ -109,12 +111,11 @@ def test_a_device_that_is_absent_is_an_error_not_a_silent_cpu(backend, text):
         speed(text, **{"torch": [], "jax": [], backend: ["hora"]}, device="cuda")
 
 
-def test_a_device_is_chosen_for_both_frameworks():
-    import jax
-    from accelerate import Accelerator
-
-    with on_device("cpu", ["torch", "jax"]) as name:
-        assert name == Accelerator().device.type == jax.numpy.zeros(1).device.platform == "cpu"
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_a_device_is_chosen_for_both_frameworks(backend, text):
+    learner = backends.build(vary(text.base, backend=backend, device="cpu"), RandomText(12))
+    device = learner.accelerator.device.type if backend == "torch" else learner.device.platform
+    assert device == "cpu"
 
 
 @pytest.mark.parametrize(

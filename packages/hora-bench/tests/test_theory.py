@@ -3,7 +3,6 @@ from functools import cache, partial
 
 import numpy as np
 import pytest
-from hora_bench.experiments.journal import Journal
 from hora_bench.experiments.theory import run
 from hora_bench.experiments.theory.fit import fit, losses
 from hora_bench.experiments.theory.identify import identify
@@ -16,8 +15,9 @@ from hora_bench.experiments.theory.model import (
     predict,
 )
 from hora_bench.experiments.theory.plot import plot
-from hora_bench.experiments.theory.rates import GRIDS, LOSSES, Grid, gates, measure, summarise
+from hora_bench.experiments.theory.rates import GRIDS, LOSSES, Grid, gates, measure, slope_difference, summarise
 from hora_bench.experiments.theory.run import theory
+from hora_bench.store import Journal
 from scipy.optimize import check_grad
 
 
@@ -93,21 +93,52 @@ def test_slopes_and_intervals_of_an_exact_power_law():
     assert summary["median"]["value"][0] == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize(("shared", "passed"), [(-0.5, True), (-0.1, False), (-0.9, False)])
-def test_gates_judge_the_shared_slope(shared, passed):
-    slopes = {("full", "d2"): shared, ("none", "d2"): shared, ("none", "value_error"): 0.0}
-    records = [
+SIZES = (100, 1000, 10_000)
+
+
+def pieces(**slopes):
+    """Trials whose losses fall as told, with a scatter; with sharing, without, and where no head is redundant."""
+    rng = np.random.default_rng(0)
+
+    def losses(slope):
+        return (np.array(SIZES, float) ** slope * np.exp(rng.normal(0, slopes.get("scatter", 0.05), 3))).tolist()
+
+    return [
         {
             "fitted_heads": heads,
             "sharing": sharing,
-            "loss": loss,
-            **{key: {"slope": slopes.get((sharing, loss), -0.5)} for key in ("mean", "median")},
+            "trial": trial,
+            **{
+                loss: losses(slopes[sharing] if (heads, loss) in ((2, "d2"), (2, "value_error")) else -0.5)
+                for loss in LOSSES
+            },
         }
+        for trial in range(12)
         for heads in (2, 1)
         for sharing in ("full", "none")
-        for loss in ("d2", "value_error", "prediction_error")
     ]
-    assert [gate["passed"] for gate in gates(records)] == [passed, True, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("given", "outcome"),
+    [
+        ({"full": -0.5, "none": -0.1}, "passed"),
+        ({"full": -0.1, "none": -0.5}, "failed"),
+        ({"full": -0.3, "none": -0.3, "scatter": 1.5}, "not resolved"),
+    ],
+)
+def test_gates_compare_like_with_like_and_by_whole_intervals(given, outcome):
+    found = gates(SIZES, pieces(**given))
+    assert [gate["outcome"] for gate in found[:2]] == [outcome, outcome]
+    if "scatter" not in given:
+        assert [gate["outcome"] for gate in found[2:]] == ["passed", "passed"]
+
+
+def test_a_difference_of_slopes_is_that_of_the_means_and_pairs_the_trials():
+    rng = np.random.default_rng(0)
+    problems = np.exp(rng.normal(0, 2, (10, 1)))  # hard and easy ones, which both models meet
+    shared, free = (problems * np.array(SIZES, float) ** slope for slope in (-0.5, -0.2))
+    assert slope_difference(SIZES, shared, free) == pytest.approx((-0.3, -0.3, -0.3))
 
 
 @pytest.fixture

@@ -1,12 +1,15 @@
 """`adapt`: any function of a tree equals itself on merged weights, in value and gradients, without a dense gradient."""
 
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from hora_jax import Target, adapt, init, make_plan, merge, verify
+from hora_jax import Target, adapt, adapt_each, init, labels, make_plan, merge, verify
 from hora_jax.follow import RULES, regroup
 from hora_spec import AdapterSpec, HoraError, Layout, Window
 from jax import export
@@ -393,3 +396,34 @@ def test_verify_finds_a_wrong_branch(monkeypatch):
     monkeypatch.setattr(routes, "branch", lambda *args: 2 * honest(*args))
     found = verify(PLANS["apart"], einsum, PARAMS, init(PLANS["apart"]), X, route="branch")
     assert any("differ by" in problem for problem in found.problems)
+
+
+def test_every_row_of_a_batch_has_an_adapter_of_its_own(perturbed):
+    planned = PLANS["apart"]
+    phis = [perturbed(init(planned, seed), seed) for seed in range(2)]
+    each = adapt_each(einsum, planned)
+    stacked = jax.tree.map(lambda *values: jnp.stack(values), *phis)
+    rows = X[:, None]
+    got = jax.jit(each)(PARAMS, stacked, rows)
+    for i, phi in enumerate(phis):
+        close([leaf[i] for leaf in got], list(einsum(merge(planned, PARAMS, phi), rows[i])))
+    made = [eqn.outvars[0].aval.shape for eqn in products(jax.make_jaxpr(each)(PARAMS, stacked, rows).jaxpr)]
+    assert not [shape for shape in made if sorted(shape) == sorted((2, D, H, K))]
+
+
+def test_labels_tell_the_generators_apart():
+    planned = PLANS["apart"]
+    phi = init(planned)
+    found = labels(planned, phi)["a"]
+    assert {name for name, label in found.items() if label == "A"} == {"a.q", "a.v"}
+    rates = {"A": optax.sgd(1.0), "B": optax.sgd(16.0)}
+    tx = optax.multi_transform(rates, labels(planned, phi))
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, phi), tx.init(phi))
+    assert (float(updates["a"]["a.q"].max()), float(updates["a"]["b_in"].max())) == (-1, -16)
+
+
+def test_importing_the_package_does_not_import_flax():
+    found = "import sys, hora_jax; print([name for name in sys.modules if name.partition('.')[0] == 'flax'])"
+    assert (
+        subprocess.run([sys.executable, "-c", found], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

@@ -98,3 +98,19 @@ def test_g7_a_fixed_a_has_no_gradient():
     grads = jax.grad(lambda phi: hora_jax.adapt(loss, made)(PARAMS, phi, BATCHES[0]))(phi)["blocks.*"]
     assert not any(np.any(grads[name]) for name in ("a.q", "a.v"))
     assert all(np.any(grads[name]) for name in ("b.q", "b.v"))
+
+
+def test_s6_an_optimiser_that_decays_leaves_a_fixed_a_by_its_label():
+    optax = pytest.importorskip("optax")
+    made = plan()
+    phi = jax.tree.map(lambda value: value + 1, hora_jax.init(made))
+    labels = hora_jax.labels(made, phi)
+    assert labels["blocks.*"] == {"a.q": "fixed", "a.v": "fixed", "b.q": "B", "b.v": "B"}
+    optimiser = optax.multi_transform({"B": optax.adamw(1e-2, weight_decay=0.5), "fixed": optax.set_to_zero()}, labels)
+    grads = jax.tree.map(jnp.ones_like, phi)
+    updates, state = optimiser.update(grads, optimiser.init(phi), phi)
+    moved = optax.apply_updates(phi, updates)["blocks.*"]
+    np.testing.assert_array_equal(moved["a.q"], phi["blocks.*"]["a.q"])
+    assert np.all(moved["b.q"] != phi["blocks.*"]["b.q"])
+    sizes = [leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim]
+    assert sum(sizes) == 2 * sum(phi["blocks.*"][f"b.{p}"].size for p in "qv")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hora_jax import Target, functional, init, make_plan, presets
+from hora_jax import Target, adapt, functional, init, make_plan, merge, presets
 from hora_jax.nnx import HoraModel, HoraParam
 from hora_spec import AdapterSpec, LayerShape, init_params
 from jax.sharding import AxisType, NamedSharding
@@ -151,3 +151,36 @@ def test_an_nnx_model_works_on_a_mesh_of_explicit_axes(method, perturbed):
         got = nnx.jit(lambda m, x: m(x))(model, jax.device_put(x, NamedSharding(mesh, P("fsdp"))))
         merged = model.merged()(jax.device_put(x, NamedSharding(mesh, P("fsdp"))))
     close(np.asarray(got), np.asarray(merged), 1e-4)
+
+
+@pytest.mark.parametrize("where", ["outside", "inside"])
+@pytest.mark.parametrize("route", ["branch", "merge"])
+def test_a_function_trains_under_shard_map_with_its_checks(where, route, method, perturbed):
+    """`adapt` around a shard_map whose weight is sharded, and inside one over tokens."""
+    mesh = mesh_of(AxisType.Auto)
+    params = {"q": jax.random.normal(jax.random.key(0), (32, 8, 4)) / 6}
+    x = jax.random.normal(jax.random.key(1), (8, 6, 32))
+    planned = make_plan(params, method, Target("q", "q", "d h k", layer="a"))
+    phi = perturbed(init(planned))
+
+    def plain(params, x):
+        return jnp.sin(jnp.einsum("bsd,dhk->bshk", x, params["q"])).mean()
+
+    if where == "outside":
+
+        def local(params, x):
+            y = jax.lax.psum(jnp.einsum("bsd,dhk->bshk", x, params["q"]), "fsdp")
+            return jax.lax.pmean(jnp.sin(y).mean(), "tp")
+
+        specs = ({"q": P("fsdp", "tp")}, P(None, None, "fsdp"))
+        mapped = adapt(
+            jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P()), planned, route=route, dense="error"
+        )
+    else:
+
+        def mean(params, phi, x):
+            return jax.lax.pmean(adapt(plain, planned, route=route, dense="error")(params, phi, x), ("fsdp", "tp"))
+
+        mapped = jax.shard_map(mean, mesh=mesh, in_specs=(P(), P(), P(("fsdp", "tp"))), out_specs=P())
+    got = jax.jit(jax.value_and_grad(mapped, argnums=1))(params, phi, x)
+    close(got, jax.jit(jax.value_and_grad(lambda phi: plain(merge(planned, params, phi), x)))(phi), 1e-5)

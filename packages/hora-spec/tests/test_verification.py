@@ -38,8 +38,18 @@ PLACES = {
 }
 
 
-def adapter_of(place="linear", sharing="full", *, seed=0, modules=None):
-    layer = AdapterLayer(AdapterSpec(2, alpha=3.0, sharing=sharing), PLACES[place], {})
+SPECS = {
+    "full": AdapterSpec(2, alpha=3.0),
+    "none": AdapterSpec(2, alpha=3.0, sharing="none"),
+    "gated": AdapterSpec(2, alpha=3.0, residual=True, gate=0.5),
+    "fixed": AdapterSpec(2, alpha=3.0, a_source="fixed"),
+    "tied": AdapterSpec(2, alpha=3.0, tie_a=True),
+    "paper": AdapterSpec.paper(2),
+}
+
+
+def adapter_of(place="linear", method="full", *, seed=0, modules=None):
+    layer = AdapterLayer(SPECS[method], PLACES[place], {})
     draw, shapes = np.random.default_rng(seed), param_shapes(layer.spec, layer.shape)
     params = {key: np.float32(draw.normal(size=shape)) for key, shape in shapes.items()}
     return Adapter({"a": dataclasses.replace(layer, params=params)}, modules=modules or {})
@@ -56,27 +66,28 @@ def save_base(adapter, path, dtype=np.float32):
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("compact", [False, True])
-@pytest.mark.parametrize("sharing", ["full", "none"])
+@pytest.mark.parametrize("method", SPECS)
 @pytest.mark.parametrize("place", PLACES)
-def test_f10_a_lora_export_is_its_adapter_and_no_other(place, sharing, compact, dtype, tmp_path):
+def test_f10_a_lora_export_is_its_adapter_and_no_other(place, method, compact, dtype, tmp_path):
     modules = {"head.weight": np.ones((2, 2), np.float32)}
-    export_lora(adapter_of(place, sharing, modules=modules), tmp_path, compact=compact, dtype=dtype)
-    distances = verify_export(adapter_of(place, sharing), tmp_path)
+    export_lora(adapter_of(place, method, modules=modules), tmp_path, compact=compact, dtype=dtype)
+    distances = verify_export(adapter_of(place, method), tmp_path)
     assert len(distances) == len({site.module for site in PLACES[place].values()})
     assert max(distances.values()) < 2 * np.finfo(dtype).eps
     with pytest.raises(HoraError, match="got a distance of"):
-        verify_export(adapter_of(place, sharing, seed=1), tmp_path)
+        verify_export(adapter_of(place, method, seed=1), tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("method", SPECS)
 @pytest.mark.parametrize("place", PLACES)
-def test_f10_a_merged_checkpoint_is_base_and_adapter(place, dtype, tmp_path):
-    adapter = adapter_of(place)
+def test_f10_a_merged_checkpoint_is_base_and_adapter(place, method, dtype, tmp_path):
+    adapter = adapter_of(place, method)
     base = save_base(adapter, tmp_path / "base", dtype)
     save_merged(adapter, base, tmp_path / "merged")
     assert max(verify_export(adapter, tmp_path / "merged", base=base).values()) < np.finfo(dtype).eps
     with pytest.raises(HoraError, match="rounded once, got another sum"):
-        verify_export(adapter_of(place, seed=1), tmp_path / "merged", base=base)
+        verify_export(adapter_of(place, method, seed=1), tmp_path / "merged", base=base)
     with pytest.raises(HoraError, match="rounded once, got another sum"):
         verify_export(adapter, base, base=base)
     with pytest.raises(HoraError, match=r"pass its directory"):

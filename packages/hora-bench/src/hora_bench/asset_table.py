@@ -19,7 +19,7 @@ def _llama(source: Path, target: Path) -> dict[str, float]:
 
 
 def _commonsense(source: Path, target: Path) -> dict[str, float]:
-    from hora_bench.tasks.commonsense_data import rebuild
+    from hora_bench.data.commonsense import rebuild
 
     return rebuild(source, target)
 

@@ -13,7 +13,7 @@ from hora_bench.demo import command as demo
 from hora_bench.experiments import commands as experiments
 from hora_bench.experiments.cost import command as cost
 from hora_bench.experiments.theory import command as theory
-from hora_bench.results import first_error
+from hora_bench.store import first_error
 
 TOUR = """
 HoRA on real models and data, on torch and JAX.
@@ -33,8 +33,9 @@ app.command("methods", rich_help_panel=WORK)(methods.command)
 app.command("schema", rich_help_panel=WORK)(methods.schema)
 app.command("cost", rich_help_panel=PAPER)(cost.command)
 app.command("theory", rich_help_panel=PAPER)(theory.command)
-app.command("sample-efficiency", rich_help_panel=PAPER)(experiments.sample_efficiency)
-app.command("ablate", rich_help_panel=PAPER)(experiments.ablate)
+app.command("sweep", rich_help_panel=PAPER)(experiments.sweep)
+for former in ("ablate", "sample-efficiency"):  # what result files of earlier versions name
+    app.command(former, hidden=True)(experiments.sweep)
 app.command("similarity", rich_help_panel=PAPER)(experiments.similarity)
 app.command("speed", rich_help_panel=PAPER)(experiments.speed)
 app.command("report", rich_help_panel=PAPER)(experiments.report)
@@ -47,8 +48,11 @@ def main() -> None:
     except HoraError as error:
         message = str(error)
     except ValidationError as error:
+        first = error.errors()[0]
         what, where = first_error(error)
-        message = f"{where} of a run: {what}, got {error.errors()[0]['input']!r}: see hora-bench run --help"
+        message = f"{where} of a run: {what}, got {first['input']!r}: see hora-bench run --help"
+        if first["type"] == "value_error":
+            message = str(first["ctx"]["error"])
     else:
         return
     Console(stderr=True).print("[red]error:[/red]", Text(message))

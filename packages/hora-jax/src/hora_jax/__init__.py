@@ -5,8 +5,8 @@ from importlib import import_module
 from typing import Any
 
 from hora_jax import functional, presets
-from hora_jax.adapted import Adapted, Report, adapt
-from hora_jax.adapter import delta, factors, init, merge, replace_weights, weights
+from hora_jax.adapted import Adapted, Report, adapt, adapt_each
+from hora_jax.adapter import delta, factors, init, labels, merge, replace_weights, weights
 from hora_jax.files import export_lora, from_adapter, load_adapter, load_specs, plan_from, save_adapter, to_adapter
 from hora_jax.joint import joint_a
 from hora_jax.planning import Layer, Plan, make_plan
@@ -24,6 +24,7 @@ __all__ = [
     "Target",
     "Verification",
     "adapt",
+    "adapt_each",
     "delta",
     "export_lora",
     "factors",
@@ -31,6 +32,7 @@ __all__ = [
     "functional",
     "init",
     "joint_a",
+    "labels",
     "load_adapter",
     "load_specs",
     "make_plan",

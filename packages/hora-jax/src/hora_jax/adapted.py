@@ -11,7 +11,7 @@ from hora_jax import adapter, functional, routes
 from hora_jax.adapter import Phi
 from hora_jax.pairs import pairs
 from hora_jax.planning import Plan
-from hora_jax.routes import Route
+from hora_jax.routes import Route, Way
 from hora_jax.views import View
 from hora_jax.walk import Dense, Use, Walk
 
@@ -51,10 +51,10 @@ class Report:
 class Adapted:
     """What `adapt` returns: a function of the parameters, the adapter, and the arguments of the adapted function."""
 
-    def __init__(self, fn: Callable[..., Any], plan: Plan, route: Route, dense: Dense) -> None:
+    def __init__(self, fn: Callable[..., Any], plan: Plan, route: Way, dense: Dense) -> None:
         self.fn = fn
         self.plan = plan
-        self.route: Route = route
+        self.route: Way = route
         self.dense: Dense = dense
 
     def __call__(self, params: Any, phi: Phi, *args: Any, **kwargs: Any) -> Any:
@@ -142,6 +142,28 @@ def adapt(fn: Callable[..., Any], plan: Plan, *, route: Route = "auto", dense: D
     """
     routes.check(route)
     return Adapted(fn, plan, route, dense)
+
+
+def adapt_each(fn: Callable[..., Any], plan: Plan, *, dense: Dense = "allow") -> Callable[..., Any]:
+    """The function with another adapter for each row of a batch: ``adapt_each(fn, plan)(params, phis, *args)``.
+
+    Parameters
+    ----------
+    fn, plan, dense
+        As for `adapt`; `fn` computes one row, without the batch axis.
+
+    Returns
+    -------
+    function
+        Of the parameters, adapters stacked on a leading axis, ``jax.tree.map(lambda *v: jnp.stack(v), *phis)``, and
+        arrays with that axis. The base's products are shared, and no row has a weight of its own: all take the branch.
+    """
+    adapted = adapt(fn, plan, route="branch", dense=dense)
+
+    def each(params: Any, phis: Phi, *args: Any) -> Any:
+        return jax.vmap(lambda phi, *row: adapted(params, phi, *row))(phis, *args)
+
+    return each
 
 
 class _Outputs:

@@ -141,7 +141,7 @@ def _shard_map(walk: "Walk", eqn: JaxprEqn, ins: Sequence[Any]) -> Sequence[Any]
         mesh=params["mesh"],
         in_specs=tuple(specs),
         out_specs=list(params["out_specs"]),
-        axis_names=params["manual_axes"],
+        axis_names=params["manual_axes"] if "manual_axes" in params else params["newly_manual_axes"],
         check_vma=params["check_vma"],
     )
     return mapped(*flat)

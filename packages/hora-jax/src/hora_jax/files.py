@@ -103,11 +103,12 @@ def plan_from(directory: Path, params: Any, targets: Target | Sequence[Target]) 
 
 
 def _one_spec(stored: Mapping[str, AdapterLayer], layer: Layer) -> AdapterSpec:
-    specs = {stored[name].spec if name in stored else None for name in layer.names}
-    if len(specs) > 1 or None in specs:
+    missing = sorted(set(layer.names) - stored.keys())
+    specs = {stored[name].spec for name in layer.names if name in stored}
+    if missing or len(specs) > 1:
         raise HoraError(
-            f"layers of a stack are adapted together and alike, got {sorted(set(layer.names) - stored.keys())[:3]} of "
-            f"{layer.name} missing in the file, or several methods: unstack the tree (spec F2)"
+            f"layers of a stack are adapted together and alike, got {layer.name} with {missing[:3]} missing there "
+            f"and {len(specs)} methods: unstack the tree (spec F2)"
         )
     return specs.pop()
 

@@ -18,7 +18,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 Route = Literal["auto", "branch", "merge", "plain"]
-"""Ways that a caller may choose. ``observe`` is one more, for measurements: see `observe`."""
+"""Ways through an adapted weight that a caller may choose."""
+
+Way = Literal[Route, "observe"]
+"""One more is for measurements, see `observe`."""
 
 
 def check(route: str) -> None:
@@ -60,7 +63,7 @@ class Contraction:
         return f"{','.join(getattr(self, name) for name in operands)}->{getattr(self, result)}"
 
 
-def merges(route: Route, contraction: Contraction, x: Array, weight: Array) -> bool:
+def merges(route: Way, contraction: Contraction, x: Array, weight: Array) -> bool:
     """Whether the merge route is taken: never in 16 bits, where W + delta rounds small deltas away (spec D3).
 
     ``auto`` merges float32 when tokens outnumber the contracted width; where a symbolic size cannot tell, it does not.
@@ -126,7 +129,7 @@ def follow(c: Contraction, first: Array, second: Array, like: Array, letters: st
 
 
 def product(
-    route: Route,
+    route: Way,
     c: Contraction,
     base: Callable[[Array, Array], Array],
     x: Array,

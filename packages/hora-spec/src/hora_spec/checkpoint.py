@@ -11,7 +11,9 @@ from typing import Any, BinaryIO
 from hora_spec.errors import HoraError
 from hora_spec.tensors import damaged, data_length, header_length
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_STEMS = ("model", "diffusion_pytorch_model")
+"""What `transformers` and `diffusers` call the weights."""
+
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
 _CHUNK = 1 << 24
 
@@ -39,14 +41,14 @@ class Checkpoint:
         Content of ``config.json``.
     entries
         Tensor name to place, of all shards.
-    sharded
-        Whether an index says which file holds which tensor.
+    index
+        The file that says which shard holds which tensor, if there are several.
     """
 
     directory: Path
     config: Mapping[str, Any]
     entries: Mapping[str, Entry]
-    sharded: bool
+    index: Path | None = None
 
     @property
     def shards(self) -> list[Path]:
@@ -56,9 +58,8 @@ class Checkpoint:
     @property
     def others(self) -> list[Path]:
         """Files beside the weights that belong to the model: configs, the tokenizer, code, the index of the shards."""
-        index = {self.directory / _INDEX} if self.sharded else set()
-        files = {path for path in self.directory.iterdir() if path.is_file() and not _is_weights(path)}
-        return sorted(files | index)
+        files = [path for path in self.directory.iterdir() if path.is_file() and not _is_weights(path)]
+        return sorted([*files, self.index] if self.index else files)
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
@@ -72,25 +73,15 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     if not directory.is_dir():
         raise HoraError(f"a checkpoint is a directory, got {str(directory)!r}, which is none: check the path")
     config = _json(directory / "config.json") if (directory / "config.json").exists() else {}
-    if (directory / _SINGLE).exists():
-        return Checkpoint(directory, config, _entries(directory / _SINGLE), sharded=False)
-    if not (directory / _INDEX).exists():
-        raise HoraError(
-            f"a checkpoint has {_SINGLE} or {_INDEX}, {str(directory)!r} has neither: save the model with "
-            "save_pretrained, as safetensors"
-        )
-    places = _json(directory / _INDEX).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise HoraError(f"{directory / _INDEX} maps tensors to files, got another content: download it again")
-    entries: dict[str, Entry] = {}
-    for name in sorted(set(places.values())):
-        if Path(name).name != name:
-            raise HoraError(f"{directory / _INDEX} names files beside it, got {name!r}")
-        entries |= _entries(directory / name)
-    if entries.keys() != places.keys():
-        odd = sorted(entries.keys() ^ places.keys())
-        raise HoraError(f"{_INDEX} names the tensors of its files, got others, such as {odd[0]}: download it again")
-    return Checkpoint(directory, config, entries, sharded=True)
+    for stem in _STEMS:
+        if (single := directory / f"{stem}.safetensors").exists():
+            return Checkpoint(directory, config, _entries(single))
+        if (index := directory / f"{stem}.safetensors.index.json").exists():
+            return Checkpoint(directory, config, _sharded(index), index)
+    raise HoraError(
+        f"a checkpoint has {_STEMS[0]}.safetensors, or shards and {_STEMS[0]}.safetensors.index.json, got neither in "
+        f"{str(directory)!r}: save the model with save_pretrained, as safetensors"
+    )
 
 
 def read_tensor(entry: Entry) -> bytearray:
@@ -161,6 +152,21 @@ def _copied(source: BinaryIO, target: BinaryIO, size: int) -> Iterator[int]:
         target.write(data)
         size -= len(data)
         yield len(data)
+
+
+def _sharded(index: Path) -> dict[str, Entry]:
+    """Tensors of all files that an index names."""
+    places = _json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise HoraError(f"{index} maps tensors to files, got another content: download it again")
+    entries: dict[str, Entry] = {}
+    for name in sorted(set(places.values())):
+        if Path(name).name != name:
+            raise HoraError(f"{index} names files beside it, got {name!r}")
+        entries |= _entries(index.parent / name)
+    if odd := sorted(entries.keys() ^ places.keys()):
+        raise HoraError(f"{index} names the tensors of its files, got a difference in {odd[0]}: download it again")
+    return entries
 
 
 def _entries(path: Path) -> dict[str, Entry]:

@@ -18,6 +18,9 @@ from hora_spec.staging import new_directory
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and their total."""
 
+_BLOCK = 1 << 20
+"""Entries that are rounded at once, so that no second tensor is in memory."""
+
 _FLOATS = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
 
 
@@ -177,8 +180,9 @@ def _sum(
     total = read_floats(entry)
     for site, layer, p in parts:
         a, b = factors(layer)[p]
-        heads = (b_i @ (a if a.ndim == 2 else a[i]) for i, b_i in enumerate(b))
-        delta = np.concatenate([(layer.spec.scaling * head).astype(total.dtype) for head in heads])
+        delta = np.empty((b.shape[0] * b.shape[1], a.shape[-1]), total.dtype)
+        for i, (b_i, rows) in enumerate(zip(b, np.split(delta, len(b)), strict=True)):
+            rows[:] = layer.spec.scaling * (b_i @ (a if a.ndim == 2 else a[i]))
         total[site.layout.index(total.shape)] += site.layout.write(delta, total.shape)
     return _encode(total, entry)
 
@@ -199,8 +203,11 @@ def _encode(value: NDArray[Any], entry: Entry) -> bytes:
     """A tensor rounded once, to nearest even, to the dtype of its place."""
     with np.errstate(over="ignore"):
         if entry.dtype == "BF16":
-            wide = np.ascontiguousarray(value, np.float32).view(np.uint32)
-            array = ((wide + (0x7FFF + ((wide >> 16) & 1))) >> 16).astype("<u2")
+            wide = np.ascontiguousarray(value, np.float32).view(np.uint32).ravel()
+            array = np.empty(wide.shape, "<u2")
+            for start in range(0, wide.size, _BLOCK):
+                part = wide[start : start + _BLOCK]
+                array[start : start + _BLOCK] = (part + (0x7FFF + ((part >> 16) & 1))) >> 16
             finite = np.isfinite(value).all() and ((array & 0x7F80) != 0x7F80).all()
         else:
             array = np.ascontiguousarray(value, _FLOATS[entry.dtype])

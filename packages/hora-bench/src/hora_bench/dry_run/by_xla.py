@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hora_bench.backends.jax import loss_of
+from hora_bench.backends.jax_methods import prepare
 from hora_bench.dry_run.plan import Counts, Workload
 from hora_bench.methods import Method
-from hora_bench.methods.jax import prepare
 from hora_bench.models.llama import Llama, LlamaConfig
-from hora_bench.training.jax import loss_of
 
 
 def count_llama(config: LlamaConfig, method: Method, work: Workload, *, dtype: str) -> Counts:

@@ -78,7 +78,7 @@ def _vit(setting: Setting) -> tuple[Counts, Workload]:
 
 
 def _language_model(setting: Setting) -> tuple[Counts, Workload]:
-    from hora_bench.tasks.text import CUTOFF
+    from hora_bench.data.records import CUTOFF
 
     stored = setting.architecture or _stored_config(setting.model)
     work = Workload(

@@ -1,7 +1,8 @@
-"""``similarity``, ``ablate``, ``sample-efficiency`` and ``speed``: an experiment file in, one result file out."""
+"""``sweep``, ``similarity``, ``speed`` and ``report``: an experiment file in, one result file out."""
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -13,31 +14,49 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from hora_bench.experiments.journal import Journal
-from hora_bench.experiments.record import write_record
-from hora_bench.experiments.sections import plots, show
-from hora_bench.experiments.setting import read_setting, vary
+from hora_bench.report.tables import plots, show
+from hora_bench.request import vary
+from hora_bench.seeds import seeds_of
+from hora_bench.store import Journal, check_writable, write_experiment
+from hora_bench.sweep import Sweep, read_setting
 
 File = Annotated[
     Path | None,
-    typer.Argument(help="Experiment file, one of experiments/*.toml or your own.", exists=True),
+    typer.Argument(help="Experiment file, one of experiments/*.toml or your own.", exists=True, dir_okay=False),
 ]
 Quick = Annotated[bool, typer.Option("--quick", help="No file: a small setting on the embedded digits.")]
-Data = Annotated[Path | None, typer.Option(help="Folder of tasks in VTAB-1K's layout.", exists=True)]
+Data = Annotated[Path | None, typer.Option(help="Folder of tasks.", exists=True)]
 
 QUICK: Final[dict[str, dict[str, Any]]] = {
+    "sweep": {"factors": {"residual": [True], "activation": ["tanh"]}, "references": ["lora"], "seeds": [0, 1]},
     "similarity": {"methods": ["lora", "mh-lora", "hora"]},
-    "ablate": {"factors": {"residual": [True], "activation": ["tanh"]}, "learning_rates": []},
-    "sample-efficiency": {
-        "methods": ["lora", "hora"],
-        "fractions": [0.1, 1.0],
-        "learning_rates": [1e-3, 3e-3],
-        "seeds": [0],
-    },
     "speed": {"torch": ["linear-probe", "lora", "hora"], "jax": ["linear-probe", "hora"], "rounds": 2},
 }
 
 console = Console()
+
+
+def sweep(
+    file: File = None,
+    *,
+    quick: Quick = False,
+    data: Data = None,
+    seeds: Annotated[str | None, typer.Option(help="In place of the file's: 0-19 or 0,1,2.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Result file; results/NAME.json when left out.")] = None,
+) -> None:
+    """Choices that differ in one thing, with paired differences: ablations, curves, tuned comparisons, controls."""
+    from hora_bench.sweep import sweep as run
+
+    setting = read_setting(file, quick=QUICK["sweep"] if quick else None, data=data)
+    asked = Sweep.of(setting.vary)
+    asked = replace(asked, seeds=seeds_of(seeds)) if seeds else asked
+    out = out or Path("results", f"{file.stem if file else 'sweep'}.json")
+    flags = f" --seeds {shlex.quote(seeds)}" if seeds else ""
+    with _timed("sweep", file, out, flags) as (progress, finish):
+        command = _command("sweep", file, flags)
+        result = finish(run(setting, out.parent / "runs", asked, command=command, progress=progress))
+    plots("sweep", result, out.parent, out.stem)
+    show(console, "sweep", result, out)
 
 
 def similarity(
@@ -57,43 +76,6 @@ def similarity(
     journal.remove()
     plots("similarity", result, out.parent, out.stem)
     show(console, "similarity", result, out)
-
-
-def ablate(
-    file: File = None,
-    *,
-    quick: Quick = False,
-    data: Data = None,
-    out: Annotated[Path, typer.Option()] = Path("results/ablate.json"),
-) -> None:
-    """One factor at a time from the default: at one rate on validation, or each at its own rate on the test split."""
-    from hora_bench.experiments.ablate import ablate as run
-
-    setting = read_setting(file, quick=QUICK["ablate"] if quick else None, data=data)
-    with _timed("ablate", file, out) as (progress, finish):
-        command = _command("ablate", file)
-        result = finish(run(setting, out.parent / "runs", **setting.vary, command=command, progress=progress))
-    plots("ablate", result, out.parent, out.stem)
-    show(console, "ablate", result, out)
-
-
-def sample_efficiency(
-    file: File = None,
-    *,
-    quick: Quick = False,
-    data: Data = None,
-    out: Annotated[Path, typer.Option()] = Path("results/sample-efficiency.json"),
-) -> None:
-    """Accuracy against the share of training data, every method tuned alike."""
-    from hora_bench.experiments.sample_efficiency import sample_efficiency as run
-
-    name = "sample-efficiency"
-    setting = read_setting(file, quick=QUICK[name] if quick else None, data=data)
-    with _timed(name, file, out) as (progress, finish):
-        runs = out.parent / "runs"
-        result = finish(run(setting, runs, **setting.vary, command=_command(name, file), progress=progress))
-    plots(name, result, out.parent, out.stem)
-    show(console, name, result, out)
 
 
 def speed(
@@ -131,8 +113,9 @@ def report(
     ] = Path("results/benchmarks.html"),
 ) -> None:
     """A page of tables, plots and verdicts on the paper's claims, from result files alone."""
-    from hora_bench.experiments.page import write_page
+    from hora_bench.report.page import write_page
 
+    check_writable(out.parent)
     for path in write_page(results, out):
         console.print(path)
 
@@ -146,12 +129,13 @@ def _timed(
     name: str, file: Path | None, out: Path, flags: str = ""
 ) -> Generator[tuple[Callable[..., None], Callable[[Any], Any]]]:
     """A progress callback, and a function that writes the result with the time it took."""
+    check_writable(out.parent)
     started = time.perf_counter()
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeRemainingColumn())
 
     def finish(result: dict[str, Any]) -> dict[str, Any]:
         seconds = time.perf_counter() - started
-        write_record(out, name, _command(name, file, flags), seconds=seconds, result=result)
+        write_experiment(out, name, _command(name, file, flags), seconds=seconds, result=result)
         return result
 
     with Progress(*columns, console=console, transient=True) as progress:

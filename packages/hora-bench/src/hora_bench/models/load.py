@@ -3,6 +3,7 @@
 import json
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from hora_spec import HoraError
 
 from hora_bench import assets
 from hora_bench.asset_table import ASSETS
+from hora_bench.data.images import View
 from hora_bench.torchvision_ops import declare_missing_ops
 
 Head = tuple[np.ndarray, np.ndarray]
+SEEN = ("mean", "std", "interpolation")
 
 
 def resolve(name: str) -> str | Path:
@@ -21,6 +24,30 @@ def resolve(name: str) -> str | Path:
     if name in {asset.name for asset in ASSETS}:
         return assets.find(name).get()
     return Path(name) if Path(name).is_dir() else name
+
+
+def directory(name: str) -> Path:
+    """The directory with a model's files: an asset's, a path, or the hub's snapshot of a name of timm or the hub."""
+    found = resolve(name)
+    if isinstance(found, Path):
+        return found
+    declare_missing_ops()
+    from huggingface_hub import snapshot_download
+    from timm.models import get_pretrained_cfg
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    with _loading(name, "a name of timm or of the hub"):
+        known = get_pretrained_cfg(found, allow_unregistered=True)
+        repository = known.hf_hub_id if known is not None and known.hf_hub_id else found
+        return Path(snapshot_download(repository, allow_patterns=patterns))
+
+
+def view(name: str) -> View:
+    """How a checkpoint of timm normalises images; ImageNet's mean and deviation where it does not say."""
+    with _loading(name, "a timm model"):
+        stored = json.loads((directory(name) / "config.json").read_text()).get("pretrained_cfg", {})
+    given: dict[str, Any] = {**asdict(View()), **{key: value for key, value in stored.items() if key in SEEN}}
+    return View(tuple(given["mean"]), tuple(given["std"]), given["interpolation"])
 
 
 def source(name: str) -> dict[str, Any]:
@@ -45,7 +72,7 @@ def _loading(name: str, kind: str) -> Generator[None]:
         ) from error
 
 
-def timm_vit(name: str, image_size: int, head: Head | None = None) -> Any:
+def timm_vit(name: str, image_size: int, head: Head | None = None, *, drop_path: float = 0.0) -> Any:
     """A pretrained timm model for square images, in evaluation mode.
 
     Parameters
@@ -56,21 +83,41 @@ def timm_vit(name: str, image_size: int, head: Head | None = None) -> Any:
         Height and width in pixels; positions are resized.
     head
         New kernel ``(features, classes)`` and bias; None leaves pooled features.
+    drop_path
+        Above 0, branches of blocks follow the batch's ``paths`` in training.
+
+    Raises
+    ------
+    HoraError
+        There is no such model, or it has no patches of this size.
     """
     declare_missing_ops()
     import timm
     import torch
 
-    found = resolve(name)
-    path = f"local-dir:{found}" if isinstance(found, Path) else found
     with _loading(name, "a timm model"):
-        model = timm.create_model(path, pretrained=True, img_size=image_size, num_classes=0)
+        model = timm.create_model(f"local-dir:{directory(name)}", pretrained=True, img_size=image_size, num_classes=0)
+    _check_patches(model, name, image_size)
+    if drop_path:
+        from hora_bench.models.paths import PathDrop
+
+        PathDrop.into(model)
     if head is not None:
         model.reset_classifier(head[0].shape[1])
         with torch.no_grad():
             model.head.weight.copy_(torch.from_numpy(head[0].T.copy()))
             model.head.bias.copy_(torch.from_numpy(head[1]))
     return model.eval()
+
+
+def _check_patches(model: Any, name: str, image_size: int) -> None:
+    """Timm cuts off what does not fill a patch, and says nothing."""
+    if not hasattr(model, "patch_embed") or not hasattr(model, "blocks"):
+        raise HoraError(f"images are classified by vision transformers, got {name}: pass another --model")
+    patch = model.patch_embed.patch_size[0]
+    if image_size % patch:
+        near = max(patch, round(image_size / patch) * patch)
+        raise HoraError(f"--image-size is a multiple of the patches of {name}, {patch}, got {image_size}: pass {near}")
 
 
 def abstract_vit(name: str, image_size: int | None = None, num_classes: int = 0) -> Any:
@@ -113,7 +160,7 @@ def causal_lm(name: str, *, dtype: str = "float32") -> Any:
 
     logging.disable_progress_bar()
     with _loading(name, "a causal language model of the hub"):
-        return AutoModelForCausalLM.from_pretrained(resolve(name), dtype=getattr(torch, dtype)).eval()
+        return AutoModelForCausalLM.from_pretrained(directory(name), dtype=getattr(torch, dtype)).eval()
 
 
 def abstract_causal_lm(architecture: dict[str, Any]) -> Any:
@@ -128,15 +175,10 @@ def abstract_causal_lm(architecture: dict[str, Any]) -> Any:
 
 def nnx_llama(name: str, *, dtype: str = "float32", **changes: Any) -> Any:
     """The NNX LLaMA with the weights of `causal_lm`; `changes` are fields of its config."""
-    from huggingface_hub import snapshot_download
-
     from hora_bench.models.checkpoint import load_llama
 
-    found = resolve(name)
-    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
     with _loading(name, "a LLaMA of the hub"):
-        directory = found if isinstance(found, Path) else Path(snapshot_download(found, allow_patterns=patterns))
-        return load_llama(directory, dtype=dtype, **changes)
+        return load_llama(directory(name), dtype=dtype, **changes)
 
 
 def tokenizer(name: str) -> Any:
@@ -145,7 +187,7 @@ def tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     with _loading(name, "a language model of the hub"):
-        return AutoTokenizer.from_pretrained(resolve(name))
+        return AutoTokenizer.from_pretrained(directory(name))
 
 
 def is_language_model(name: str) -> bool:

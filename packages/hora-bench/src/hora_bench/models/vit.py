@@ -153,12 +153,14 @@ class Block(nnx.Module):
             self.ls1, self.ls2 = LayerScale(config.embed_dim), LayerScale(config.embed_dim)
         self.layer_scale = config.layer_scale
 
-    def __call__(self, x: Float[Array, "batch seq embed"], cache: None = None) -> tuple[jax.Array, None]:
-        """Next activations, and the cache that `run_layers` threads through (always None here)."""
+    def __call__(
+        self, x: Float[Array, "batch seq embed"], paths: Float[Array, "batch 2"] | None = None
+    ) -> tuple[jax.Array, Any]:
+        """Next activations, and `paths` as they came: factors of the two branches, 0 where one is left out."""
         attended = self.attn(self.norm1(x))
-        x = x + (self.ls1(attended) if self.layer_scale else attended)
+        x = x + _kept(self.ls1(attended) if self.layer_scale else attended, paths, 0)
         mixed = self.mlp(self.norm2(x))
-        return x + (self.ls2(mixed) if self.layer_scale else mixed), cache
+        return x + _kept(self.ls2(mixed) if self.layer_scale else mixed, paths, 1), paths
 
 
 @final
@@ -190,15 +192,20 @@ class ViT(nnx.Module):
         if config.num_classes:
             self.head = nnx.Linear(dim, config.num_classes, kernel_init=INIT, rngs=rngs)
 
-    def __call__(self, images: Float[Array, "batch height width 3"]) -> Float[Array, "batch classes"]:
-        """Logits, or pooled features without a head."""
-        x = self.features(images)
+    def __call__(
+        self, images: Float[Array, "batch height width 3"], *, paths: Float[Array, "batch depth 2"] | None = None
+    ) -> Float[Array, "batch classes"]:
+        """Logits, or pooled features without a head; `paths` are factors of every block's branches (drop path)."""
+        x = self.features(images, paths=paths)
         return self.head(x) if self.config.num_classes else x
 
-    def features(self, images: Float[Array, "batch height width 3"]) -> Float[Array, "batch embed"]:
+    def features(
+        self, images: Float[Array, "batch height width 3"], *, paths: Float[Array, "batch depth 2"] | None = None
+    ) -> Float[Array, "batch embed"]:
         """Pooled, normalised features, the input of the head."""
         config = self.config
-        x, _ = run_layers(self.blocks, self._embed(images), remat=config.remat)
+        by_layer = None if paths is None else jnp.swapaxes(paths, 0, 1)
+        x, _ = run_layers(self.blocks, self._embed(images), cache=by_layer, remat=config.remat)
         x = self.norm(x) if config.norm else x
         x = x[:, 0] if config.pool == "token" else x[:, config.num_prefix_tokens :].mean(axis=1)
         return self.fc_norm(x) if config.fc_norm else x
@@ -234,6 +241,10 @@ def resize_positions(
     square = table[:, prefix:].reshape(1, old, old, -1)
     square = jax.image.resize(square, (1, grid, grid, square.shape[-1]), "bicubic", antialias=True)
     return jnp.concatenate([table[:, :prefix], square.reshape(1, grid * grid, -1)], axis=1)
+
+
+def _kept(branch: jax.Array, paths: jax.Array | None, index: int) -> jax.Array:
+    return branch if paths is None else branch * paths[:, index, None, None].astype(branch.dtype)
 
 
 def _layer_norm(config: ViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:

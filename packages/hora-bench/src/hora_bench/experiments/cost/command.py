@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from hora_bench.experiments.record import write_record
-from hora_bench.experiments.sections import show
+from hora_bench.report.tables import show
+from hora_bench.store import check_writable, write_experiment
 
 from .architectures import MODELS
 from .run import cost
@@ -28,6 +28,7 @@ def command(
     """Parameters and multiply-accumulates of every method on ViT and LLaMA, without weights."""
     if unknown := set(model or ()) - set(MODELS):
         raise typer.BadParameter(f"models are {', '.join(MODELS)}, got {', '.join(sorted(unknown))}")
+    check_writable(out.parent)
     started = time.perf_counter()
     with console.status("counting") as status:
         result = cost(
@@ -38,5 +39,5 @@ def command(
             progress=lambda name: status.update(f"counting {name}"),
         )
     flags = "".join([*(f" --model {m}" for m in model or ()), f" --rank {rank}" * bool(rank), " --quick" * quick])
-    write_record(out, "cost", f"hora-bench cost{flags}", seconds=time.perf_counter() - started, result=result)
+    write_experiment(out, "cost", f"hora-bench cost{flags}", seconds=time.perf_counter() - started, result=result)
     show(console, "cost", result, out)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from hora_spec import AdapterSpec
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from hora_bench.flops import counter
 from hora_bench.torchvision_ops import declare_missing_ops
 
 from .architectures import Transformer, Workload
@@ -23,14 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TARGETS = ["q_proj", "v_proj"]
-
-
-def _addmm_flop(_: torch.Size, left: torch.Size, right: torch.Size, **__: object) -> int:
-    """FLOPs of ``y += left @ right``: torch's counter (2.13) knows addmm but not the branch route's in-place addmm_."""
-    return 2 * left.numel() * right[1]
-
-
-IN_PLACE = {torch.ops.aten.addmm_: _addmm_flop}
 
 
 def build(model: Transformer) -> PreTrainedModel:
@@ -92,9 +84,9 @@ def count_macs(model: PeftModel | PreTrainedModel, load: Workload) -> Macs:
     images = model.config.model_type == "vit"
     size, dtype = ((load.batch, 3, 224, 224), torch.float32) if images else (tuple(load), torch.long)
     inputs = torch.empty(size, dtype=dtype, device="meta")
-    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as forward:
+    with counter() as forward:
         outputs = model.train()(inputs)[0]
-    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as backward:
+    with counter() as backward:
         if outputs.requires_grad:
             outputs.sum().backward()
     return Macs(forward.get_total_flops() // 2, backward.get_total_flops() // 2)

@@ -8,13 +8,15 @@ from typing import Any, Final
 import numpy as np
 from hora_spec import ACTIVATIONS, AdapterSpec, LayerShape
 
-from hora_bench.experiments.journal import Journal
-from hora_bench.experiments.setting import FINAL, Setting, vary
-from hora_bench.results import Request
-from hora_bench.runs import EVAL_BATCH, build, recipe_of
-from hora_bench.tasks.images import ImageTask
-from hora_bench.training.loop import fit, predict
-from hora_bench.training.recipe import subset
+from hora_bench.backends import build
+from hora_bench.data.base import Score
+from hora_bench.data.images import ImageTask
+from hora_bench.recipe import subset
+from hora_bench.request import FINAL, Inputs, Request, vary
+from hora_bench.run import EVAL_BATCH
+from hora_bench.store import Journal
+from hora_bench.sweep import Setting
+from hora_bench.training import fit, predict
 
 from .measures import factors_of, measure, start
 
@@ -62,7 +64,8 @@ def similarity(
     requests = [vary(setting.base, method=m, seed=s, backend="torch", **FINAL) for m in methods for s in seeds]
     trials, layers = [], []
     for asked in requests:
-        outcome, records = journal.once(asked.model_dump(), lambda asked=asked: _measure(asked, task))
+        key = [asked.model_dump(), Inputs.of(asked, task).model_dump()]
+        outcome, records = journal.once(key, lambda asked=asked: _measure(asked, task))
         which = {"method": asked.method, "seed": asked.seed}
         trials.append({**which, **outcome})
         layers += [{**which, **record} for record in records]
@@ -90,9 +93,9 @@ def _measure(asked: Request, task: ImageTask) -> list[Any]:
     """Outcome of one training, and one record per layer and projection."""
     learner = build(asked, task)
     members = subset(task.labels(asked.train_on), asked.fraction, asked.seed)
-    curve = fit(learner, task, asked.train_on, recipe_of(asked), members=members, seed=asked.seed)
+    curve = fit(learner, task, asked.train_on, asked.recipe, members=members, seed=asked.seed)
     outputs = predict(learner.outputs, task.eval_batches(asked.score_on, EVAL_BATCH["images"]))
-    score = task.score(asked.score_on, outputs)
+    score = Score.of(task.judge(asked.score_on, outputs))
     outcome = {
         "accuracy_pct": round(score.accuracy_pct, 3),
         "loss": round(float(np.mean(curve.loss[-10:])), 5),

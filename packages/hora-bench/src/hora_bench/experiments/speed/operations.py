@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from hora_bench.tasks.base import Batch
+from hora_bench.data.base import Batch
 
 Run = Callable[[], Any]
 
@@ -40,7 +40,7 @@ def operations(learner: Any, folder: str) -> dict[str, Run]:
 
 
 def _torch_merged(learner: Any) -> Any:
-    from hora_bench.training.torch import Logits
+    from hora_bench.backends.torch import Logits
 
     merged = copy(learner)
     merged.logits = Logits(deepcopy(learner.model).merge_and_unload())

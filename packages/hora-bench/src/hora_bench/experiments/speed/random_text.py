@@ -7,7 +7,7 @@ from typing import Final, Literal
 
 import numpy as np
 
-from hora_bench.tasks.base import Batch, Split
+from hora_bench.data.base import Batch, Split
 
 NAME: Final = "random-text"
 TOKENS: Final = 10  # every vocabulary has so many

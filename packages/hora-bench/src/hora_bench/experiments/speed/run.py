@@ -7,17 +7,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
 from tempfile import TemporaryDirectory
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 from hora_spec import HoraError
 
-from hora_bench.experiments.setting import Setting, vary
-from hora_bench.runs import build
-from hora_bench.tasks.base import Batch
+from hora_bench.backends import build, check_device
+from hora_bench.data.base import Batch
+from hora_bench.request import vary
+from hora_bench.sweep import Setting
 
 from .clock import CLOCKS, Clock, ratio, summary, take_turns
-from .device import Device, on_device
 from .operations import inference, operations
 from .random_text import NAME, RandomText
 
@@ -48,7 +48,7 @@ def speed(
     seq: int = 128,
     rounds: int = 9,
     clock: Clock = "wall",
-    device: Device = "cpu",
+    device: Literal["cpu", "cuda"] = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Time everything a user waits for.
@@ -86,26 +86,34 @@ def speed(
     contenders = {backend: methods for backend, methods in (("torch", torch), ("jax", jax)) if methods}
     stepped = _count(2 * rounds * len(contenders), progress)
     result: dict[str, Any] = {"steps": [], "inference": [], "operations": []}
-    with on_device(device, contenders) as device_name:
-        for backend, methods in contenders.items():
-            asked = {name: vary(setting.base, backend=backend, method=name) for name in methods}
-            learners = {name: build(request, task) for name, request in asked.items()}
-            result["steps"] += _steps(backend, learners, batch, rounds, clock, stepped)
-            result["inference"] += _inference(backend, learners, batch, rounds, clock, stepped)
-            result["operations"] += [
-                {"backend": backend, "method": name, **record}
-                for name, learner in learners.items()
-                for record in _operations(learner, rounds, clock)
-            ]
-            del learners
-            gc.collect()
-    measured = {"rounds": rounds, "clock": clock, "device": device_name}
+    for backend in contenders:
+        check_device(backend, device)
+    for backend, methods in contenders.items():
+        asked = {name: vary(setting.base, backend=backend, method=name, device=device) for name in methods}
+        learners = {name: build(request, task) for name, request in asked.items()}
+        result["steps"] += _steps(backend, learners, batch, rounds, clock, stepped)
+        result["inference"] += _inference(backend, learners, batch, rounds, clock, stepped)
+        result["operations"] += [
+            {"backend": backend, "method": name, **record}
+            for name, learner in learners.items()
+            for record in _operations(learner, rounds, clock)
+        ]
+        del learners
+        gc.collect()
+    measured = {"rounds": rounds, "clock": clock, "device": _name_of(device)}
     measured |= {"seq": seq} if task.kind == "text" else {}
     notes = [*ALL.splitlines(), *(TEXT if task.kind == "text" else IMAGES).splitlines()]
     return {"setting": {**setting.base.model_dump(), **measured}, **result, "notes": notes}
 
 
-def _check(dtype: str, kind: str, clock: Clock, device: Device) -> None:
+def _name_of(device: str) -> str:
+    """What a GPU is called."""
+    import torch
+
+    return torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else device
+
+
+def _check(dtype: str, kind: str, clock: Clock, device: str) -> None:
     if dtype != "float32" and kind == "images":
         raise HoraError(f"image models are timed in float32, got {dtype}: leave it out, or time a language model")
     if clock == "cpu" and device != "cpu":

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from hora_bench.experiments.journal import Journal
+from hora_bench.store import Journal
 
 from .identify import SPLITS, identify
 from .model import NOISE, SHARINGS, TOKENS, WIDTH, count_params
@@ -51,6 +51,10 @@ def theory(
         )
         progress(len(done), len(pieces))
     records = curves(grid, done)
+    found = [
+        {"fitted_heads": heads, "sharing": sharing, "trial": trial, **done[heads, sharing, trial]}
+        for heads, sharing, trial in pieces
+    ]
     return {
         "setting": {
             "size": size,
@@ -67,11 +71,8 @@ def theory(
             {**asdict(found), "splits": list(SPLITS), "identified": found.identified}
             for found in (identify(sharing, seed=seed) for sharing in SHARINGS)
         ],
-        "pieces": [
-            {"fitted_heads": heads, "sharing": sharing, "trial": trial, **done[heads, sharing, trial]}
-            for heads, sharing, trial in pieces
-        ],
+        "pieces": found,
         "curves": records,
-        "gates": [] if size == "quick" else gates(records),
+        "gates": [] if size == "quick" else gates(grid.sizes, found),
         "limits": list(LIMITS),
     }

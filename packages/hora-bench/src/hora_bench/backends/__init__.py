@@ -1,0 +1,79 @@
+"""Learners on torch and JAX: the same steps from the same start."""
+
+from typing import Any
+
+from hora_spec import HoraError
+
+from hora_bench import methods
+from hora_bench.models import load
+from hora_bench.recipe import head_init
+from hora_bench.request import Request
+from hora_bench.training import Learner
+
+
+def build(request: Request, task: Any) -> Learner:
+    """A learner: pretrained model, method and optimiser of the request's backend.
+
+    Raises
+    ------
+    HoraError
+        The backend does not reach the device, or lacks the method, or the model does not fit.
+    """
+    check_device(request.backend, request.device)
+    method = methods.find(request.method).configured(request.options)
+    head, size = None, request.image_size_px or 224
+    if task.kind == "images":
+        head = head_init(load.num_features(request.model), task.num_classes, request.seed)
+    if request.backend == "torch":
+        import torch
+
+        from hora_bench.backends.torch import TorchLearner, make_accelerator
+        from hora_bench.backends.torch_methods import prepare
+
+        if task.kind == "images":
+            base = load.timm_vit(request.model, size, head, drop_path=request.drop_path)
+        else:
+            base = load.causal_lm(request.model, dtype=request.dtype)
+        half = torch.bfloat16 if task.kind == "images" and request.dtype == "bfloat16" else None
+        prepared = prepare(base, method, seed=request.seed)
+        return TorchLearner(prepared, request.recipe, accelerator=make_accelerator(request.device), autocast=half)
+    import jax
+
+    from hora_bench.backends.jax import JaxLearner
+    from hora_bench.backends.jax_methods import prepare as prepare_jax
+
+    form = {"scan_layers": request.scan, "remat": request.remat}
+    device = None if request.device == "auto" else jax.devices(request.device)[0]
+    # a model for a mesh waits in the host's memory: no device has to hold all of it
+    with jax.default_device(jax.devices("cpu")[0] if request.mesh else device):
+        if task.kind == "images":
+            base = load.nnx_vit(request.model, size, head, **form)
+        else:
+            base = load.nnx_llama(request.model, dtype=request.dtype, **form)
+        prepared = prepare_jax(base, method, seed=request.seed)
+    return JaxLearner(*prepared, request.recipe, mesh=request.mesh, device=device)
+
+
+def check_device(backend: str, device: str) -> None:
+    """Raise HoraError where a backend does not reach a device: nothing runs on another one silently."""
+    if not reaches(backend, device):
+        raise HoraError(
+            f"--device {device} needs a {device} device that the backend reaches, got none for {backend}: install its "
+            "build for it, or pass --device cpu"
+        )
+
+
+def reaches(backend: str, device: str) -> bool:
+    """Whether a backend has such a device."""
+    if device == "auto":
+        return True
+    if backend == "torch":
+        import torch
+
+        return device == "cpu" or torch.cuda.is_available()
+    import jax
+
+    try:
+        return bool(jax.devices(device))
+    except RuntimeError:
+        return False

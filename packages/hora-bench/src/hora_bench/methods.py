@@ -1,0 +1,112 @@
+"""The table of fine-tuning methods: HoRA and its variants, and peers from their own libraries."""
+
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any, Final, Literal
+
+from hora_spec import AdapterSpec, HoraError
+
+Family = Literal["hora", "lora", "dora", "vera", "vblora", "probe", "full"]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A named way of fine-tuning.
+
+    Attributes
+    ----------
+    name
+        As given to ``--method``.
+    library
+        Who implements it on each backend; a missing backend cannot run it.
+    description
+        For ``hora-bench methods``.
+    family
+        How `hora_bench.backends.torch_methods` and `jax_methods` prepare a model for it.
+    options
+        Defaults that ``--option key=value`` changes.
+    """
+
+    name: str
+    library: dict[str, str]
+    description: str
+    family: Family
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def configured(self, changes: dict[str, Any]) -> "Method":
+        """The same method with other options.
+
+        Raises
+        ------
+        HoraError
+            The method has no such option, or not with such a value.
+        """
+        if unknown := sorted(set(changes) - set(self.options)):
+            known = ", ".join(self.options) or "none"
+            raise HoraError(f"the options of {self.name} are {known}, got {', '.join(unknown)}: see hora-bench methods")
+        method = Method(self.name, self.library, self.description, self.family, {**self.options, **changes})
+        if method.family == "hora":
+            _ = method.spec  # the specification checks it
+        for key, value in method.options.items():
+            _check(method, key, value)
+        return method
+
+    @property
+    def spec(self) -> AdapterSpec:
+        """The adapter of a HoRA method."""
+        return AdapterSpec(**self.options)
+
+
+def _check(method: Method, key: str, value: Any) -> None:
+    """Sizes are whole numbers in bounds; the scale of an update is a positive number, or None for the rank."""
+    if low := LEAST.get(key):
+        if type(value) is not int or not low <= value <= MOST:
+            raise HoraError(f"{key} of {method.name} is a whole number from {low} to {MOST}, got {value!r}: change it")
+    elif key == "alpha" and value is not None:
+        number = type(value) in (int, float) and isfinite(value) and value > 0
+        if not number:
+            raise HoraError(f"alpha of {method.name} is a positive number or null, got {value!r}: change it")
+
+
+def _hora(name: str, description: str, **changes: Any) -> Method:
+    spec = AdapterSpec().replace(**changes).to_dict()
+    library = {"torch": "hora-torch", "jax": "hora-jax"}
+    return Method(name, library, description, "hora", spec)
+
+
+LEAST: Final = {"rank": 1, "vectors": 2, "hidden_dim": 1, "head_embed_dim": 1}
+MOST: Final = 4096
+_PAPER: Final = {
+    name: getattr(AdapterSpec.paper(8), name) for name in ("a_source", "hidden_dim", "head_embed_dim", "gain")
+}
+_LORA: Final = {"rank": 8, "alpha": None}  # as in HoRA, alpha None is the rank: scaling 1
+
+METHODS: Final = (
+    _hora("hora", "the recommended form: A direct and shared, B generated for all heads"),
+    _hora("hora-residual", "B generated plus a free part", residual=True),
+    _hora("hora-generated-a", "A and B both generated", a_source="hypernetwork"),
+    _hora("hora-paper", "the paper's reading: A and B generated, hidden 20, gain 1", **_PAPER),
+    _hora("hora-a", "sharing a: A shared over heads, B free per head", sharing="a"),
+    _hora("hora-b", "sharing b: A free per head, B generated", sharing="b"),
+    _hora("mh-lora", "sharing none: multi-head LoRA, the paper's baseline", sharing="none"),
+    Method("lora", {"torch": "peft", "jax": "qwix"}, "low-rank adaptation of Q and V", "lora", _LORA),
+    Method("dora", {"torch": "peft"}, "LoRA with a learned magnitude for each output", "dora", _LORA),
+    Method("vera", {"torch": "peft"}, "frozen random factors, learned scales", "vera", {"rank": 256}),
+    Method("vblora", {"torch": "peft"}, "factors mixed from one bank of vectors", "vblora", {"rank": 8, "vectors": 90}),
+    Method("linear-probe", {"torch": "torch", "jax": "flax"}, "the new head alone", "probe"),
+    Method("full", {"torch": "torch", "jax": "flax"}, "every parameter", "full"),
+)
+
+
+def find(name: str) -> Method:
+    """The method of that name.
+
+    Raises
+    ------
+    HoraError
+        There is none.
+    """
+    for method in METHODS:
+        if method.name == name:
+            return method
+    raise HoraError(f"a method is one of {', '.join(m.name for m in METHODS)}, got {name!r}: see hora-bench methods")

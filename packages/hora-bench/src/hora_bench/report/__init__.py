@@ -1,0 +1,1 @@
+"""The pages: tables, plots and verdicts from result files alone."""

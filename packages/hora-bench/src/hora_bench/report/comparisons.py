@@ -1,0 +1,138 @@
+"""Comparisons as tables and plots: a choice a line, accuracies, and paired differences from LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from hora_bench.report.rows import Row, is_lora, name_of, rows_of
+from hora_bench.report.svg import save
+from hora_bench.stats import Difference
+
+HEADER = (
+    "choice",
+    "data",
+    "rate",
+    "accuracy, %",
+    "over LoRA, points",
+    "could have seen",
+    "seeds",
+    "parameters",
+    "labels",
+)
+
+
+def shown(difference: Difference | None) -> str:
+    """A difference with its interval."""
+    if difference is None:
+        return ""
+    if difference.low is None:
+        return f"{difference.mean:+}"
+    return f"{difference.mean:+} ({difference.low:+} to {difference.high:+})"
+
+
+def cells_of(row: Row) -> tuple[str, ...]:
+    """A line of the table."""
+    over = row["over_lora"]
+    interval = f" ({row['low_pct']} to {row['high_pct']})" if "low_pct" in row else ""
+    edge = f" ({row['rate_at_edge']} tried)" if row["rate_at_edge"] else ""
+    return (
+        name_of(row),
+        f"{100 * row['fraction']:g} %",
+        f"{row.get('learning_rate', ''):g}{edge}" if "learning_rate" in row else "",
+        f"{row['mean_pct']}{interval}",
+        shown(over),
+        "" if over is None or over.detectable is None else f"{over.detectable}",
+        str(row["seeds"]),
+        f"{row['params_count']:,}" if "params_count" in row else "",
+        str(row.get("labels_count", "")),
+    )
+
+
+def lines_of(result: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and cells, without columns that are empty."""
+    rows = [cells_of(row) for row in rows_of(result)]
+    kept = [i for i in range(len(HEADER)) if any(row[i] for row in rows)]
+    return tuple(HEADER[i] for i in kept), [tuple(row[i] for i in kept) for row in rows]
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Write a curve over fractions of the data, or else a choice per line."""
+    rows = rows_of(result)
+    fractions = {row["fraction"] for row in rows}
+    save(_curves(rows) if len(fractions) > 1 else _forest(rows), path)
+
+
+def _curves(rows: Sequence[Row]) -> Figure:
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for index, name in enumerate(dict.fromkeys(map(name_of, rows))):
+        own = [row for row in rows if name_of(row) == name]
+        x = [100 * row["fraction"] * (1 + 0.03 * index) for row in own]
+        axis.plot(x, [row["mean_pct"] for row in own], color=f"C{index}", marker="o", markersize=4, label=name)
+        for place, row in zip(x, own, strict=True):
+            accuracies = row.get("accuracies_pct", [])
+            axis.scatter([place] * len(accuracies), accuracies, s=6, color=f"C{index}", alpha=0.5)
+    axis.set_xscale("log")
+    axis.set_xlabel("training data, %; small dots are seeds")
+    axis.set_ylabel("test accuracy, %")
+    axis.legend(frameon=False)
+    return figure
+
+
+def _forest(rows: Sequence[Row]) -> Figure:
+    paired = any(row["over_lora"] is not None and row["over_lora"].low is not None for row in rows)
+    figure = Figure(figsize=(4.5 * (1 + paired), 1 + 0.28 * len(rows)), layout="constrained")
+    axes = figure.subplots(1, 1 + paired, squeeze=False, sharey=True)[0]
+    axes[0].set_yticks(range(len(rows)), list(map(name_of, rows)), fontsize=8)
+    axes[0].invert_yaxis()
+    axes[0].set_xlabel("accuracy, %")
+    for line, row in enumerate(rows):
+        if "low_pct" in row:
+            _bar(axes[0], line, row["mean_pct"], row["low_pct"], row["high_pct"])
+        else:
+            axes[0].plot(row["mean_pct"], line, "o", color="C0", markersize=4)
+            axes[0].scatter(row["accuracies_pct"], [line] * row["seeds"], s=6, color="C0", alpha=0.5)
+        if paired and (over := row["over_lora"]) is not None and over.low is not None:
+            _bar(axes[1], line, over.mean, over.low, over.high)
+    if paired:
+        axes[1].axvline(0, color="0.6", linewidth=0.8)
+        axes[1].set_xlabel("difference from LoRA, points")
+    return figure
+
+
+def _bar(axis: Any, line: int, mean: float, low: float, high: float) -> None:
+    axis.errorbar([mean], [line], xerr=[[mean - low], [high - mean]], fmt="o", color="C0", markersize=4, capsize=2)
+
+
+def forest(differences: Sequence[tuple[str, Difference]]) -> Figure:
+    """Paired differences of many comparisons below each other: those whose whole interval is right of 0 are ahead."""
+    figure = Figure(figsize=(6, 1 + 0.32 * len(differences)), layout="constrained")
+    axis = figure.subplots()
+    axis.axvline(0, color="0.6", linewidth=0.8)
+    for line, (_, one) in enumerate(differences):
+        if one.low is None or one.high is None:
+            axis.plot(one.mean, line, "o", color="0.5", markersize=4)
+        else:
+            _bar(axis, line, one.mean, one.low, one.high)
+    axis.set_yticks(range(len(differences)), [name for name, _ in differences], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("difference from LoRA, points; grey: one seed, no interval")
+    return figure
+
+
+def found_in(result: dict[str, Any]) -> Iterator[tuple[str, Difference]]:
+    """Every comparison with LoRA in which each had a rate of its own."""
+    for row in rows_of(result):
+        if result.get("search") and row["over_lora"] is not None and not is_lora(row):
+            yield f"{name_of(row)}, {100 * row['fraction']:g} % of {row['task']}", row["over_lora"]
+
+
+def control_lines(records: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
+    """Cells of the table of controls."""
+    for one in records:
+        numbers = (f"{one[key]}" for key in ("accuracy_pct", "shuffled_pct", "chance_bound_pct"))
+        yield (one["backend"], one["method"], *numbers, "yes" if one["at_chance"] else "no")

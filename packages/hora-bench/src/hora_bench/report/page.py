@@ -1,0 +1,170 @@
+"""The pages of benchmarks, Markdown or HTML, rebuilt from result files alone: a summary, and a page per question."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+from hora_spec import HoraError
+
+from hora_bench import store
+from hora_bench.cache import new_file, read_json
+from hora_bench.report.comparisons import forest, found_in
+from hora_bench.report.html import write_document
+from hora_bench.report.markdown import embedded, folded, link, table
+from hora_bench.report.rows import COMPARISONS
+from hora_bench.report.svg import save
+from hora_bench.report.tables import notes, plots, tables
+from hora_bench.report.verdicts import verdicts
+
+Records = Sequence[tuple[Path, dict[str, Any]]]
+QUESTIONS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {  # page: its title, experiments
+    "comparisons": ("Is it more accurate?", COMPARISONS),
+    "cost": ("What does it cost, counted?", ("cost",)),
+    "speed": ("What does it cost, measured?", ("speed",)),
+    "similarity": ("How alike are the heads?", ("similarity",)),
+    "theory": ("Does the theory show?", ("theory",)),
+}
+EXPERIMENTS: Final = tuple(name for _, names in QUESTIONS.values() for name in names)
+LEAD: Final = (
+    "Measured with `hora-bench`. Every number is in a result file that is linked beside it, with the command that "
+    "makes it again. *Not seen* means that the whole interval is below what is claimed; *not resolved*, that it holds "
+    "both, or that a rate is at the edge of its grid. What could have been seen is the true difference that so many "
+    "seeds would have shown in four of five such experiments."
+)
+DIFFERENCES: Final = "differences"
+
+
+def write_page(results: Path, out: Path) -> list[Path]:
+    """Write the pages from every result file below a folder.
+
+    Parameters
+    ----------
+    results
+        Searched for files of experiments and of runs; others are left alone.
+    out
+        ``.md``, the summary, with plots and a page per question in a folder of its name beside it, or ``.html``, one
+        file that holds everything.
+
+    Returns
+    -------
+    list of Path
+        What was written: the same bytes whenever the result files are the same.
+
+    Raises
+    ------
+    HoraError
+        The page is neither, or there are no results.
+    """
+    if out.suffix not in (".md", ".html"):
+        raise HoraError(f"a page is Markdown (.md) or HTML (.html), got {out.name}: rename it")
+    contents = [(path, read_json(path)) for path in sorted(results.rglob("*.json"))]
+    records = [(path, c) for path, c in contents if isinstance(c, dict) and c.get("experiment") in EXPERIMENTS]
+    runs = [store.read(path) for path, _ in contents if store.is_result(path)]
+    if not (records or runs):
+        raise HoraError(f"{results} must hold results of experiments, got none: run one, such as hora-bench theory")
+    if out.suffix == ".html":
+        with TemporaryDirectory() as folder:
+            images = {path: embedded(path) for path in _draw(records, Path(folder))}
+        texts = [_summary(records, runs, out, images), *(_question(p, records, out, images) for p in QUESTIONS)]
+        write_document(out, "Benchmarks", _html("\n".join(texts)))
+        return [out]
+    folder = out.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = _draw(records, folder)
+    pages = {out: _summary(records, runs, out, {path: f"{folder.name}/{path.name}" for path in drawn})}
+    beside = {path: path.name for path in drawn}
+    pages |= {(page := folder / f"{name}.md"): _question(name, records, page, beside) for name in QUESTIONS}
+    for page, text in pages.items():
+        with new_file(page) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return [*pages, *drawn]
+
+
+def _draw(records: Records, folder: Path) -> list[Path]:
+    """The plots of all result files, and the one of all comparisons."""
+    drawn = [plot for path, c in records for plot in plots(c["experiment"], c["result"], folder, path.stem)]
+    compared = [one for _, c in records if c["experiment"] in COMPARISONS for one in found_in(c["result"])]
+    if compared:
+        save(forest(compared), folder / f"{DIFFERENCES}.svg")
+        drawn.append(folder / f"{DIFFERENCES}.svg")
+    return drawn
+
+
+def _summary(records: Records, runs: Sequence[store.RunResult], page: Path, images: dict[Path, str]) -> str:
+    """Claims with verdicts, the differences at a glance, and where the pages and files are."""
+    lines = ["# Benchmarks", "", LEAD, "", "## The paper's claims"]
+    said = [(*verdict[:3], verdict.file and link(verdict.file, page)) for verdict in verdicts(records, runs)]
+    lines += table(("claim", "verdict", "why", "result"), said)
+    for path, address in images.items():
+        if path.stem == DIFFERENCES:
+            lines += ["## Differences from LoRA", "", f"![{DIFFERENCES}]({address})", ""]
+    if page.suffix == ".md":
+        lines += ["## Questions", ""]
+        lines += [f"- [{title}]({page.stem}/{name}.md)" for name, (title, _) in QUESTIONS.items()]
+    lines += ["", "## What was measured where"]
+    letters: dict[str, str] = {}  # of sets of versions, each of which is written once
+    where = []
+    for path, content in records:
+        letter = letters.setdefault(_versions(content), chr(ord("A") + len(letters)))
+        seconds = f"{content['time_s']:g} s"
+        where.append((link(path, page), f"`{content['command']}`", seconds, _machine(content), letter))
+    lines += table(("result", "command", "time", "machine", "versions"), where)
+    lines += [f"- {letter}: {versions}" for versions, letter in letters.items()]
+    return _squeezed(lines)
+
+
+def _question(name: str, records: Records, page: Path, images: dict[Path, str]) -> str:
+    """Every result that answers a question: its plots, its notes, its tables folded."""
+    title, experiments = QUESTIONS[name]
+    lines = [f"# {title}", ""]
+    for path, content in records:
+        if content["experiment"] in experiments:
+            lines += [f"## {path.stem}", "", f"{link(path, page)}: `{content['command']}`", ""]
+            lines += [*_section(path, content, images)]
+    return _squeezed(lines)
+
+
+def _section(path: Path, content: dict[str, Any], images: dict[Path, str]) -> Iterator[str]:
+    own = plots_of(path, content["experiment"])
+    for plot, address in images.items():
+        if plot.name in own:
+            yield from (f"![{plot.stem}]({address})", "")
+    for one in tables(content["experiment"], content["result"]):
+        yield from folded(one.title, one.header, one.rows)
+    yield from (f"- {note}" for note in notes(content["result"]))
+    yield ""
+
+
+def plots_of(path: Path, experiment: str) -> set[str]:
+    """Names of the plots that `plots` draws of a result file."""
+    if experiment == "similarity":
+        return {f"{path.stem}-{kind}.svg" for kind in ("heatmaps", "distributions")}
+    return {f"{path.stem}.svg"}
+
+
+def _machine(content: dict[str, Any]) -> str:
+    machine = content["machine"]
+    cores = f", {machine['cores_count']} cores" if "cores_count" in machine else ""
+    threads = f", OMP_NUM_THREADS={machine['omp_threads']}" if machine.get("omp_threads") else ""
+    return f"{machine['system']} {machine['architecture']}{cores}{threads}"
+
+
+def _versions(content: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+
+
+def _squeezed(lines: Sequence[str]) -> str:
+    """Lines as text, never two empty ones."""
+    kept = [line for line, before in zip(lines, ["", *lines], strict=False) if line or before]
+    return "\n".join(kept).rstrip("\n") + "\n"
+
+
+def _html(markdown: str) -> str:
+    from markdown_it import MarkdownIt
+
+    renderer = MarkdownIt("commonmark").enable("table")
+    renderer.validateLink = lambda url: True  # plots are data of a kind that it does not expect
+    return renderer.render(markdown)

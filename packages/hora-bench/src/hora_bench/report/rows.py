@@ -1,0 +1,77 @@
+"""Rows of comparisons in one form, whichever version of the tool wrote them; no stored value changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from hora_bench.stats import Difference
+
+COMPARISONS: Final = ("sweep", "ablate", "sample-efficiency")
+Row = dict[str, Any]
+
+
+def rows_of(result: dict[str, Any]) -> list[Row]:
+    """Rows with ``factor``, ``value``, ``fraction``, differences from LoRA with what could have been seen, and whether
+    the best rate is at the grid's edge.
+
+    Earlier versions took z for few seeds, so their intervals of means over seeds are left out; their accuracies are
+    there, and differences are formed anew from them.
+    """
+    setting = result["setting"]
+    stored = result["rows"] if "rows" in result else [_of_curve(point) for point in result["curve"]]
+    several = "test_loss" not in stored[0] and len(setting["seeds"]) > 1 if stored else False
+    rows = []
+    for one in stored:
+        row: Row = {"task": setting["task"], "fraction": setting["fraction"], "rate_at_edge": _edge(one, result), **one}
+        row["seeds"] = len(row.get("accuracies_pct", setting["seeds"]))
+        if several:
+            row = {key: value for key, value in row.items() if key not in ("low_pct", "high_pct")}
+        rows.append(row)
+    for row in rows:
+        row["over_lora"] = _over_lora(row, rows)
+    return rows
+
+
+def name_of(row: Row) -> str:
+    """What a row is called."""
+    return row["factor"] if row["value"] is None else str(row["value"]) if row["factor"] == "method" else _changed(row)
+
+
+def is_lora(row: Row) -> bool:
+    """Whether a row is what others are compared with: it differs from itself by nothing."""
+    over = row["over_lora"]
+    return over is not None and (over.mean, over.low, over.high) == (0, 0, 0)
+
+
+def _changed(row: Row) -> str:
+    return str(row["value"]) if row["factor"] == "variant" else f"{row['factor']} {row['value']}"
+
+
+def _of_curve(point: Row) -> Row:
+    return {"factor": "method", "value": point["method"], **{k: v for k, v in point.items() if k != "method"}}
+
+
+def _over_lora(row: Row, rows: Sequence[Row]) -> Difference | None:
+    """As it was stored, or from LoRA on the same fraction, where curves stored none."""
+    if stored := row.get("over_lora_pct"):
+        return Difference.stored(stored["mean_pct"], stored["low_pct"], stored["high_pct"], row["seeds"])
+    for other in rows:
+        same = (other["factor"], other["value"], other["fraction"]) == ("method", "lora", row["fraction"])
+        if same and "over_lora_pct" not in other and "accuracies_pct" in row:
+            return Difference.of(row["accuracies_pct"], other["accuracies_pct"])
+    return None
+
+
+def _edge(row: Row, result: dict[str, Any]) -> str | None:
+    """On which side of the grid the best rate lies; None inside."""
+    keys = ("factor", "value", "fraction") if "factor" in row else ("method", "fraction")
+    rates = sorted({trial["learning_rate"] for trial in result.get("search", []) if _same(trial, row, keys)})
+    if len(rates) < 2 or row.get("learning_rate") not in (rates[0], rates[-1]):
+        return None
+    return "lowest" if row["learning_rate"] == rates[0] else "highest"
+
+
+def _same(trial: Row, row: Row, keys: Sequence[str]) -> bool:
+    trial = trial if "factor" in trial else {"factor": "method", "value": trial["method"], **trial}
+    return all(trial.get(key) == row.get(key) for key in keys)

@@ -1,0 +1,233 @@
+"""The paper's claims, each with what the result files at hand allow to say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from scipy import stats
+
+from hora_bench.report.comparisons import shown
+from hora_bench.report.rows import COMPARISONS, Row, is_lora, name_of, rows_of
+from hora_bench.report.suites import SUITES, compared
+from hora_bench.report.tables import judged_gates
+from hora_bench.stats import MARGIN, Difference
+from hora_bench.store import RunResult
+
+Result = dict[str, Any]
+Records = Sequence[tuple[Path, dict[str, Any]]]
+Said = Iterator[tuple[str, str]]
+CONFIRMED: Final = "confirmed"
+ABSENT: Final = "not seen"
+UNRESOLVED: Final = "not resolved"
+UNTESTED: Final = "not measured"
+AHEAD: Final = 1.2
+NO_SLOWER: Final = 1.05
+SIGNIFICANT: Final = 0.05
+WORDS: Final = ("better", "equal", "not resolved", "worse")
+
+
+class Verdict(NamedTuple):
+    """A claim, what is said of it, why, and the file that says so."""
+
+    claim: str
+    word: str
+    why: str
+    file: Path | None = None
+
+
+def verdicts(records: Records, runs: Sequence[RunResult] = ()) -> list[Verdict]:
+    """A verdict on every claim.
+
+    Parameters
+    ----------
+    records
+        Result files of experiments and their content. Every file that can judge a claim does; of regressions the one
+        with the most trials does, which supersedes the others.
+    runs
+        Results of runs: those of whole suites judge the claims on suites.
+    """
+    found = [verdict for claim in SUITES for verdict in _of_suite(claim, runs)]
+    for claim, experiments, judge in JUDGES:
+        own = [(path, content["result"]) for path, content in records if content["experiment"] in experiments]
+        if experiments == ("theory",):
+            own = sorted(own, key=lambda one: len(one[1].get("pieces", ())))[-1:]
+        judged = [Verdict(claim, word, why, path) for path, result in own for word, why in judge(result)]
+        found += judged or [Verdict(claim, UNTESTED, f"no result that could tell: see `hora-bench {experiments[0]}`")]
+    return found
+
+
+def _of_suite(suite: str, runs: Sequence[RunResult]) -> Iterator[Verdict]:
+    """One verdict per method and circumstances in which whole suites were run, LoRA's too."""
+    claim, points, command = SUITES[suite]
+    found = list(compared(suite, runs))
+    for name, difference in found:
+        yield Verdict(claim, _of_difference(difference, points), f"{name}: {_points(difference)}")
+    if not found:
+        yield Verdict(
+            claim, UNTESTED, f"`{command}`, once more with `--method lora`, and this page says what they show"
+        )
+
+
+def _of_difference(difference: Difference, claimed: float = 0.0) -> str:
+    """Confirmed where all of the interval is at least half of what is claimed; not seen where none of it is."""
+    if difference.low is None or difference.high is None:
+        return UNRESOLVED
+    least = max(claimed / 2, 1e-9)
+    return CONFIRMED if difference.low >= least else ABSENT if difference.high < least else UNRESOLVED
+
+
+def _points(difference: Difference) -> str:
+    seen = "" if difference.detectable is None else f", of which {difference.detectable} could have been seen"
+    return f"{shown(difference)} points over {difference.seeds} paired seeds{seen}"
+
+
+def _edge(*rows: Row | None) -> str:
+    """What is to be said of best rates that are the last of their grid."""
+    found = [f"{name_of(row)}'s rate is the {row['rate_at_edge']} tried" for row in rows if row and row["rate_at_edge"]]
+    return f"; {' and '.join(found)}, a better may lie beyond" if found else ""
+
+
+def _unless(edge: str, word: str) -> str:
+    """A comparison with a rate at the edge of its grid decides nothing."""
+    return UNRESOLVED if edge else word
+
+
+def _at_one_percent(result: Result) -> Said:
+    """By paired differences, against a fifth of LoRA's accuracy."""
+    for lora, rows in _tuned(result):
+        for row in rows:
+            if row["fraction"] == 0.01 and name_of(row).startswith("hora"):
+                edge, wanted = _edge(row, lora), (AHEAD - 1) * lora["mean_pct"]
+                yield (
+                    _unless(edge, _of_difference(row["over_lora"], 2 * wanted)),
+                    (
+                        f"{name_of(row)} has {row['mean_pct']} % on {row['task']}, LoRA {lora['mean_pct']} %: "
+                        f"{_points(row['over_lora'])}; claimed are {wanted:.1f}{edge}"
+                    ),
+                )
+
+
+def _more_accurate(result: Result) -> Said:
+    """By paired differences of the default, or of what stands first, where every choice had a rate of its own."""
+    for lora, rows in _tuned(result):
+        first = next((row for row in rows if name_of(row) == "default" or name_of(row).startswith("hora")), None)
+        if first is None or first["fraction"] == 0.01:
+            continue
+        edge = _edge(first, lora)
+        words = [row["over_lora"].word() for row in rows if row is not first]
+        counts = ", ".join(f"{words.count(word)} {word}" for word in WORDS if word in words)
+        others = f". Of {len(words)} other choices: {counts} (equal: within {MARGIN:g} point)" if words else ""
+        yield (
+            _unless(edge, _of_difference(first["over_lora"])),
+            (
+                f"{name_of(first)} on {100 * first['fraction']:g} % of {first['task']}: {_points(first['over_lora'])}"
+                f"{edge}{others}"
+            ),
+        )
+
+
+def _tuned(result: Result) -> Iterator[tuple[Row, list[Row]]]:
+    """LoRA, and the rows that are compared with it, of every task and fraction that a search went before."""
+    rows = [row for row in rows_of(result) if result.get("search")]
+    for where in dict.fromkeys((row["task"], row["fraction"]) for row in rows):
+        here = [row for row in rows if (row["task"], row["fraction"]) == where]
+        lora = next((row for row in here if name_of(row) == "lora"), None)
+        compared = [row for row in here if row["over_lora"] is not None and not is_lora(row)]
+        if lora is not None:
+            yield lora, compared
+
+
+def _parameters(result: Result) -> Said:
+    share = result["paper"][-1]["params_pct"]
+    yield CONFIRMED if round(share, 2) == 0.09 else ABSENT, f"{share} % with `AdapterSpec.paper(32)`"
+
+
+def _macs(result: Result) -> Said:
+    macs = {step["step"].partition(":")[0]: step["macs"] for step in result["paper"] if step.get("paper_macs")}
+    branch = next(step["macs"] for step in result["paper"] if step["step"].startswith("HoRA by branch:"))
+    dense = macs["HoRA"] / macs["LoRA"]
+    yield (
+        CONFIRMED if round(dense) == 6 else ABSENT,
+        (
+            f"{dense:.2f} times, if one token is counted and a dense update formed; neither is needed: by branch "
+            f"{branch / macs['LoRA']:.2f} times at one token, and the difference is once a pass, not once a token"
+        ),
+    )
+
+
+def _merged_inference(result: Result) -> Said:
+    """By the medians of every HoRA method on every backend."""
+    merged = [
+        record["over_frozen"]["ratio"]
+        for record in result["inference"]
+        if record["form"] == "merged" and "hora" in record["method"] and "over_frozen" in record
+    ]
+    if merged:
+        yield (
+            CONFIRMED if max(merged) <= NO_SLOWER else ABSENT,
+            (
+                f"merged models take {min(merged)} to {max(merged)} of the frozen model's time, {len(merged)} methods "
+                "and backends"
+            ),
+        )
+
+
+def _alike_heads(result: Result) -> Said:
+    """By a sign test over layers and projections, which are not independent of each other.
+
+    HoRA is compared with LoRA, or, where that was not trained, with heads that have nothing in common.
+    """
+    of: Mapping[str, dict[tuple[int, str], float]] = {"hora": {}, "lora": {}}
+    for record in result["layers"]:
+        if record["method"] in of:
+            of[record["method"]][record["layer"], record["projection"]] = record["mean_cosine_delta"]
+    pairs = [(own, of["lora"].get(where, 0.0)) for where, own in of["hora"].items()]
+    if pairs:
+        above = sum(own > other for own, other in pairs)
+        ours, theirs = (round(sum(values) / len(pairs), 2) + 0.0 for values in zip(*pairs, strict=True))
+        activation = result["setting"]["options"].get("activation", "leaky_relu")
+        reference = f"{theirs} with LoRA" if of["lora"] else "0 if heads had nothing in common"
+        surprising = stats.binomtest(above, len(pairs), alternative="greater").pvalue < SIGNIFICANT
+        yield (
+            CONFIRMED if surprising else UNRESOLVED,
+            (
+                f"mean cosine of two heads' updates {ours} with HoRA ({activation}), {reference}; higher in {above} of "
+                f"{len(pairs)} layers and projections; one task, one seed"
+            ),
+        )
+
+
+def _recovery(result: Result) -> Said:
+    judged = judged_gates(result)
+    if judged:
+        outcomes = [one["outcome"] for one in judged]
+        word = ABSENT if "failed" in outcomes else CONFIRMED if set(outcomes) == {"passed"} else UNRESOLVED
+        open_ones = [
+            f"{one['gate']}: slopes differ by {one['difference']:+.2f} ({one['low']:+.2f} to {one['high']:+.2f}), "
+            f"{one['outcome']}"
+            for one in judged
+            if one["outcome"] != "passed"
+        ]
+        identified = [one["sharing"] for one in result["identify"] if one["identified"]]
+        yield (
+            word,
+            (
+                f"{outcomes.count('passed')} of {len(judged)} gates passed, {result['setting']['trials']} trials"
+                f"{''.join(f'; {one}' for one in open_ones)}. Without noise updates are identified with sharing "
+                f"{', '.join(identified) or 'none'}. For the recovery of updates when a head is redundant, in a "
+                "regression; not for prediction, and not for training"
+            ),
+        )
+
+
+JUDGES: Final[tuple[tuple[str, tuple[str, ...], Callable[[Result], Said]], ...]] = (
+    ("more accurate than LoRA", COMPARISONS, _more_accurate),
+    ("over 20 % better than LoRA at 1 % of the data", COMPARISONS, _at_one_percent),
+    ("polynomial instead of exponential sample complexity", ("theory",), _recovery),
+    ("0.09 % of LLaMA-7B is trained", ("cost",), _parameters),
+    ("about 6 times LoRA's FLOPs", ("cost",), _macs),
+    ("no cost at inference once merged", ("speed",), _merged_inference),
+    ("sharing makes the heads' updates alike", ("similarity",), _alike_heads),
+)

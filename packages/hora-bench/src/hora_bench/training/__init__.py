@@ -1,1 +1,0 @@
-"""One training loop for both backends: the same recipe, data order, schedule and checkpoints."""
