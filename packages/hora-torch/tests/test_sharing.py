@@ -155,6 +155,12 @@ def test_g8_the_report_says_how_much_is_shared(llama):
     assert "q 100%, v 0%" in hora_torch.report(model)
 
 
+@pytest.mark.parametrize(("sharing", "share"), [("full", "all"), ("b", "all"), ("a", "none"), ("none", "none")])
+def test_without_a_free_part_the_report_says_that_all_of_b_is_shared_or_none(llama, sharing, share):
+    (row,) = [line for line in hora_torch.report(adapted(llama, sharing=sharing)).splitlines() if "self_attn" in line]
+    assert row.split()[-2] == share
+
+
 def test_g8_decay_of_the_free_part_alone_pulls_towards_sharing(llama):
     model = adapted(llama, r=3, residual=True, gate=0.5, init_weights=False)
     groups = hora_torch.param_groups(model, 1e-2, residual_decay=0.3)

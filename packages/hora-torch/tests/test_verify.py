@@ -242,6 +242,17 @@ def test_a_merge_that_is_off_by_little_is_wrong(families, monkeypatch):
     assert ("computes the same merged", "the model") in verdicts(report, "wrong"), str(report)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_an_encoder_that_packs_padded_batches_is_verified():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = peft.get_peft_model(nn.TransformerEncoder(layer, 2), small(target_modules=["self_attn"]))
+    batch = {
+        "src": torch.randn(2, 6, 16),
+        "src_key_padding_mask": torch.tensor([[False] * 6, [False] * 4 + [True] * 2]),
+    }
+    assert hora_torch.verify(model, batch).ok
+
+
 def test_a_report_says_what_is_wrong_first_and_equal_answers_once():
     findings = [
         Finding("fits", "a", "ok"),

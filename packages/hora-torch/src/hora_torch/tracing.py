@@ -42,9 +42,10 @@ def traced(run: Callable[[], Tensor], layers: Mapping[str, nn.Module], params: I
 
     def hook(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         rows.setdefault(name, [])
-        if not any(bool((x != 0).any()) for x in floating((args, kwargs))):
-            return output
         first, *others = (output,) if isinstance(output, Tensor) else output
+        inputs = list(floating((args, kwargs)))
+        if any(x.is_nested for x in (first, *inputs)) or not any(bool(x.any()) for x in inputs):  # nested: not followed
+            return output
         calls.append((name, torch.zeros_like(first, requires_grad=True)))  # beside it, in case it has no graph
         first = first + calls[-1][1]
         return first if isinstance(output, Tensor) else (first, *others)
