@@ -67,7 +67,7 @@ def base() -> nnx.Module:
 def test_s2_methods_that_make_no_sense(rule, values, tally):
     renamed = {{"rank": "r", "alpha": "hora_alpha"}.get(key, key): value for key, value in values.items()}
     assert f"spec {rule}" in refused(lambda: HoraConfig(**renamed))
-    assert f"spec {rule}" in refused(lambda: AdapterSpec(**values))  # what hora_jax.plan takes
+    assert f"spec {rule}" in refused(lambda: AdapterSpec(**values))  # what hora_jax.make_plan takes
     tally.add("borders", "torch and JAX", {rule, "E1"})
 
 

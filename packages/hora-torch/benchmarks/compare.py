@@ -1,13 +1,18 @@
 """HoRA beside PEFT's LoRA and the frozen base: time and memory, same model, same batch, one process.
 
     python compare.py [--only projection step tiny-step decode memory generation merge verify] [--repeats 15]
-        [--clock cpu]
+        [--clock cpu] [--json FILE]
 
 Times are medians of interleaved runs, so that a busy machine slows all sides alike; with ``--clock cpu`` they are
-processor seconds, which leave out what other processes take. A ratio below 1 means that HoRA is faster.
+processor seconds, which leave out what other processes take. A ratio below 1 means that HoRA is faster. The file has
+both clocks, and of tiny steps and decoding a second LoRA as a control: as far as its ratio is off 1, the machine is.
 """
 
 import argparse
+import json
+import os
+import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -45,20 +50,62 @@ from hora_torch.merging import merged_weight  # noqa: E402
 
 Step = Callable[[], Any]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-clock = CLOCKS["wall"]
+clock = "wall"
+
+
+Times = dict[str, dict[str, list[float]]]  # side and clock to seconds of each round
+rounds: Times = {}  # of the last comparison
 
 
 def medians(sides: Mapping[str, Step], repeats: int) -> dict[str, float]:
     """Median seconds of each side; sides take turns, in an order that rotates."""
-    names, times = list(sides), {name: [] for name in sides}
+    names = list(sides)
+    rounds.clear()
+    rounds.update({name: {key: [] for key in CLOCKS} for name in names})
     for name in names * 2:
         sides[name]()
     for i in range(repeats):
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            start = clock()
+            start = {key: read() for key, read in CLOCKS.items()}
             sides[name]()
-            times[name].append(clock() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+            for key, read in CLOCKS.items():
+                rounds[name][key].append(read() - start[key])
+    return {name: statistics.median(times[clock]) for name, times in rounds.items()}
+
+
+def against_lora(rounds: Times) -> dict[str, Any]:
+    """Of each side and clock the median, and its ratio to LoRA's with the 95 % interval of a bootstrap over rounds."""
+    draw, found = random.Random(0), {}
+    for key in CLOCKS:
+        lora = rounds["lora"][key]
+        picks = [draw.choices(range(len(lora)), k=len(lora)) for _ in range(1000)]
+        for name, times in rounds.items():
+            own = times[key]
+            ratios = sorted(
+                statistics.median(own[i] for i in pick) / statistics.median(lora[i] for i in pick) for pick in picks
+            )
+            found.setdefault(name, {})[key] = {
+                "median_s": statistics.median(own),
+                "ratio": statistics.median(own) / statistics.median(lora),
+                "ratio_95": [ratios[25], ratios[974]],
+            }
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What the times depend on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cores_count": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "threads_count": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "peft": peft.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 class Attention(nn.Module):
@@ -210,7 +257,7 @@ def tiny_step(repeats: int) -> Iterator[tuple[str, ...]]:
 def steps(models: Mapping[str, Callable[[], Any]], repeats: int) -> Iterator[tuple[str, ...]]:
     for name, build in models.items():
         sides = {}
-        for side in ("base", "lora", "hora"):
+        for side in ("base", "lora", "hora", "control"):
             torch.manual_seed(0)
             model, targets, loss = build()
             if side == "base":
@@ -218,7 +265,7 @@ def steps(models: Mapping[str, Callable[[], Any]], repeats: int) -> Iterator[tup
                 first = next(module for key, module in model.named_modules() if key.endswith(targets[0]))
                 first.bias = nn.Parameter(torch.zeros(first.out_features))
             else:
-                model = (with_lora if side == "lora" else with_hora)(model, 8, targets)
+                model = (with_hora if side == "hora" else with_lora)(model, 8, targets)
             sides[side] = training_step(model, loss)
         yield (name, *times(medians(sides, repeats)))
 
@@ -235,7 +282,8 @@ def times(got: Mapping[str, float]) -> tuple[str, ...]:
 def decode(repeats: int) -> Iterator[tuple[str, ...]]:
     """One token of SmolLM2-135M with 64 in the cache, and one query projection of it; ten times the repeats."""
     models = {}
-    for side, wrap in {"base": None, "lora": with_lora, "hora": with_hora, "plain": with_hora}.items():
+    wraps = {"base": None, "lora": with_lora, "hora": with_hora, "plain": with_hora, "control": with_lora}
+    for side, wrap in wraps.items():
         torch.manual_seed(0)
         model, targets, _ = smollm()
         models[side] = (frozen(model) if wrap is None else wrap(model, 8, targets)).eval()
@@ -411,16 +459,23 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     global clock
-    clock = CLOCKS[options.clock]
+    clock = options.clock
     torch.set_num_threads(options.threads)
+    results = {}
     for name in options.only:
+        rounds.clear()
         unit = "MiB" if name == "memory" else "ms"
         print(f"\n{name} ({unit}): {SECTIONS[name].__doc__}")
         print("  ".join((HEADER[0].ljust(58), *(title.rjust(11) for title in HEADER[1:]))))
         for label, *cells in SECTIONS[name](options.repeats):
             print("  ".join((label.ljust(58), *(cell.rjust(11) for cell in cells))), flush=True)
+            if "lora" in rounds:
+                results[f"{name}: {label}"] = against_lora(rounds)
+    if options.json:
+        options.json.write_text(json.dumps(machine() | {"results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

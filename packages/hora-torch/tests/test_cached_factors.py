@@ -223,6 +223,24 @@ def test_gradients_inside_a_scope_are_those_outside(model, family):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("missing", ["released", "awaited", "on meta"])
+def test_a_layer_that_is_not_called_is_not_read(model, family, missing):
+    """The first layer of a call generates for the others, but only from what is there."""
+    second = model.base_model.model.model.layers[1].self_attn
+    for projection in (second.q_proj, second.v_proj):
+        projection.enable_adapters(False)
+    expected = evaluate(model, family.inputs())
+    hypernet = second.q_proj.hora_hyper["default"]
+    if missing == "awaited":
+        hypernet.await_values(needed=True)
+    elif missing == "on meta":
+        hypernet.to("meta")
+    else:
+        for param in hypernet.parameters():
+            param.data = torch.empty(0)
+    assert torch.equal(evaluate(model, family.inputs()), expected)
+
+
 INTERCEPTED = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 

@@ -39,3 +39,14 @@ def test_the_timm_example(tmp_path, capsys):
     adapter = hora_spec.load_adapter(tmp_path)
     assert list(adapter.layers) == ["blocks.0.attn", "blocks.1.attn"]
     assert sorted(adapter.modules) == ["head.bias", "head.weight"]
+
+
+def test_the_few_shot_example_compares_equal_numbers_of_parameters(capsys):
+    pytest.importorskip("timm")
+    pytest.importorskip("sklearn")
+    sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 4}
+    example("joint_few_shot").main("vit_tiny_patch16_224", steps=2, **sizes)
+    lora, joint = capsys.readouterr().out.splitlines()
+    assert lora.startswith("LoRA")
+    assert joint.startswith("joint A")
+    assert lora.split(":")[1].split()[0] == joint.split(":")[1].split()[0]

@@ -8,6 +8,7 @@ from hora_jax import functional, presets
 from hora_jax.adapted import Adapted, Report, adapt, adapt_each
 from hora_jax.adapter import delta, factors, init, labels, merge, replace_weights, weights
 from hora_jax.files import export_lora, from_adapter, load_adapter, load_specs, plan_from, save_adapter, to_adapter
+from hora_jax.joint import joint_a
 from hora_jax.planning import Layer, Plan, make_plan
 from hora_jax.targets import Site, Target
 from hora_jax.verification import Verification, verify
@@ -30,6 +31,7 @@ __all__ = [
     "from_adapter",
     "functional",
     "init",
+    "joint_a",
     "labels",
     "load_adapter",
     "load_specs",

@@ -11,7 +11,7 @@ from hora_jax import adapter, functional, routes
 from hora_jax.adapter import Phi
 from hora_jax.pairs import pairs
 from hora_jax.planning import Plan
-from hora_jax.routes import Route
+from hora_jax.routes import Route, Way
 from hora_jax.views import View
 from hora_jax.walk import Dense, Use, Walk
 
@@ -51,10 +51,10 @@ class Report:
 class Adapted:
     """What `adapt` returns: a function of the parameters, the adapter, and the arguments of the adapted function."""
 
-    def __init__(self, fn: Callable[..., Any], plan: Plan, route: Route, dense: Dense) -> None:
+    def __init__(self, fn: Callable[..., Any], plan: Plan, route: Way, dense: Dense) -> None:
         self.fn = fn
         self.plan = plan
-        self.route: Route = route
+        self.route: Way = route
         self.dense: Dense = dense
 
     def __call__(self, params: Any, phi: Phi, *args: Any, **kwargs: Any) -> Any:

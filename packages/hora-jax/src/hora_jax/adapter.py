@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hora_spec import Factors, HoraError, init_params, param_shapes
+from hora_spec import AdapterSpec, Factors, HoraError, init_params, is_trained, param_shapes
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
@@ -181,15 +181,19 @@ def check(plan: Plan, phi: Phi) -> None:
 
 
 def labels(plan: Plan, phi: Phi) -> dict[str, dict[str, str]]:
-    """``"A"`` or ``"B"`` for each parameter of phi: the factor that it is, or generates.
+    """``"A"`` or ``"B"`` for each parameter of phi, the factor that it is, or generates; ``"fixed"`` for a fixed A.
 
-    As `optax.multi_transform` takes them, for LoRA+ (arXiv 2402.12354): a higher learning rate for ``"B"``.
+    As `optax.multi_transform` takes them: for LoRA+ (arXiv 2402.12354), a higher learning rate for ``"B"``; for a fixed
+    A `optax.set_to_zero`, since weight decay would move it though its gradient is zero.
     """
     check(plan, phi)
-    return {key: {name: _factor_of(name) for name in params} for key, params in phi.items()}
+    specs = {key: members[0].spec for key, members in plan.groups().items()}
+    return {key: {name: _label(specs[key], name) for name in params} for key, params in phi.items()}
 
 
-def _factor_of(name: str) -> str:
+def _label(spec: AdapterSpec, name: str) -> str:
+    if not is_trained(spec, name):
+        return "fixed"
     return "A" if name.partition(".")[0] in ("a", "a_seed", "a_in", "a_out") else "B"
 
 

@@ -18,6 +18,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 Route = Literal["auto", "branch", "merge", "plain"]
+"""Ways through an adapted weight that a caller may choose."""
+
+Way = Literal[Route, "observe"]
+"""One more is for measurements, see `observe`."""
 
 
 def check(route: str) -> None:
@@ -59,12 +63,12 @@ class Contraction:
         return f"{','.join(getattr(self, name) for name in operands)}->{getattr(self, result)}"
 
 
-def merges(route: Route, contraction: Contraction, x: Array, weight: Array) -> bool:
+def merges(route: Way, contraction: Contraction, x: Array, weight: Array) -> bool:
     """Whether the merge route is taken: never in 16 bits, where W + delta rounds small deltas away (spec D3).
 
     ``auto`` merges float32 when tokens outnumber the contracted width; where a symbolic size cannot tell, it does not.
     """
-    if route in ("branch", "plain") or x.dtype != weight.dtype or x.dtype not in (jnp.float32, jnp.float64):
+    if route in ("branch", "plain", "observe") or x.dtype != weight.dtype or x.dtype not in (jnp.float32, jnp.float64):
         return False
     width = 1
     for letter, size in zip(contraction.weight, weight.shape, strict=True):
@@ -125,7 +129,7 @@ def follow(c: Contraction, first: Array, second: Array, like: Array, letters: st
 
 
 def product(
-    route: Route,
+    route: Way,
     c: Contraction,
     base: Callable[[Array, Array], Array],
     x: Array,
@@ -154,7 +158,24 @@ def product(
         return through(c, y, *aligned(x, jax.lax.stop_gradient(weight), a, b))
     y = base(x, weight)
     a, b = follow(c, a, b, y, c.y)
-    return y + (plain if route == "plain" else branch)(c, y.dtype, *aligned(x, a, b))
+    way = {"plain": plain, "observe": observe}.get(route, branch)
+    return y + way(c, y.dtype, *aligned(x, a, b))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def observe(c: Contraction, dtype: Any, x: Array, a: Array, b: Array) -> Array:
+    """The product with both factors, whose gradients are what it sees instead, whatever the cotangent.
+
+    That of the first factor is ``u^T x``, its Gram product with the inputs; that of the second ``sum x^2`` everywhere.
+    """
+    return plain(c, dtype, x, a, b)
+
+
+def _observe_backward(c: Contraction, dtype: Any, saved: tuple[Array, ...], g: Array) -> tuple[Array, ...]:
+    x, u, a, b = saved
+    seen = _accumulate(c, "first", "u", "x", u, x, like=a)
+    square = jnp.square(x.astype(seen.dtype)).sum()
+    return jnp.zeros_like(x), seen.astype(a.dtype), jnp.full_like(b, square)
 
 
 def plain(c: Contraction, dtype: Any, x: Array, a: Array, b: Array) -> Array:
@@ -178,6 +199,7 @@ def _branch_backward(c: Contraction, dtype: Any, saved: tuple[Array, ...], g: Ar
 
 
 _branch.defvjp(_branch_forward, _branch_backward)
+observe.defvjp(_branch_forward, _observe_backward)
 branch = reverse_only(_branch)
 
 

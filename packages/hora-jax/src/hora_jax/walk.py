@@ -14,7 +14,7 @@ from hora_jax.calls import CALLS
 from hora_jax.follow import RULES
 from hora_jax.products import multiply
 from hora_jax.quantised import follow_codes
-from hora_jax.routes import Route
+from hora_jax.routes import Way
 from hora_jax.views import View
 
 Dense = Literal["allow", "error"]
@@ -47,7 +47,7 @@ class Use:
 class Walk:
     """How planned weights are computed with, and what was found on the way."""
 
-    route: Route
+    route: Way
     dense: Dense
     uses: dict[tuple[Any, ...], Use] = field(default_factory=dict)
     within: tuple[int, ...] = ()

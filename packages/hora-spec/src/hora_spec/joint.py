@@ -216,7 +216,7 @@ def _of_inputs(units: list[_Unit], measure: Measure, power: int, oversample: int
     measured = _probed(measure.inputs(_for_each(units, bases)))
     found = []
     for (unit, probed), basis in zip(_of_each(units, measured), bases, strict=True):
-        square = _finite(unit, sum(probed.values())) @ basis.T
+        square = _finite(unit, _total(probed)) @ basis.T
         values, turn = np.linalg.eigh((square + square.T) / 2)
         spectrum = np.sqrt(np.maximum(values[::-1], 0))
         found.append((_taken(unit, spectrum, turn.T[::-1] @ basis), spectrum))
@@ -225,7 +225,7 @@ def _of_inputs(units: list[_Unit], measure: Measure, power: int, oversample: int
 
 def _span(units: list[_Unit], measured: Probes) -> list[Array]:
     """Orthonormal rows (l, d) that span what was measured, summed over the projections of a unit."""
-    return [np.linalg.qr(_finite(unit, sum(parts.values())).T)[0].T for unit, parts in _of_each(units, measured)]
+    return [np.linalg.qr(_finite(unit, _total(parts)).T)[0].T for unit, parts in _of_each(units, measured)]
 
 
 def _taken(unit: _Unit, spectrum: Array, directions: Array) -> Array:
@@ -273,6 +273,10 @@ def _merged(units: list[_Unit], parts: Iterable[Mapping[str, Array]]) -> Probes:
     for unit, part in zip(units, parts, strict=True):
         result.setdefault(unit.layer, {}).update(part)
     return result
+
+
+def _total(parts: Mapping[str, Array]) -> Array:
+    return np.sum(list(parts.values()), axis=0)
 
 
 def _stacked(unit: _Unit, parts: Mapping[str, Array]) -> Array:

@@ -87,7 +87,7 @@ class HoraMultiheadAttention(nn.Module, HoraLayer):
 
     def input_of(self, projection: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """What a projection reads in a call with these arguments, (tokens, embed)."""
-        given = dict(zip(("query", "key", "value"), args[:3], strict=False)) | kwargs
+        given = {**dict(zip(("query", "key", "value"), args[:3], strict=False)), **kwargs}
         return given[{"q": "query", "k": "key", "v": "value"}[projection]].flatten(0, -2)
 
     def _padded(

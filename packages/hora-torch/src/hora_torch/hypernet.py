@@ -44,8 +44,9 @@ class HoraHypernet(nn.Module):
         super().__init__()
         self.spec, self.layer, self.name, self.seed = spec, layer, name, seed
         self.awaits: set[str] = set()
-        self._keys = tuple((key, *key.partition(".")[::2]) for key in param_shapes(spec, layer))
-        for key, shape in param_shapes(spec, layer).items():
+        self._shapes = param_shapes(spec, layer)
+        self._keys = tuple((key, *key.partition(".")[::2]) for key in self._shapes)
+        for key, shape in self._shapes.items():
             kind, _, projection = key.partition(".")
             if projection and kind not in self._modules:
                 self.add_module(kind, _Bank())
@@ -89,6 +90,16 @@ class HoraHypernet(nn.Module):
             key: getattr(self._modules[kind], projection) if projection else getattr(self, kind)
             for key, kind, projection in self._keys
         }
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether the parameters are here, whole, loaded and left alone by hooks, so that any call will do."""
+        if self.awaits or any(map(has_hooks, (self, *self._modules.values()))):
+            return False
+        return all(
+            type(param) is nn.Parameter and not param.is_meta and param.shape == self._shapes[key]
+            for key, param in self.params().items()
+        )
 
     def registered(self) -> list[Tensor] | None:
         """Parameter objects; None where something else stands in the place of one (a parametrization, a replica)."""

@@ -178,21 +178,16 @@ class HoraLayer(BaseTunerLayer):
         """As `branches`, from one generation for the whole layer where a call of the model or a scope is open."""
         hypernet, scaling = self.hypernet(adapter_name), self._scaling[adapter_name]
         if torch.is_grad_enabled():
-            if (store := handed(hypernet)) is None:
-                return self.branches(adapter_name, keep_rate=keep_rate)
             attached = self.hora_attached[adapter_name]
-            if not store.keys() >= attached.sites.keys():
-                store.update(hypernet(gained=False))
-            factors = {p: store.pop(p) for p in attached.sites}
+            if (factors := handed(hypernet, attached.sites)) is None:
+                return self.branches(adapter_name, keep_rate=keep_rate)
             return _branches(attached, factors, scaling * hypernet.gain / keep_rate)
         if keep_rate != 1 or (store := kept(hypernet)) is None:
             return self.branches(adapter_name, keep_rate=keep_rate)
-        if (self, scaling) not in store:
-            if hypernet not in store:
-                store[hypernet] = hypernet(gained=False)
+        if (branches := store.get((self, scaling))) is None:
             attached = self.hora_attached[adapter_name]
-            store[self, scaling] = _branches(attached, store[hypernet], scaling * hypernet.gain)
-        return store[self, scaling]
+            branches = store[self, scaling] = _branches(attached, store[hypernet], scaling * hypernet.gain)
+        return branches
 
     def get_delta_weight(self, adapter_name: str) -> Tensor | dict[str, Tensor]:
         """Dense update in the stored form of the weight, zero outside the adapted windows.

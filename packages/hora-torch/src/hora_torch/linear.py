@@ -125,7 +125,7 @@ def add_branches(y: Tensor, x: Tensor, branches: Sequence[Branch], *, keep: Tens
 def _by_operations(
     x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Branch], keep: Tensor | None
 ) -> Tensor:
-    """In matrices, since torch makes four nodes of a product with more axes; the sum is rounded once."""
+    """In matrices, since autograd makes four nodes of a product with more axes."""
     a, b, scaling = _as_one(branches, weight.shape[0])
     rows = _rows(x)
     y = nn.functional.linear(rows, weight, bias)

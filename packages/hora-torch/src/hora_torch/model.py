@@ -1,8 +1,8 @@
 """``HoraModel``: HoRA as PEFT sees it."""
 
 import warnings
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -213,14 +213,26 @@ class HoraModel(BaseTuner):
                 if dtype is not None and dtype.is_floating_point:
                     module.hora_hyper[adapter_name].to(dtype)
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None, None, None]:
+    def _needed(self) -> Iterator[HoraHypernet]:
+        """Hypernetworks of the active adapters, where they were planned."""
+        for name in self.active_adapters:
+            config = self.peft_config.get(name)
+            for entry in (config and config.hora_layers) or ():
+                layer: nn.Module | None = self.model
+                for part in entry["leader"].split("."):
+                    layer = None if layer is None else layer._modules.get(part)
+                if isinstance(layer, HoraLayer) and name in layer.hora_hyper:
+                    yield layer.hora_hyper[name]
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[object]:
         """One generation of factors for the call; ``adapter_names`` of a mixed batch go to every adapted module."""
         names = kwargs.pop("adapter_names", None)
         if names is None:
-            with during_call(self.model):
-                yield
-            return
+            return during_call(self.model, self._needed)
+        return self._mixed_batch(names, kwargs.get("num_beams"))
+
+    @contextmanager
+    def _mixed_batch(self, names: Sequence[str], beams: Any) -> Generator[None, None, None]:
         if self.training:
             raise HoraError("Cannot pass `adapter_names` when the model is in training mode: call model.eval() first")
         known = {name for module in self.modules() if isinstance(module, HoraLayer) for name in module.hora_attached}
@@ -228,7 +240,6 @@ class HoraModel(BaseTuner):
             raise HoraError(
                 f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are {sorted(known)}"
             )
-        beams = kwargs.get("num_beams")
         repeated = [name for name in names for _ in range(beams)] if isinstance(beams, int) and beams > 1 else names
         inner = getattr(self.model, "get_encoder", lambda: None)() if repeated is not names else None
         encoder = set(inner.modules()) if isinstance(inner, nn.Module) and inner is not self.model else set()
@@ -240,7 +251,7 @@ class HoraModel(BaseTuner):
             if isinstance(module, (HoraLayer, AuxiliaryTrainingWrapper))
         ]
         try:
-            with during_call(self.model):
+            with during_call(self.model, self._needed):
                 yield
         finally:
             for handle in handles:

@@ -112,8 +112,8 @@ def one_gate(backend: Backend) -> Backend:
     """All projections have the gate of the first."""
 
     def factors(spec: AdapterSpec, layer: LayerShape, params: Params) -> dict[str, Factors]:
-        gates = {key: value for key, value in params.items() if key.startswith("gate.")}
-        return backend.factors(spec, layer, {**params, **dict.fromkeys(gates, next(iter(gates.values()), None))})
+        gates = [key for key in params if key.startswith("gate.")]
+        return backend.factors(spec, layer, {**params, **{key: params[first] for first in gates[:1] for key in gates}})
 
     return backend._replace(factors=factors)
 
