@@ -177,7 +177,9 @@ def _jax_merge(weight: Any, delta: Any, layout: Layout) -> Any:
     """Through `hora_jax.merge`: any delta is an adapter of full rank, with A = 1 and free B = delta."""
     embed = delta.shape[-1]
     name = "layer.{l}" if layout.stacked else "layer"
-    target = hora_jax.Target("weight", "p", layout, heads=None if "h" in layout.axes else 1, layer=name)
+    sizes = dict(zip(layout.axes, layout.window_shape(weight.shape), strict=True))
+    heads = None if "h" in sizes else sizes.get("g", 1)  # that of a free B changes nothing
+    target = hora_jax.Target("weight", "p", layout, heads=heads, layer=name)
     plan = hora_jax.make_plan({"weight": weight}, AdapterSpec(embed, sharing="a"), target)
     shape, layers = plan.layers[0].shape["p"], plan.layers[0].names
     a = np.broadcast_to(np.eye(embed, dtype=delta.dtype), (len(layers), embed, embed))
