@@ -71,7 +71,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         If there are no safetensors, a file is damaged, or the index names other tensors than the files hold.
     """
     if not directory.is_dir():
-        raise HoraError(f"a checkpoint is a directory, got {str(directory)!r}, which is none: check the path")
+        raise HoraError(f"a checkpoint is a directory, got {str(directory)!r}, which is none: check the path (spec M4)")
     config = _json(directory / "config.json") if (directory / "config.json").exists() else {}
     for stem in _STEMS:
         if (single := directory / f"{stem}.safetensors").exists():
@@ -80,7 +80,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
             return Checkpoint(directory, config, _sharded(index), index)
     raise HoraError(
         f"a checkpoint has {_STEMS[0]}.safetensors, or shards and {_STEMS[0]}.safetensors.index.json, got neither in "
-        f"{str(directory)!r}: save the model with save_pretrained, as safetensors"
+        f"{str(directory)!r}: save the model with save_pretrained, as safetensors (spec M4)"
     )
 
 
@@ -158,21 +158,23 @@ def _sharded(index: Path) -> dict[str, Entry]:
     """Tensors of all files that an index names."""
     places = _json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise HoraError(f"{index} maps tensors to files, got another content: download it again")
+        raise HoraError(f"{index} maps tensors to files, got another content: download it again (spec M4)")
     entries: dict[str, Entry] = {}
     for name in sorted(set(places.values())):
         if Path(name).name != name:
-            raise HoraError(f"{index} names files beside it, got {name!r}")
+            raise HoraError(f"{index} names files beside it, got {name!r} (spec M4)")
         entries |= _entries(index.parent / name)
     if odd := sorted(entries.keys() ^ places.keys()):
-        raise HoraError(f"{index} names the tensors of its files, got a difference in {odd[0]}: download it again")
+        raise HoraError(
+            f"{index} names the tensors of its files, got a difference in {odd[0]}: download it again (spec M4)"
+        )
     return entries
 
 
 def _entries(path: Path) -> dict[str, Entry]:
     """Tensors of a file, whose header is true."""
     if not path.is_file():
-        raise HoraError(f"a checkpoint has all of its files, {str(path)!r} is absent: download it again")
+        raise HoraError(f"a checkpoint has all of its files, {str(path)!r} is absent: download it again (spec M4)")
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = header_length(file.read(8), path)
@@ -204,7 +206,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise HoraError(f"{path} must be JSON: {error}; it is damaged, download it again") from error
+        raise HoraError(f"{path} must be JSON: {error}; it is damaged, download it again (spec M4)") from error
     if not isinstance(content, dict):
-        raise HoraError(f"{path} must be a JSON object, got a {type(content).__name__}")
+        raise HoraError(f"{path} must be a JSON object, got a {type(content).__name__} (spec M4)")
     return content
