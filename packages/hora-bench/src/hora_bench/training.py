@@ -276,11 +276,11 @@ def predict(
     progress
         Called with the number of rows done.
     """
-    rows = [] if checkpoint is None else checkpoint.rows
-    for index, batch in enumerate(batches, skip):
-        if index >= len(rows):
+    rows, stop = [] if checkpoint is None else checkpoint.rows, skip
+    for stop, batch in enumerate(batches, skip + 1):
+        if stop > len(rows):
             rows.append(outputs(batch))
             if checkpoint is not None:
                 checkpoint.keep()
-        progress(sum(map(len, rows[skip : index + 1])))
-    return np.concatenate(rows[skip:])
+        progress(sum(map(len, rows[skip:stop])))
+    return np.concatenate(rows[skip:stop])  # those behind belong to a later call

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate
 from math import isfinite
@@ -49,7 +50,7 @@ class Logits(nn.Module):
         """Logits in float32."""
         if "image" in batch:
             image = batch["image"].permute(0, 3, 1, 2)
-            cast = torch.autocast(image.device.type, self.autocast, enabled=self.autocast is not None)
+            cast = torch.autocast(image.device.type, self.autocast) if self.autocast else nullcontext()
             with cast, PathDrop.following(self.model, batch.get("paths")):
                 return self.model(image).float()
         causal = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model

@@ -80,16 +80,18 @@ def speed(
     HoraError
         A backend does not reach the device, or the clock or the dtype does not fit.
     """
-    task = RandomText(seq) if setting.base.task == NAME else setting.load(setting.base.task)
-    _check(setting.base.dtype, task.kind, clock, device)
-    batch = task.train_batch("train", np.arange(setting.base.batch_size), np.random.default_rng(0))
+    text = setting.base.task == NAME
+    base = setting.base.replace(image_size_px=None) if text else setting.base
+    task = RandomText(seq) if text else setting.load(base.task)
+    _check(base.dtype, task.kind, clock, device)
+    batch = task.train_batch("train", np.arange(base.batch_size), np.random.default_rng(0))
     contenders = {backend: methods for backend, methods in (("torch", torch), ("jax", jax)) if methods}
     stepped = _count(2 * rounds * len(contenders), progress)
     result: dict[str, Any] = {"steps": [], "inference": [], "operations": []}
     for backend in contenders:
         check_device(backend, device)
     for backend, methods in contenders.items():
-        asked = {name: vary(setting.base, backend=backend, method=name, device=device) for name in methods}
+        asked = {name: vary(base, backend=backend, method=name, device=device) for name in methods}
         learners = {name: build(request, task) for name, request in asked.items()}
         result["steps"] += _steps(backend, learners, batch, rounds, clock, stepped)
         result["inference"] += _inference(backend, learners, batch, rounds, clock, stepped)
