@@ -44,6 +44,7 @@ def generation_rules(case: Case) -> set[str]:
             "G4": True,
             "G5": (spec.generates_a or spec.generates_b) and spec.gain == "transfer",
             "G6": spec.residual,
+            "G8": spec.gate is not None,
         }.items()
         if holds
     }

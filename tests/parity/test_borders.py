@@ -16,6 +16,7 @@ from hora_jax import Target, presets
 from hora_spec import AdapterSpec, HoraError
 from hora_torch import HoraConfig
 from safetensors.numpy import load_file, save_file
+from torch import nn
 
 from .backends import from_torch
 from .models import MODELS
@@ -82,6 +83,17 @@ def test_s5_targets_that_do_not_fit(rule, options, targets, base, tally):
     for name, value in before.items():
         np.testing.assert_array_equal(from_torch(after[name]), value)
     tally.add("borders", "torch and JAX", {rule, "E1", "E2"})
+
+
+def test_s8_one_a_does_not_read_two_widths(tally):
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, vdim=6, batch_first=True)})
+    assert "spec S8" in refused(
+        lambda: peft.get_peft_model(model, HoraConfig(r=2, tie_a=True, target_modules=["attn"]))
+    )
+    params = {"q": np.zeros((8, 8)), "v": np.zeros((8, 6))}
+    targets = [Target(p, p, "(h k) d", 2, layer="attn") for p in params]
+    assert "spec S8" in refused(lambda: hora_jax.make_plan(params, AdapterSpec(2, tie_a=True), targets))
+    tally.add("borders", "torch and JAX", {"S8", "E1"})
 
 
 def test_i1_a_seed_is_not_negative(base, tally):

@@ -11,6 +11,8 @@ from hora_jax import Target
 from hora_spec import PRESETS, joint, preset
 from torch import nn
 
+from .report import JOINT_BOUND
+
 EMBED, HEADS, KV_HEADS = 16, 4, 2
 
 
@@ -64,11 +66,13 @@ def of_jax(model, batches, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"of": "inputs"}, {"together": True, "scale": "rows"}], ids=str)
-def test_i7_both_backends_find_the_same_a(model, batches, options):
+def test_i7_both_backends_find_the_same_a(model, batches, options, tally):
     one, other = of_torch(model, batches, **options), of_jax(model, batches, **options)
     assert one.keys() == other.keys()
     for name, a in one.items():
-        np.testing.assert_allclose(a, other[name], rtol=0, atol=1e-4 * np.abs(a).max())
+        worst = np.abs(a - other[name]).max() / (JOINT_BOUND * np.abs(a).max())
+        tally.add("joint start", "torch and JAX", {"I7"}, worst)
+        assert worst < 1
 
 
 MISTAKES = {

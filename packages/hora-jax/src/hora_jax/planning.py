@@ -13,7 +13,7 @@ from itertools import chain, combinations, groupby, pairwise
 from operator import attrgetter
 from typing import Any
 
-from hora_spec import AdapterSpec, HoraError, LayerShape, count_params
+from hora_spec import AdapterSpec, HoraError, LayerShape, count_params, param_shapes
 
 from hora_jax.targets import PLACE, Match, Site, Target, leaves, match
 
@@ -39,6 +39,9 @@ class Layer:
     spec: AdapterSpec
     shape: LayerShape
     sites: tuple[Site, ...]
+
+    def __post_init__(self) -> None:
+        param_shapes(self.spec, self.shape)  # refuses what does not fit together
 
     @property
     def stacked(self) -> bool:
