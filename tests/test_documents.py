@@ -56,6 +56,22 @@ def test_links_inside_the_repository_lead_somewhere(document):
         assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
+RESULTS = sorted(
+    file
+    for kind in ("*.json", "*.md", "*.svg", "*.toml")
+    for file in ROOT.rglob(kind)
+    if not {".nox", "site", "results"} & set(file.relative_to(ROOT).parts[:-1][:1])
+)
+
+
+def test_results_do_not_name_the_machine_that_made_them():
+    """Error messages of libraries quote where they are installed."""
+    assert len(RESULTS) > 50
+    for file in RESULTS:
+        found = re.search(r"(/[\w.+-]+){2,}/site-packages|/(home|root|Users)/\w+", file.read_text(errors="ignore"))
+        assert found is None, f"{file.relative_to(ROOT)} holds {found}"
+
+
 def test_meta_a_failing_block_points_at_its_line():
     text = "words\n\n```python\nx = 1\n```\nmore\n```python\nassert x == 2\n```\n"
     with pytest.raises(AssertionError) as caught:

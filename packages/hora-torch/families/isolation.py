@@ -3,6 +3,7 @@
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -74,4 +75,10 @@ def _send(function: Callable[[str], Any], name: str, sender: Any) -> None:
     try:
         sender.send(function(name))
     except Exception as error:
-        sender.send(RuntimeError(" ".join(f"{type(error).__name__}: {error}".split())[:200]))
+        sender.send(RuntimeError(in_short(error)))
+
+
+def in_short(error: Exception) -> str:
+    """An error on one line of at most 200 characters, without the place where this machine keeps its packages."""
+    said = re.sub(r"(/[^/'\s]+)+/site-packages/", "", f"{type(error).__name__}: {error}")
+    return " ".join(said.split())[:200]

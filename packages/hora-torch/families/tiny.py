@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers as tf
 from family import ids, noise, outputs
+from isolation import in_short
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -107,7 +108,7 @@ def tiny(model_type: str, /, model: str = "", inputs: Inputs | None = None, **ov
         try:
             return _built(cls, config(**sizes(config, variant, overrides)), inputs or inputs_of)
         except Exception as error:
-            errors.append(f"{type(error).__name__}: {error}"[:200].replace("\n", " "))
+            errors.append(in_short(error))
     raise ValueError(" | ".join(dict.fromkeys(errors)))
 
 

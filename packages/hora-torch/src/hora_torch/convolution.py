@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hora_torch.layer import HoraLinear
+from hora_torch.adapted_linear import HoraLinear
 from hora_torch.linear import Branch
 
 

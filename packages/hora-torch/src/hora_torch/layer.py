@@ -13,17 +13,15 @@ from hora_spec.layout import Span
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from hora_torch.config import HoraConfig
 from hora_torch.functional import stacked
 from hora_torch.hypernet import HoraHypernet
 from hora_torch.lifetime import handed, kept
-from hora_torch.linear import Branch, add_branches, has_hooks, low_rank_linear
+from hora_torch.linear import Branch
 from hora_torch.merging import Addition, merged_weight, on_all_rows
 from hora_torch.planning import LayerPlan
 from hora_torch.quantized import Rounding, backend_of
-from hora_torch.sharding import check_rows_alone, is_sharded, of_this_process
 from hora_torch.stored import Replaced, Stored, stored_weight
 from hora_torch.targets import device_of, out_in
 
@@ -330,113 +328,6 @@ def warn_of_rounding(layers: Mapping[str, HoraLayer], *, stacklevel: int) -> Non
         )
 
 
-def tied_weights(model: nn.Module, adapter_names: Sequence[str] | None = None) -> dict[str, list[str]]:
-    """Adapted layers whose weight is also that of other modules: path of the layer to all names of its weight.
-
-    Counted are the named, by default the active, adapters of each layer.
-    """
-    owners: dict[nn.Parameter, list[str]] = {}
-    for path, module in model.named_modules():  # a module that stands in several places is one owner
-        for name, param in module._parameters.items():
-            owners.setdefault(param, []).append(f"{path}.{name}") if param is not None else None
-    tied = {}
-    for name, layer in model.named_modules():
-        names = (adapter_names or layer.active_adapters) if isinstance(layer, HoraLayer) else ()
-        for attached in [layer.hora_attached[key] for key in names if key in layer.hora_attached]:
-            for parameter in {site.parameter for site in attached.sites.values()}:
-                stored = layer.get_base_layer()._parameters.get(parameter)
-                if stored is not None and not stored.is_meta and len(owners.get(stored, ())) > 1:
-                    tied[name] = owners[stored]
-    return tied
-
-
-class HoraLinear(nn.Module, HoraLayer):
-    """``x W^T + bias + scaling * (x A^T) B^T`` for a Linear or Conv1D, or for parts of a fused one (spec D3)."""
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        nn.Module.__init__(self)
-        HoraLayer.__init__(self, base_layer)
-
-    def input_of(self, projection: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """What a projection reads in a call with these arguments, (tokens, embed)."""
-        x = args[0] if args else kwargs["x"]
-        return x.flatten(0, -2)
-
-    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
-        """Output of the base layer with the active adapters, or with one adapter per sample."""
-        if adapter_names is not None and not self.disable_adapters:
-            return self._mixed(x, adapter_names, *args, **kwargs)
-        names, base = self._working(), self.base_layer
-        if not names:
-            return base(x, *args, **kwargs)
-        if len(names) > 1:
-            names.sort(key=self._drops)  # adapters without dropout share one pass
-        plain = not args and not kwargs and is_plain(base)
-        result: Tensor | None = None if plain else base(x, *args, **kwargs)
-        for keep, branches in self._passes(x, names):
-            if result is None:
-                weight = base.weight.T if isinstance(base, Conv1D) else base.weight
-                route = self.hora_attached[names[0]].route
-                result = low_rank_linear(x, weight, base.bias, branches, keep=keep, route=route)
-            else:
-                result = self._add(result, x, branches, keep)
-        return result
-
-    def _add(self, result: Tensor, x: Tensor, branches: list[Branch], keep: Tensor | None = None) -> Tensor:
-        """Branches on the output of the base layer; under tensor parallelism those of this process's rows."""
-        base = self.get_base_layer()
-        if not isinstance(result, Tensor):
-            raise HoraError(
-                f"a linear map returns one tensor, {type(base).__name__} returned a {type(result).__name__}: leave it "
-                "out of target_modules"
-            )
-        if x.requires_grad and torch.is_grad_enabled() and not result.requires_grad:
-            raise HoraError(
-                f"an adapted map hands the gradient on to its input, {type(base).__name__} returned a result without "
-                "one, so that layers below would be trained on wrong gradients: quantise weights alone, not "
-                "activations; load a base of bitsandbytes anew that was evaluated on a CPU before it was adapted"
-            )
-        weight = getattr(base, "weight", None)
-        if is_sharded(weight):
-            if is_sharded(result) or is_sharded(x):
-                raise HoraError(
-                    f"{type(base).__name__} takes and returns local tensors when its weight is sharded, got a DTensor: "
-                    "leave use_local_output of ColwiseParallel at True"
-                )
-            axis = int(isinstance(base, Conv1D))
-            check_rows_alone(weight, axis, type(base).__name__)
-            x, branches = of_this_process(x, branches, weight, axis, result.shape[-1])
-        return add_branches(result, x, branches, keep=keep)
-
-    def _passes(self, x: Tensor, names: Sequence[str]) -> list[tuple[Tensor | None, list[Branch]]]:
-        """Branches that share a dropout mask: all without dropout, then one adapter at a time."""
-        passes: list[tuple[Tensor | None, list[Branch]]] = []
-        for name in names:
-            rate = self._drops(name)
-            branches = list(self._branches_of_call(name, 1 - rate).values())
-            if rate:
-                passes.append((torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - rate), branches))
-            elif passes:
-                passes[0][1].extend(branches)
-            else:
-                passes.append((None, branches))
-        return passes
-
-    def _mixed(self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
-        self._check_mixed(len(x), adapter_names)
-        result = self.base_layer(x, *args, **kwargs)
-        for name in dict.fromkeys(adapter_names):
-            if name == BASE or name not in self.hora_attached:
-                continue
-            index = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-            part = self._add(result[index], x[index], list(self._branches_of_call(name).values()))
-            result = result.index_copy(0, index, part)
-        return result
-
-    def __repr__(self) -> str:
-        return "hora." + super().__repr__()
-
-
 def _branches(attached: Attachment, factors: Mapping[str, Factors], scaling: float) -> dict[str, Branch]:
     return {p: _branch(*stacked(factors[p]), scaling, rows) for p, rows in attached.rows.items()}
 
@@ -446,8 +337,3 @@ def _branch(a: Tensor, b: Tensor, scaling: float, rows: Span) -> Branch:
     if rows.blocks == 1:
         return Branch(a, b, scaling, rows.start, rows.stop)
     return Branch(a, on_all_rows(b, rows), scaling, 0, rows.size)
-
-
-def is_plain(base: nn.Module) -> bool:
-    """Whether calling `base` does nothing but ``x W^T + bias`` on plain tensors: no subclass, no hooks."""
-    return type(base) in (nn.Linear, Conv1D) and type(base.weight) in (nn.Parameter, Tensor) and not has_hooks(base)

@@ -13,17 +13,19 @@ from peft.utils import get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from hora_torch.adapted_linear import HoraLinear
 from hora_torch.attention import HoraMultiheadAttention
 from hora_torch.combining import add_sum
 from hora_torch.config import HoraConfig
 from hora_torch.convolution import HoraConv
 from hora_torch.export import rescaled
 from hora_torch.hypernet import HoraHypernet
-from hora_torch.layer import BASE, HoraLayer, HoraLinear, tied_weights, warn_of_rounding
+from hora_torch.layer import BASE, HoraLayer, warn_of_rounding
 from hora_torch.lifetime import during_call
 from hora_torch.planning import make_plan, planned_layer
 from hora_torch.saving import check_loaded
 from hora_torch.targets import CONVOLUTIONS, base_module
+from hora_torch.tied import tied_weights
 
 
 class HoraModel(BaseTuner):

@@ -12,11 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hora_torch.findings import Finding, Report, Verdict
 from hora_torch.hypernet import HoraHypernet
-from hora_torch.layer import HoraLayer, tied_weights
+from hora_torch.layer import HoraLayer
 from hora_torch.probing import UntoldError, recorded
 from hora_torch.rows import rows_of_one_head
 from hora_torch.sites import attention_of
 from hora_torch.targets import CONVOLUTIONS
+from hora_torch.tied import tied_weights
 from hora_torch.tracing import Trace, floating, traced
 
 _NO_PART = "no adapted layer takes part in this output"
