@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hora_torch import attention, hypernet, layer, linear, sites
+from hora_torch import adapted_linear, attention, hypernet, layer, linear, sites
 from torch import Tensor
 
 from . import test_attention, test_hypernet, test_linear, test_merge, test_peft
@@ -75,8 +75,8 @@ def shared_mask(patch: pytest.MonkeyPatch) -> None:
 
 def first_names_first(patch: pytest.MonkeyPatch) -> None:
     """Samples of a mixed batch are taken to be sorted by adapter."""
-    for kind in (layer.HoraLinear, attention.HoraMultiheadAttention):
-        name = "_mixed" if kind is layer.HoraLinear else "_project_mixed"
+    for kind in (adapted_linear.HoraLinear, attention.HoraMultiheadAttention):
+        name = "_mixed" if kind is adapted_linear.HoraLinear else "_project_mixed"
         honest = getattr(kind, name)
 
         def mixed(self, *args, honest=honest, at=1 if name == "_mixed" else 2):
