@@ -51,6 +51,13 @@ class Method:
             _check(method, key, value)
         return method
 
+    def check_backend(self, backend: str) -> None:
+        """Raise HoraError unless the method exists on a backend."""
+        if backend not in self.library:
+            raise HoraError(
+                f"{self.name} exists on {', '.join(self.library)}, got --backend {backend}: see hora-bench methods"
+            )
+
     @property
     def spec(self) -> AdapterSpec:
         """The adapter of a HoRA method."""

@@ -32,10 +32,7 @@ def prepare(model: Any, method: Method, *, seed: int) -> tuple[Any, Filter]:
     HoraError
         The method does not exist on JAX.
     """
-    if "jax" not in method.library:
-        raise HoraError(
-            f"{method.name} exists on {', '.join(method.library)}, got --backend jax: see hora-bench methods"
-        )
+    method.check_backend("jax")
     language = isinstance(model, Llama)
     match method.family:
         case "full":

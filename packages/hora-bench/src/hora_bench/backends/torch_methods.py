@@ -28,10 +28,7 @@ def prepare(model: Any, method: Method, *, seed: int) -> Any:
     HoraError
         The method does not exist on torch.
     """
-    if "torch" not in method.library:
-        raise HoraError(
-            f"{method.name} exists on {', '.join(method.library)}, got --backend torch: see hora-bench methods"
-        )
+    method.check_backend("torch")
     declare_missing_ops()
     import torch
 

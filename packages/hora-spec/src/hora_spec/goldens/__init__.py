@@ -101,12 +101,17 @@ def load_goldens(version: int | None = None) -> dict[str, Golden]:
     """
     if version is None:
         return {name: golden for each in range(1, VERSION + 1) for name, golden in load_goldens(each).items()}
-    folder = files(__name__) / f"v{version}"
-    found = sorted(folder.iterdir(), key=lambda file: file.name) if folder.is_dir() else []
-    goldens = [_parse(file.name, file.read_bytes()) for file in found if file.name.endswith(".safetensors")]
+    goldens = [_parse(name, data) for name, data in stored_files(f"v{version}")]
     if not goldens:
         raise HoraError(f"goldens are stored in versions 1 to {VERSION}, got none for version {version}: reinstall")
     return {golden.name: golden for golden in goldens}
+
+
+def stored_files(folder: str) -> list[tuple[str, bytes]]:
+    """Names and contents of the safetensors files in a folder of this package, by name; none if it is absent."""
+    place = files("hora_spec.goldens") / folder
+    found = sorted(place.iterdir(), key=lambda file: file.name) if place.is_dir() else []
+    return [(file.name, file.read_bytes()) for file in found if file.name.endswith(".safetensors")]
 
 
 def _parse(file: str, data: bytes) -> Golden:

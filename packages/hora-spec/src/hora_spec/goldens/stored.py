@@ -6,7 +6,6 @@ layouts read is compared with something that does not know them.
 
 import json
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from hora_spec.errors import HoraError
+from hora_spec.goldens import stored_files
 from hora_spec.layout import Layout, Window
 from hora_spec.shapes import ProjectionShape
 
@@ -65,9 +65,7 @@ def load_stored_goldens() -> dict[str, StoredGolden]:
     >>> golden.layouts["v"].window
     Window(axis=0, start=4, stop=6, blocks=3)
     """
-    folder = files("hora_spec.goldens") / FOLDER
-    found = sorted(folder.iterdir(), key=lambda file: file.name) if folder.is_dir() else []
-    goldens = [_parse(file.name, file.read_bytes()) for file in found if file.name.endswith(".safetensors")]
+    goldens = [_parse(name, data) for name, data in stored_files(FOLDER)]
     if not goldens:
         raise HoraError(f"goldens of stored weights lie in {FOLDER}, got none: reinstall")
     return {golden.name: golden for golden in goldens}
