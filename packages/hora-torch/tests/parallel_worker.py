@@ -262,6 +262,23 @@ def fsdp(units, mesh, rank, checkpointing=None):
     return train(spread(model, units), rank, WORLD)
 
 
+JOINT = {"r": 2, "sharing": "a", "a_source": "fixed", "init_weights": True}
+
+
+def jointly_started(model, rank=0, world=1):
+    """The model with an A that all processes found together, each from batches of its own."""
+    from hora_torch import joint_a
+
+    shares = [batch.chunk(world)[rank] for batch in batches()]
+    joint_a(model, shares, lambda model, batch: model(input_ids=batch, labels=batch).loss)
+    return model
+
+
+def fsdp_joint(mesh, rank):
+    """A fixed A, which is no parameter and so is whole in both processes."""
+    return train(jointly_started(spread(adapt(base(), **JOINT), "blocks"), rank, WORLD), rank, WORLD)
+
+
 def fsdp_merged(mesh, rank):
     """The same input in both processes."""
     return merging(spread(adapt(base()), "blocks"))
@@ -282,6 +299,7 @@ CHECKS = {
     "head by head, merged": head_by_head_merged,
     **{f"fsdp {units}": partial(fsdp, units) for units in UNITS},
     "fsdp merged": fsdp_merged,
+    "fsdp blocks, joint start": fsdp_joint,
     "fsdp blocks, checkpoints": partial(fsdp, "blocks", checkpointing=False),
     "fsdp blocks, reentrant checkpoints": partial(fsdp, "blocks", checkpointing=True),
 }

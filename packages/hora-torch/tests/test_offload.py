@@ -54,6 +54,14 @@ def test_an_offloaded_adapted_model_computes_the_same(families, name, offload):
     assert agree_or_refuse(lambda: evaluate(model, family.inputs()), expected) == worked
 
 
+def test_a_fixed_a_is_where_it_is_needed(families, offload):
+    family = families["llama"]
+    model = adapted(family, sharing="a", a_source="fixed")
+    expected = evaluate(model, family.inputs())
+    offload(model)
+    agree(evaluate(model, family.inputs()), expected)
+
+
 @pytest.mark.parametrize("name", ["llama", "vit"])
 def test_an_adapter_added_to_an_offloaded_model_starts_at_the_base(families, name, offload):
     family = families[name]

@@ -26,6 +26,7 @@ EQUAL = [
     "fsdp attentions",
     "fsdp blocks, checkpoints",
     "fsdp blocks, reentrant checkpoints",
+    "fsdp blocks, joint start",
 ]
 EQUAL_OR_REFUSED = ["gathered", "fused", "rows of inputs of q", "fsdp linears", "fsdp adapted", "fsdp hypernets"]
 REFUSED = ["rows of inputs", "sequence"]
@@ -92,6 +93,7 @@ def test_two_processes_compute_as_one(worker, tmp_path, subtests):
         "fused": worker.train(worker.adapt(worker.base("phi3"))),
         "head by head": (heads := worker.train(worker.adapt(worker.base("gpt_neox")))),
         "head by head, merged": heads,
+        "fsdp blocks, joint start": worker.train(worker.jointly_started(worker.adapt(worker.base(), **worker.JOINT))),
     }
     ranks = launch(tmp_path)
     named = {*EQUAL, *EQUAL_OR_REFUSED, *REFUSED, *MERGED}
