@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from hora_jax import Target, init, make_plan, merge, presets
 from hora_jax.nnx import HoraModel, HoraParam
-from hora_spec import AdapterSpec, HoraError, Layout, Window
+from hora_spec import AdapterSpec, HoraError, Layout, Window, preset
 
 
 @pytest.fixture
@@ -98,6 +98,19 @@ def test_it_runs_where_tree_mode_is_the_default(model, x):
     with nnx.set_graph_mode(False):
         close(model(x), expected)
         close(nnx.jit(lambda m, x: m(x))(model, x), expected)
+
+
+@pytest.mark.parametrize("method", [preset("joint", 2)], ids=["joint"])
+def test_s6_a_fixed_a_is_left_alone_by_an_optimizer_that_decays(model, x):
+    before = model.adapter()
+    optimizer = nnx.Optimizer(model, optax.adamw(1e-2, weight_decay=0.5), wrt=HoraParam)
+    optimizer.update(model, only_adapter(loss_of)(model, x)[1])
+    for key, params in model.adapter().items():
+        for name, value in params.items():
+            assert np.array_equal(value, before[key][name]) == name.startswith("a."), name
+    held = [leaf for leaf in jax.tree.leaves(nnx.state(optimizer, nnx.optimizer.OptState)) if leaf.ndim]
+    assert sum(leaf.size for leaf in held) == 2 * model.plan.params_count
+    close(model(x), model.merged()(x))
 
 
 def test_routes_are_chosen_by_tokens_and_dtype(model, x):

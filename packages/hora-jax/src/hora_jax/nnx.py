@@ -8,7 +8,7 @@ from typing import Any, final
 
 import jax
 from flax import nnx
-from hora_spec import HoraError
+from hora_spec import HoraError, is_trained
 
 from hora_jax import adapter, routes
 from hora_jax.adapted import Adapted, Report, walked
@@ -21,6 +21,10 @@ from hora_jax.walk import Dense, Walk
 
 class HoraParam(nnx.LoRAParam):
     """A trainable parameter of an adapter; filters for `nnx.LoRAParam` select it too."""
+
+
+class HoraFixed(nnx.Variable):
+    """A fixed A of an adapter (spec S6): stored beside its parameters, and none of them, so that nothing decays it."""
 
 
 @final
@@ -47,8 +51,9 @@ class HoraModel(nnx.Module):
     Notes
     -----
     Train with ``nnx.Optimizer(model, tx, wrt=HoraParam)`` and ``nnx.grad(loss, argnums=nnx.DiffState(0, HoraParam))``:
-    the base then has neither gradients nor optimiser state. The hypernetworks of all layers run once for each call, in
-    the dtype of phi; a branch casts its factors to the dtype of the activations (spec D3).
+    the base, and a fixed A (`HoraFixed`), then have neither gradients nor optimiser state. The hypernetworks of all
+    layers run once for each call, in the dtype of phi; a branch casts its factors to the dtype of the activations (spec
+    D3).
     """
 
     def __init__(
@@ -62,7 +67,13 @@ class HoraModel(nnx.Module):
         adapter.check(plan, phi)
         routes.check(route)
         self.base = base
-        self.phi = nnx.data({key: {name: HoraParam(v) for name, v in params.items()} for key, params in phi.items()})
+        specs = {key: members[0].spec for key, members in plan.groups().items()}
+        self.phi = nnx.data(
+            {
+                key: {name: (HoraParam if is_trained(specs[key], name) else HoraFixed)(v) for name, v in own.items()}
+                for key, own in phi.items()
+            }
+        )
         self.plan = plan
         self.route = route
         self.dense = dense
