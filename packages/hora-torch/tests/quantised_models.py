@@ -154,13 +154,13 @@ def changed(found, expected):
     )
 
 
-def in_floats(name, folder, model):
+def in_floats(name, folder, model, **kwargs):
     """The same adapter on a plain model of the values that the quantised base multiplies with."""
     plain, base = floats(folder), quantised(name, folder)
     for path, module in plain.named_modules():
         if path.endswith("proj"):
             module.weight.data = multiplies_with(base.get_submodule(path))
-    plain = peft.get_peft_model(plain, config(hora_alpha=0.2)).eval()
+    plain = peft.get_peft_model(plain, config(hora_alpha=0.2, **kwargs)).eval()
     for one, other in zip(parameters(plain).values(), parameters(model).values(), strict=True):
         one.data = other.detach().clone()
     return plain

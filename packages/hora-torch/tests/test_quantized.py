@@ -4,9 +4,9 @@ import peft
 import pytest
 import torch
 from hora_spec import HoraError, load_adapter
-from hora_torch import export_lora
+from hora_torch import export_lora, joint_a
 
-from .oracle import config, evaluate, parameters
+from .oracle import config, evaluate, output, parameters
 from .quantised_models import (
     BASES,
     LIBRARIES,
@@ -58,6 +58,23 @@ def test_gradients_are_those_on_the_dequantised_weights(name, folder):
     found, expected = gradients(model), gradients(in_floats(name, folder, model))
     for key, grad in found.items():
         torch.testing.assert_close(grad, expected[key], rtol=1e-3, atol=1e-4 * float(expected[key].abs().max()))
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_joint_start_is_that_on_the_dequantised_weights(name, folder):
+    def loss(model, batch):
+        return output(model(**batch)).square().mean()
+
+    fixed = {"sharing": "a", "a_source": "fixed", "init_weights": True}
+    model = adapt(name, folder, **fixed)
+    found, expected = (joint_a(one, [inputs()], loss) for one in (model, in_floats(name, folder, model, **fixed)))
+    for layer, params in expected.params.items():
+        for key, a in params.items():
+            close(
+                torch.from_numpy(found.params[layer][key]),
+                torch.from_numpy(a),
+                0.2 if BASES[name].rounds_inputs else 1e-3,
+            )
 
 
 @pytest.mark.parametrize("name", BASES)
