@@ -265,18 +265,24 @@ def fsdp(units, mesh, rank, checkpointing=None):
 JOINT = {"r": 2, "sharing": "a", "a_source": "fixed", "init_weights": True}
 
 
-def jointly_started(model, rank=0, world=1):
-    """The model with an A that all processes found together, each from batches of its own."""
+def jointly_started(model, given):
+    """The model with an A that all processes found together, each from the batches that it was given."""
     from hora_torch import joint_a
 
-    shares = [batch.chunk(world)[rank] for batch in batches()]
-    joint_a(model, shares, lambda model, batch: model(input_ids=batch, labels=batch).loss)
+    joint_a(model, given, lambda model, batch: model(input_ids=batch, labels=batch).loss)
     return model
 
 
 def fsdp_joint(mesh, rank):
-    """A fixed A, which is no parameter and so is whole in both processes."""
-    return train(jointly_started(spread(adapt(base(), **JOINT), "blocks"), rank, WORLD), rank, WORLD)
+    """A fixed A, which is no parameter and so is whole in both processes; half of each batch."""
+    shares = [batch.chunk(WORLD)[rank] for batch in batches()]
+    return train(jointly_started(spread(adapt(base(), **JOINT), "blocks"), shares), rank, WORLD)
+
+
+def joint_fsdp(mesh, rank):
+    """More batches in one process than in the other, while the model is whole."""
+    model = jointly_started(adapt(base(), **JOINT), batches()[rank::WORLD])
+    return train(spread(model, "blocks"), rank, WORLD)
 
 
 def fsdp_merged(mesh, rank):
@@ -300,6 +306,7 @@ CHECKS = {
     **{f"fsdp {units}": partial(fsdp, units) for units in UNITS},
     "fsdp merged": fsdp_merged,
     "fsdp blocks, joint start": fsdp_joint,
+    "joint start, fsdp blocks": joint_fsdp,
     "fsdp blocks, checkpoints": partial(fsdp, "blocks", checkpointing=False),
     "fsdp blocks, reentrant checkpoints": partial(fsdp, "blocks", checkpointing=True),
 }

@@ -149,6 +149,7 @@ def test_nothing_else_is_touched(families):
         (lambda model: next(p for n, p in model.named_parameters() if ".b.q" in n).data.add_(1), "before training"),
         (lambda model: model.base_model.disable_adapter_layers(), "not active"),
         (lambda model: model.merge_adapter(), "merged"),
+        (lambda model: next(m for m in model.modules() if isinstance(m, HoraLayer)).set_scale("default", 2), "unscale"),
     ],
 )
 def test_i7_an_adapter_that_is_in_use_is_refused(families, spoil, message):

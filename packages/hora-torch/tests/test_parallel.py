@@ -27,6 +27,7 @@ EQUAL = [
     "fsdp blocks, checkpoints",
     "fsdp blocks, reentrant checkpoints",
     "fsdp blocks, joint start",
+    "joint start, fsdp blocks",
 ]
 EQUAL_OR_REFUSED = ["gathered", "fused", "rows of inputs of q", "fsdp linears", "fsdp adapted", "fsdp hypernets"]
 REFUSED = ["rows of inputs", "sequence"]
@@ -86,6 +87,10 @@ def assert_merged(found, expected):
         torch.testing.assert_close(found["evaluated"], loss, rtol=1e-5, atol=1e-6)
 
 
+def _started(worker):
+    return worker.jointly_started(worker.adapt(worker.base(), **worker.JOINT), worker.batches())
+
+
 def test_two_processes_compute_as_one(worker, tmp_path, subtests):
     one = worker.train(worker.adapt(worker.base()))
     other = {
@@ -93,7 +98,8 @@ def test_two_processes_compute_as_one(worker, tmp_path, subtests):
         "fused": worker.train(worker.adapt(worker.base("phi3"))),
         "head by head": (heads := worker.train(worker.adapt(worker.base("gpt_neox")))),
         "head by head, merged": heads,
-        "fsdp blocks, joint start": worker.train(worker.jointly_started(worker.adapt(worker.base(), **worker.JOINT))),
+        "fsdp blocks, joint start": (joint := worker.train(_started(worker))),
+        "joint start, fsdp blocks": joint,
     }
     ranks = launch(tmp_path)
     named = {*EQUAL, *EQUAL_OR_REFUSED, *REFUSED, *MERGED}

@@ -15,7 +15,7 @@ from hora_spec import Factors, HoraError, JointStart, LayerShape, Measure, Momen
 from hora_spec.joint import Probes, Scale, Source
 from torch import Tensor, nn
 
-from hora_torch.export import adapter_name_of
+from hora_torch.export import adapter_name_of, rescaled
 from hora_torch.hypernet import HoraHypernet
 from hora_torch.layer import HoraLayer
 from hora_torch.sharding import placed_like
@@ -67,7 +67,8 @@ def joint_a(
 
     Notes
     -----
-    In several processes the means of all of them count, so that each gets the same A from batches of its own.
+    In several processes the batches of all of them count, and each gets the same A from batches of its own, of which
+    processes may have different numbers where parameters are not sharded.
 
     Examples
     --------
@@ -81,7 +82,7 @@ def joint_a(
     name = adapter_name_of(model, adapter_name)
     layers = [module for module in model.modules() if isinstance(module, HoraLayer) and name in module.hora_attached]
     hypernets = {leader: leader.hora_hyper[name] for leader in layers if name in leader.hora_hyper}
-    _check_untrained(hypernets.values(), layers, name)
+    _check_untrained(model, hypernets.values(), layers, name)
     batches = list(batches)
     if not batches:
         raise HoraError("a joint start is that of some batches, got none (spec I7)")
@@ -189,6 +190,7 @@ class _Trial:
                 probe = _Probe(hypernet.layer, leader.scaling[self.name], given)
                 stack.enter_context(_in_place_of(leader, self.name, probe))
             sums = {key: torch.zeros_like(leaf) for key, leaf in leaves.items()}
+            count = _over_processes(torch.tensor(float(len(self.batches)), device=next(iter(leaves.values())).device))
             for batch in self.batches:
                 with torch.enable_grad():
                     value = self.loss(self.model, batch)
@@ -197,8 +199,7 @@ class _Trial:
                     sums[key] += 0 if grad is None else grad
         result: Probes = {}
         for (layer, p), total in sums.items():
-            mean = _over_processes(total) / (len(self.batches) * _processes())
-            result.setdefault(layer, {})[p] = mean.cpu().double().numpy()
+            result.setdefault(layer, {})[p] = (_over_processes(total) / count).cpu().double().numpy()
         return result
 
 
@@ -211,7 +212,9 @@ def _loss_of_model(model: nn.Module, batch: Any) -> Tensor:
     return output.loss
 
 
-def _check_untrained(hypernets: Iterable[HoraHypernet], layers: Sequence[HoraLayer], name: str) -> None:
+def _check_untrained(
+    model: nn.Module, hypernets: Iterable[HoraHypernet], layers: Sequence[HoraLayer], name: str
+) -> None:
     for hypernet in hypernets:
         if any(bool(param.any()) for key, param in hypernet.params().items() if key.startswith(("b.", "b_out."))):
             raise HoraError(f"A starts before training, got a delta of {hypernet.name!r} that is not zero (spec I7)")
@@ -220,6 +223,8 @@ def _check_untrained(hypernets: Iterable[HoraHypernet], layers: Sequence[HoraLay
             f"what is measured goes through the adapter, {name!r} is not active, disabled or merged: "
             f"set_adapter({name!r}) first (spec I7)"
         )
+    if scale := rescaled(model, name):
+        raise HoraError(f"what is measured goes through the adapter, {name!r} acts at {scale}: unscale it (spec I7)")
 
 
 @contextmanager
@@ -269,12 +274,8 @@ def _tensor(array: np.ndarray, module: HoraLayer) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(device)
 
 
-def _processes() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
 def _over_processes(tensor: Tensor) -> Tensor:
     """Sum over the processes of a launch."""
-    if _processes() > 1:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(tensor)
     return tensor
