@@ -21,7 +21,7 @@ KEY = jax.random.key(0)
 
 
 def some(i: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.fold_in(KEY, i), shape) / 4
+    return jax.random.normal(jax.random.fold_in(KEY, i), shape, jnp.float32) / 4  # float32 under x64, too
 
 
 PARAMS = {
@@ -379,6 +379,13 @@ def test_a_correct_adapter_is_verified():
     assert found.ok, str(found)
     assert len(found.uses.low_rank) == 2
     assert found.effect > 100 * found.error
+
+
+def test_a_float64_base_with_a_float32_adapter_is_verified(x64):
+    params = jax.tree.map(lambda v: v.astype("float64"), PARAMS)
+    found = verify(PLANS["apart"], einsum, params, init(PLANS["apart"]), X.astype("float64"))
+    assert found.ok, str(found)
+    assert found.effect > 1e4 * found.error
 
 
 def test_verify_names_what_does_not_learn_and_what_is_tied():

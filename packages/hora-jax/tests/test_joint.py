@@ -92,25 +92,57 @@ def test_i7_an_a_of_its_own_per_head_has_no_joint_start():
         hora_jax.joint_a(made, loss, PARAMS, hora_jax.init(made), BATCHES)
 
 
-def test_g7_a_fixed_a_has_no_gradient():
-    made = plan()
-    phi = jax.tree.map(lambda value: value + 1, hora_jax.init(made))
-    grads = jax.grad(lambda phi: hora_jax.adapt(loss, made)(PARAMS, phi, BATCHES[0]))(phi)["blocks.*"]
-    assert not any(np.any(grads[name]) for name in ("a.q", "a.v"))
-    assert all(np.any(grads[name]) for name in ("b.q", "b.v"))
+def through_adapt(phi):
+    return hora_jax.adapt(loss, plan())(PARAMS, phi, BATCHES[0])
 
 
-def test_s6_an_optimiser_that_decays_leaves_a_fixed_a_by_its_label():
+def through_merge(phi):
+    return loss(hora_jax.merge(plan(), PARAMS, phi), BATCHES[0])
+
+
+def through_deltas(phi):
+    return sum(jnp.sum(value) for value in jax.tree.leaves(hora_jax.delta(plan(), phi)))
+
+
+@pytest.mark.parametrize("fn", [through_adapt, through_merge, through_deltas])
+@pytest.mark.parametrize("transform", [jax.grad, lambda fn: jax.jit(jax.grad(jax.checkpoint(fn))), jax.jacfwd])
+def test_g7_a_fixed_a_is_not_differentiated_so_that_no_decay_can_move_it(fn, transform):
+    with pytest.raises(HoraError, match=r"derivative with respect to 'a\.[qv]'.*hora_jax\.split"):
+        transform(fn)(hora_jax.init(plan()))
+
+
+def test_s6_an_optimiser_that_decays_never_sees_a_fixed_a():
     optax = pytest.importorskip("optax")
     made = plan()
     phi = jax.tree.map(lambda value: value + 1, hora_jax.init(made))
-    labels = hora_jax.labels(made, phi)
-    assert labels["blocks.*"] == {"a.q": "fixed", "a.v": "fixed", "b.q": "B", "b.v": "B"}
-    optimiser = optax.multi_transform({"B": optax.adamw(1e-2, weight_decay=0.5), "fixed": optax.set_to_zero()}, labels)
-    grads = jax.tree.map(jnp.ones_like, phi)
-    updates, state = optimiser.update(grads, optimiser.init(phi), phi)
-    moved = optax.apply_updates(phi, updates)["blocks.*"]
-    np.testing.assert_array_equal(moved["a.q"], phi["blocks.*"]["a.q"])
-    assert np.all(moved["b.q"] != phi["blocks.*"]["b.q"])
-    sizes = [leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim]
-    assert sum(sizes) == 2 * sum(phi["blocks.*"][f"b.{p}"].size for p in "qv")
+    trained, fixed = hora_jax.split(made, phi)
+    grads = jax.grad(lambda trained: through_adapt(hora_jax.join(trained, fixed)))(trained)
+    assert grads["blocks.*"].keys() == {"b.q", "b.v"}
+    assert all(np.any(value) for value in jax.tree.leaves(grads))
+    optimiser = optax.adamw(1e-2, weight_decay=0.5)
+    updates, state = optimiser.update(grads, optimiser.init(trained), trained)
+    moved = hora_jax.join(optax.apply_updates(trained, updates), fixed)
+    assert moved.keys() == phi.keys()
+    for name, value in moved["blocks.*"].items():
+        assert np.array_equal(value, phi["blocks.*"][name]) == name.startswith("a."), name
+    held = [leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim]
+    assert sum(held) == 2 * made.params_count
+
+
+def test_labels_tell_what_is_fixed_of_the_whole_and_of_its_parts():
+    made = plan()
+    phi = hora_jax.init(made)
+    trained, fixed = hora_jax.split(made, phi)
+    assert hora_jax.labels(made, phi)["blocks.*"] == {"a.q": "fixed", "a.v": "fixed", "b.q": "B", "b.v": "B"}
+    assert hora_jax.labels(made, trained)["blocks.*"] == {"b.q": "B", "b.v": "B"}
+    assert hora_jax.labels(made, fixed)["blocks.*"] == {"a.q": "fixed", "a.v": "fixed"}
+    with pytest.raises(HoraError, match=r"got also \['c'\]"):
+        hora_jax.labels(made, {"blocks.*": {"c": 1}})
+    with pytest.raises(HoraError, match="groups of one plan"):
+        hora_jax.join(trained, {})
+
+
+def test_a_fixed_a_is_verified_without_its_gradient():
+    made = plan()
+    found = hora_jax.verify(made, loss, PARAMS, hora_jax.init(made), BATCHES[0])
+    assert found.ok, str(found)

@@ -230,21 +230,31 @@ def test_a_stack_of_blocks_numbers_its_layers(method):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"heads": 0, "layout": "d (h k)"}, "integer of at least 1, got 0"),
+        *(({"heads": heads, "layout": "d (h k)"}, "a number of at least 1") for heads in (0, -1, True, 2.0, "")),
+        ({"heads": "n", "layout": "d (h k)"}, "is the attribute 'n' of its attention module"),
+        *(
+            ({"fused": fused}, r"fused is \(index, parts\) or")
+            for fused in ((), (1,), (0, 2, 3, 4), (0, 0), (2, 2), (-1, 2), (0, 2, 0), ("0", 2), (0, 2.0), [0, 2], 3)
+        ),
+        ({"layout": "d h"}, "a pattern names"),
+        ({"layout": None}, "a layout is a Layout or its pattern"),
+        *(({name: ""}, "are texts") for name in ("path", "projection", "layer", "module")),
         ({"layer": "{1}"}, "wildcards of its path"),
+        ({"layer": "{0.x}"}, "wildcards of its path"),
+        ({"layer": "{0[x]}"}, "wildcards of its path"),
+        ({"layer": "{0:9.}"}, "wildcards of its path"),
         ({"layer": "{name}"}, "wildcards of its path"),
         ({"layer": "{"}, "wildcards of its path"),
     ],
 )
 def test_what_a_target_cannot_mean_is_refused(method, change, message):
     shapes = {"attn": {"q": jax.ShapeDtypeStruct((16, 16) if "heads" in change else (16, 4, 4), "float32")}}
-    target = replace(Target("*.q", "q", "d h k", layer="{0}"), **change)
     with pytest.raises(HoraError, match=message):
-        make_plan(shapes, method, target)
+        make_plan(shapes, method, replace(Target("*.q", "q", "d h k", layer="{0}"), **change))
 
 
 def test_a_plan_without_targets_is_refused(method):
-    with pytest.raises(HoraError, match="got no targets"):
+    with pytest.raises(HoraError, match=r"got \[\]: pass those of a preset"):
         make_plan({}, method, [])
 
 

@@ -6,11 +6,13 @@ from typing import Any
 
 from hora_jax import functional, presets
 from hora_jax.adapted import Adapted, Report, adapt, adapt_each
-from hora_jax.adapter import delta, factors, init, labels, merge, replace_weights, weights
+from hora_jax.adapter import delta, factors, init, merge, replace_weights, weights
+from hora_jax.checkpoint import save_merged
 from hora_jax.files import export_lora, from_adapter, load_adapter, load_specs, plan_from, save_adapter, to_adapter
 from hora_jax.joint import joint_a
 from hora_jax.planning import Layer, Plan, make_plan
 from hora_jax.targets import Site, Target
+from hora_jax.trained import join, labels, split
 from hora_jax.verification import Verification, verify
 
 __version__ = "0.1.0"
@@ -31,6 +33,7 @@ __all__ = [
     "from_adapter",
     "functional",
     "init",
+    "join",
     "joint_a",
     "labels",
     "load_adapter",
@@ -43,6 +46,8 @@ __all__ = [
     "presets",
     "replace_weights",
     "save_adapter",
+    "save_merged",
+    "split",
     "to_adapter",
     "verify",
     "weights",

@@ -6,14 +6,18 @@ from typing import Any, final
 
 import jax
 import jax.numpy as jnp
+from hora_spec import HoraError
 
-from hora_jax import adapter, functional, routes
+from hora_jax import adapter, routes
 from hora_jax.adapter import Phi
+from hora_jax.dropout import ARGUMENT, from_arguments
+from hora_jax.dropout import check as check_dropout
 from hora_jax.pairs import pairs
-from hora_jax.planning import Plan
+from hora_jax.planning import Plan, check_plan
 from hora_jax.routes import Route, Way
+from hora_jax.trained import check_groups
 from hora_jax.views import View
-from hora_jax.walk import Dense, Use, Walk
+from hora_jax.walk import Dense, Use, Walk, check_dense
 
 
 @dataclass(frozen=True)
@@ -51,19 +55,26 @@ class Report:
 class Adapted:
     """What `adapt` returns: a function of the parameters, the adapter, and the arguments of the adapted function."""
 
-    def __init__(self, fn: Callable[..., Any], plan: Plan, route: Way, dense: Dense) -> None:
+    def __init__(self, fn: Callable[..., Any], plan: Plan, route: Way, dense: Dense, dropout: float = 0.0) -> None:
         self.fn = fn
         self.plan = plan
         self.route: Way = route
         self.dense: Dense = dense
+        self.dropout = dropout
 
     def __call__(self, params: Any, phi: Phi, *args: Any, **kwargs: Any) -> Any:
-        """``fn(merge(plan, params, phi), *args, **kwargs)`` without merging."""
-        return self._run(Walk(self.route, self.dense), params, phi, *args, **kwargs)
+        """``fn(merge(plan, params, phi), *args, **kwargs)`` without merging.
+
+        The keyword argument ``dropout_key`` is not passed on: the key of this call's dropout, None for none. It is
+        required where the function was adapted with dropout.
+        """
+        dropout = from_arguments(self.dropout, kwargs)
+        return self._run(Walk(self.route, self.dense, dropout), params, phi, *args, **kwargs)
 
     def report(self, params: Any, phi: Phi, *args: Any, **kwargs: Any) -> Report:
         """Where planned weights are consumed for these arguments, some of which may be shapes alone."""
         walk = Walk(self.route, "allow")
+        kwargs.pop(ARGUMENT, None)
         leaves, tree = jax.tree.flatten((params, phi, args, kwargs))
         shapes = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)}
 
@@ -89,7 +100,9 @@ def walked(walk: Walk, plan: Plan, fn: Callable[[Any], Any], params: Any, phi: P
     return outputs.tree(walk.run(program, [views[path] for path in sorted(old)]))  # as JAX flattens a dict
 
 
-def adapt(fn: Callable[..., Any], plan: Plan, *, route: Route = "auto", dense: Dense = "allow") -> Adapted:
+def adapt(
+    fn: Callable[..., Any], plan: Plan, *, route: Route = "auto", dense: Dense = "allow", dropout: float = 0.0
+) -> Adapted:
     """The function with the adapter applied to the parameters that are its first argument.
 
     ``adapt(fn, plan)(params, phi, *args, **kwargs)`` equals ``fn(merge(plan, params, phi), *args, **kwargs)`` in value
@@ -108,6 +121,11 @@ def adapt(fn: Callable[..., Any], plan: Plan, *, route: Route = "auto", dense: D
     dense
         What happens where a planned weight is consumed by something else than a product with activations: ``"allow"``
         computes with ``W + delta`` there, and `Adapted.report` lists the place; ``"error"`` refuses.
+    dropout
+        Probability that an entry of a branch's input is dropped, in calls with ``dropout_key=key``; in others
+        ``dropout_key=None``. Each product with a planned weight drops entries of its own, in a loop at each step; all
+        projections of one weight share them. The key is the caller's: another one at each step, under `jax.vmap` in
+        each row.
 
     Returns
     -------
@@ -118,7 +136,8 @@ def adapt(fn: Callable[..., Any], plan: Plan, *, route: Route = "auto", dense: D
     Raises
     ------
     HoraError
-        If the route is unknown; when called, if params or phi do not fit the plan, or a dense use is refused.
+        If the route is unknown or the dropout no rate; when called, if params or phi do not fit the plan, a dense use
+        is refused, or dropout has no key or meets a dense use, on which it cannot act.
 
     Notes
     -----
@@ -140,8 +159,18 @@ def adapt(fn: Callable[..., Any], plan: Plan, *, route: Route = "auto", dense: D
     >>> print(adapted.report(params, phi, x))
     low-rank: 1, dense: 0, unused: 0
     """
+    check_plan(plan)
+    check_function(fn)
     routes.check(route)
-    return Adapted(fn, plan, route, dense)
+    check_dense(dense)
+    check_dropout(dropout, route)
+    return Adapted(fn, plan, route, dense, dropout)
+
+
+def check_function(fn: Any) -> None:
+    """Raise unless `fn` can be called."""
+    if not callable(fn):
+        raise HoraError(f"a function of the parameters is adapted, got {fn!r:.60}: fn(params, *args)")
 
 
 def adapt_each(fn: Callable[..., Any], plan: Plan, *, dense: Dense = "allow") -> Callable[..., Any]:
@@ -161,6 +190,9 @@ def adapt_each(fn: Callable[..., Any], plan: Plan, *, dense: Dense = "allow") ->
     adapted = adapt(fn, plan, route="branch", dense=dense)
 
     def each(params: Any, phis: Phi, *args: Any) -> Any:
+        check_groups(plan, phis)
+        if bad := [k for own in phis.values() for k, v in own.items() if not getattr(v, "ndim", 0)]:
+            raise HoraError(f"adapters are stacked on a leading axis, got {bad} without one: stack what init makes")
         return jax.vmap(lambda phi, *row: adapted(params, phi, *row))(phis, *args)
 
     return each
@@ -181,10 +213,8 @@ class _Outputs:
 
 
 def _views(plan: Plan, weights: dict[str, Any], phi: Phi) -> dict[str, View]:
-    adapter.check(plan, phi)
     found = {}
-    for key, members in plan.groups().items():
-        stacked = functional.factors(members[0].spec, members[0].shape, phi[key])
+    for members, stacked in adapter.generated(plan, phi):
         for path, a, b in pairs(members, stacked):
             found[path] = _view(weights[path], a, b, path)
     return found

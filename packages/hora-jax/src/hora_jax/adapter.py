@@ -4,20 +4,21 @@
 all factors takes one einsum for each step of the method, however deep the model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hora_spec import AdapterSpec, Factors, HoraError, init_params, is_trained, param_shapes
+from hora_spec import Factors, HoraError, init_params, param_shapes
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from hora_jax import functional
-from hora_jax.planning import Layer, Plan
+from hora_jax.planning import Layer, Plan, check_plan
 from hora_jax.targets import leaves, nnx_of
+from hora_jax.trained import check_groups, undifferentiated
 
 Phi = Mapping[str, Mapping[str, jax.Array]]
 
@@ -44,12 +45,23 @@ def init(plan: Plan, seed: int = 0, *, dtype: DTypeLike = jnp.float32) -> dict[s
     HoraError
         If the seed is not such an integer, or float64 is asked for while JAX has it switched off.
     """
-    if jax.dtypes.canonicalize_dtype(dtype) != np.dtype(dtype):
-        raise HoraError(f'init makes the dtype asked for, got {np.dtype(dtype)} without x64: set "jax_enable_x64"')
+    check_plan(plan)
+    _check_dtype(dtype)
     return {
         key: stack([init_params(x.spec, x.shape, seed, name) for x in members for name in x.names], dtype)
         for key, members in plan.groups().items()
     }
+
+
+def _check_dtype(dtype: DTypeLike) -> None:
+    try:
+        wanted = np.dtype(dtype) if isinstance(dtype, str | type | np.dtype) else None
+    except TypeError:
+        wanted = None
+    if wanted is None or not jnp.issubdtype(wanted, jnp.floating):
+        raise HoraError(f"parameters are floating, got dtype {dtype!r}: leave it at float32 (spec S7)")
+    if jax.dtypes.canonicalize_dtype(wanted) != wanted:
+        raise HoraError(f'init makes the dtype asked for, got {wanted} without x64: set "jax_enable_x64"')
 
 
 def factors(plan: Plan, phi: Phi) -> dict[str, dict[str, Factors]]:
@@ -71,19 +83,26 @@ def factors(plan: Plan, phi: Phi) -> dict[str, dict[str, Factors]]:
     HoraError
         If phi belongs to another plan.
     """
-    check(plan, phi)
     result = {}
-    for key, members in plan.groups().items():
-        stacked = functional.factors(members[0].spec, members[0].shape, phi[key])
+    for members, stacked in generated(plan, phi):
         result |= dict(zip((x.name for x in members), unstack(members, stacked), strict=True))
     return {layer.name: result[layer.name] for layer in plan.layers}
 
 
+def generated(plan: Plan, phi: Phi) -> Iterator[tuple[tuple[Layer, ...], dict[str, Factors]]]:
+    """Layers of equal method and shape, and their factors stacked on a leading layers axis."""
+    check(plan, phi)
+    for key, members in plan.groups().items():
+        spec, shape = members[0].spec, members[0].shape
+        yield members, functional.factors(spec, shape, undifferentiated(spec, phi[key]))
+
+
 def delta(plan: Plan, phi: Phi) -> dict[str, dict[str, jax.Array]]:
     """Dense updates ``scaling * B A``, (heads * head_dim, embed), named and stacked as in `factors`."""
+    made = factors(plan, phi)
     return {
-        layer.name: {p: functional.dense(f, layer.spec.scaling) for p, f in of_layer.items()}
-        for layer, of_layer in zip(plan.layers, factors(plan, phi).values(), strict=True)
+        layer.name: {p: functional.dense(f, layer.spec.scaling) for p, f in made[layer.name].items()}
+        for layer in plan.layers
     }
 
 
@@ -140,6 +159,7 @@ def weights(plan: Plan, params: Any) -> dict[str, jax.Array]:
     HoraError
         If a leaf is missing or has another shape than planned.
     """
+    check_plan(plan)
     found = leaves(params)
     result = {}
     for site in (site for layer in plan.layers for site in layer.sites):
@@ -154,7 +174,16 @@ def weights(plan: Plan, params: Any) -> dict[str, jax.Array]:
 
 
 def replace_weights(params: Any, new: Mapping[str, jax.Array]) -> Any:
-    """A copy of the tree in which the leaves at some paths are replaced."""
+    """A copy of the tree in which the leaves at some paths are replaced.
+
+    Raises
+    ------
+    HoraError
+        If the tree has no leaf of such a path.
+    """
+    if not isinstance(new, Mapping) or (unknown := [path for path in new if path not in leaves(params)]):
+        got = unknown if isinstance(new, Mapping) else repr(new)
+        raise HoraError(f"leaves are replaced by their paths in the tree, got {got}: see hora_jax.weights")
     if nnx := nnx_of(params):
         graph, state = nnx.split(params)
         return nnx.merge(graph, replace_weights(state, new))
@@ -164,13 +193,13 @@ def replace_weights(params: Any, new: Mapping[str, jax.Array]) -> Any:
 
 def check(plan: Plan, phi: Phi) -> None:
     """Raise unless phi has exactly the groups, parameters and shapes of the plan, all floating (spec S7)."""
-    groups = plan.groups()
-    if groups.keys() != phi.keys():
-        raise HoraError(f"phi has the plan's groups {list(groups)}, got {list(phi)}: it belongs to another plan")
+    groups = check_groups(plan, phi)
     for key, members in groups.items():
         depth = sum(len(layer.names) for layer in members)
         expected = {n: (depth, *s) for n, s in param_shapes(members[0].spec, members[0].shape).items()}
-        got = {name: tuple(jnp.shape(value)) for name, value in phi[key].items()}
+        if bad := [name for name, value in phi[key].items() if not hasattr(value, "shape")]:
+            raise HoraError(f"phi[{key!r}] holds arrays, got {bad} of another kind: take hora_jax.init (spec S7)")
+        got = {name: tuple(value.shape) for name, value in phi[key].items()}
         if got != expected:
             wrong = sorted(set(got.items()) ^ set(expected.items()))
             raise HoraError(f"phi[{key!r}] has the shapes {expected}, got {got}; they differ in {wrong} (spec S6)")
@@ -178,23 +207,6 @@ def check(plan: Plan, phi: Phi) -> None:
             name for name, value in phi[key].items() if not jnp.issubdtype(jnp.result_type(value), jnp.floating)
         ]:
             raise HoraError(f"phi[{key!r}] is floating, got {bad} of another dtype: cast to float32 (spec S7)")
-
-
-def labels(plan: Plan, phi: Phi) -> dict[str, dict[str, str]]:
-    """``"A"`` or ``"B"`` for each parameter of phi, the factor that it is, or generates; ``"fixed"`` for a fixed A.
-
-    As `optax.multi_transform` takes them: for LoRA+ (arXiv 2402.12354), a higher learning rate for ``"B"``; for a fixed
-    A `optax.set_to_zero`, since weight decay would move it though its gradient is zero.
-    """
-    check(plan, phi)
-    specs = {key: members[0].spec for key, members in plan.groups().items()}
-    return {key: {name: _label(specs[key], name) for name in params} for key, params in phi.items()}
-
-
-def _label(spec: AdapterSpec, name: str) -> str:
-    if not is_trained(spec, name):
-        return "fixed"
-    return "A" if name.partition(".")[0] in ("a", "a_seed", "a_in", "a_out") else "B"
 
 
 def stack(layers: list[dict[str, np.ndarray]], dtype: DTypeLike) -> dict[str, jax.Array]:

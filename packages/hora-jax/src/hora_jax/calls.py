@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from hora_spec import HoraError
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
+from hora_jax.dropout import Dropout
 from hora_jax.views import View
 
 if TYPE_CHECKING:
@@ -47,22 +49,31 @@ def _scan(walk: "Walk", eqn: JaxprEqn, ins: Sequence[Any]) -> Sequence[Any]:
     start = [None if k else walk.plain(v, eqn) for v, k in zip(init, kept, strict=True)]
     inputs = program.jaxpr.invars[consts + carries :]
     passed = [next((i for i, x in enumerate(inputs) if x is var), None) for var in program.jaxpr.outvars[carries:]]
+    dropout = walk.dropout_at(eqn)
 
-    def body(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
+    def body(carry: list[Any], step: tuple[list[Any], Array]) -> tuple[list[Any], list[Any]]:
+        slices, number = step
+        inner = _step(walk, dropout, number)
         values = [v if k else c for v, c, k in zip(init, carry, kept, strict=True)]
         rows = [_row(whole, part) for whole, part in zip(xs, slices, strict=True)]
-        out = walk.run(program, [*before, *values, *rows])
+        out = inner.run(program, [*before, *values, *rows])
         carry = [None if k else walk.plain(v, eqn) for v, k in zip(out[:carries], kept, strict=True)]
         return carry, [None if j is not None else y for y, j in zip(out[carries:], passed, strict=True)]
 
     options = {
         name: eqn.params[name] for name in ("length", "reverse", "unroll", "_split_transpose") if name in eqn.params
     }
-    carry, ys = jax.lax.scan(body, start, [_sliced(v) for v in xs], **options)
+    numbers = None if dropout is None else jnp.arange(eqn.params["length"])
+    carry, ys = jax.lax.scan(body, start, ([_sliced(v) for v in xs], numbers), **options)
     return [
         *(v if k else c for v, c, k in zip(init, carry, kept, strict=True)),
         *(y if j is None else xs[j] for y, j in zip(ys, passed, strict=True)),
     ]
+
+
+def _step(walk: "Walk", dropout: Dropout | None, number: Array | None) -> "Walk":
+    """The walk of one step of a loop, which drops inputs of its own."""
+    return walk if dropout is None else replace(walk, dropout=dropout.at(number))
 
 
 def _sliced(value: Any) -> Any:
@@ -89,12 +100,19 @@ def _while(walk: "Walk", eqn: JaxprEqn, ins: Sequence[Any]) -> Sequence[Any]:
     def values(carry: Sequence[Any]) -> list[Any]:
         return [v if k else c for v, c, k in zip(init, carry, kept, strict=True)]
 
-    def step(carry: Sequence[Any]) -> list[Any]:
-        out = walk.run(body, [*of_body, *values(carry)])
-        return [None if k else walk.plain(v, eqn) for v, k in zip(out, kept, strict=True)]
+    dropout = walk.dropout_at(eqn)
+
+    def step(state: tuple[Any, Sequence[Any]]) -> tuple[Any, list[Any]]:
+        number, carry = state
+        out = _step(walk, dropout, number).run(body, [*of_body, *values(carry)])
+        after = None if dropout is None else number + 1
+        return after, [None if k else walk.plain(v, eqn) for v, k in zip(out, kept, strict=True)]
+
+    def goes_on(state: tuple[Any, Sequence[Any]]) -> Array:
+        return _step(walk, dropout, state[0]).run(test, [*of_test, *values(state[1])])[0]
 
     start = [None if k else walk.plain(v, eqn) for v, k in zip(init, kept, strict=True)]
-    return values(jax.lax.while_loop(lambda carry: walk.run(test, [*of_test, *values(carry)])[0], step, start))
+    return values(jax.lax.while_loop(goes_on, step, (None if dropout is None else 0, start))[1])
 
 
 def _kept(program: ClosedJaxpr, consts: int, carries: int) -> list[bool]:
@@ -130,6 +148,11 @@ def _place_of(branches: Sequence[ClosedJaxpr], output: int) -> int | None:
 def _shard_map(walk: "Walk", eqn: JaxprEqn, ins: Sequence[Any]) -> Sequence[Any]:
     """Factors are sharded as the weight is, along the axes they have."""
     program, params = _closed(eqn.params["jaxpr"]), eqn.params
+    if walk.dropout is not None and not params["check_vma"]:
+        raise HoraError(
+            "shards that hold different inputs drop entries of their own, got dropout with a jax.shard_map that does "
+            "not know which do: leave its check_vma at True"
+        )
     flat, tree = jax.tree.flatten(list(ins))
     specs = [spec for v, spec in zip(ins, params["in_specs"], strict=True) for spec in _specs(v, spec)]
 

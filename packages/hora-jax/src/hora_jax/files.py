@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from hora_spec import Adapter, AdapterLayer, AdapterSpec, HoraError, Layout, Window
-from jax.experimental import multihost_utils
 from numpy.typing import DTypeLike
 
 from hora_jax.adapter import Phi, check, stack
-from hora_jax.planning import Layer, Plan, make_plan
+from hora_jax.planning import Layer, Plan, check_plan, make_plan
+from hora_jax.processes import by_the_first, on_host
 from hora_jax.targets import Site, Target
 
 Path = str | os.PathLike[str]
@@ -43,12 +43,11 @@ def save_adapter(
 
     Notes
     -----
-    Values of 16 bits are written as float32, which is exact. Where phi is sharded over processes, each of them calls
-    this function, and the first one writes.
+    Values of 16 bits are written as float32, which is exact. The first process writes. Where phi is sharded over
+    processes, all of them call this function, as they do `export_lora`, and go on when the files are there.
     """
     adapter = to_adapter(plan, phi, config=config, modules=modules)
-    if jax.process_index() == 0:
-        hora_spec.save_adapter(directory, adapter)
+    by_the_first(lambda: hora_spec.save_adapter(directory, adapter), phi)
 
 
 def load_adapter(directory: Path, plan: Plan, *, skip_modules: bool = False) -> dict[str, dict[str, jax.Array]]:
@@ -150,15 +149,19 @@ def export_lora(
         written then.
     """
     adapter = to_adapter(plan, phi, config=config, modules=modules)
-    hora_spec.export_lora(adapter, directory, dtype=dtype, compact=compact, for_server=for_server)
+    options = {"dtype": dtype, "compact": compact, "for_server": for_server}
+    by_the_first(lambda: hora_spec.export_lora(adapter, directory, **options), phi)
 
 
 def to_adapter(plan: Plan, phi: Phi, *, config: Mapping[str, Any] | None = None, modules: Phi | None = None) -> Adapter:
     """The adapter in the form of `hora_spec`: one entry for each layer, NumPy arrays, places in the PyTorch model."""
     check(plan, phi)
+    for name, given in {"config": config, "modules": modules}.items():
+        if not isinstance(given, Mapping | None):
+            raise HoraError(f"{name} is a mapping by name, got {given!r:.60}: leave it out, or pass a dict (spec F2)")
     layers = {}
     for key, members in plan.groups().items():
-        params = {name: _on_host(value) for name, value in phi[key].items()}
+        params = {name: _in_float32(on_host(value)) for name, value in phi[key].items()}
         rows = ((layer, name) for layer in members for name in layer.names)
         for i, (layer, name) in enumerate(rows):
             sites = {site.projection: _file_site(layer, site, name) for site in layer.sites}
@@ -167,16 +170,15 @@ def to_adapter(plan: Plan, phi: Phi, *, config: Mapping[str, Any] | None = None,
     return Adapter(ordered, dict(config or {}), {key: np.asarray(value) for key, value in (modules or {}).items()})
 
 
-def _on_host(value: Any) -> np.ndarray:
-    """All of an array, from every process that has a part; float32 where NumPy has no such type, which is exact."""
-    if isinstance(value, jax.Array) and not value.is_fully_addressable:
-        value = multihost_utils.process_allgather(value, tiled=True)
-    host = np.asarray(value)
-    return host.astype(np.float32) if host.dtype.itemsize < 4 else host
+def _in_float32(value: np.ndarray) -> np.ndarray:
+    """Files have no narrower floating types; of those this is exact."""
+    return value.astype(np.float32) if value.dtype.itemsize < 4 else value
 
 
 def from_adapter(plan: Plan, adapter: Adapter, *, skip_modules: bool = False) -> dict[str, dict[str, jax.Array]]:
     """The parameters of an adapter, stacked as the plan says."""
+    if not isinstance(adapter, Adapter):
+        raise HoraError(f"an adapter is what hora_spec.load_adapter returns, got {adapter!r:.60}: pass that (spec F2)")
     check_same_layers(plan, adapter.layers)
     if adapter.modules and not skip_modules:
         raise HoraError(
@@ -191,7 +193,7 @@ def from_adapter(plan: Plan, adapter: Adapter, *, skip_modules: bool = False) ->
 
 def check_same_layers(plan: Plan, stored: Mapping[str, AdapterLayer]) -> None:
     """Raise unless an adapter has the layers, methods and shapes of the plan (spec F2)."""
-    names = [name for layer in plan.layers for name in layer.names]
+    names = [name for layer in check_plan(plan).layers for name in layer.names]
     if set(names) != stored.keys():
         missing, extra = sorted(set(names) - stored.keys()), sorted(stored.keys() - set(names))
         raise HoraError(

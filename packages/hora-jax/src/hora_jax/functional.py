@@ -6,6 +6,7 @@ serves both. Letters: h heads, g heads of a group, k head_dim, d embed, r rank, 
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +122,13 @@ def merge(weight: Array, delta: Array, layout: Layout) -> Array:
     -----
     Spec M1. `hora_jax.merge` also refuses what rule M3 refuses; under a trace, values are unknown.
     """
+    if not isinstance(layout, Layout) or jnp.ndim(weight) != len(layout.axes):
+        raise HoraError(f"a weight has the axes of its layout, got {jnp.shape(weight)} for {layout!r:.80} (spec L3)")
+    sizes = dict(zip(layout.axes, layout.window_shape(weight.shape), strict=True))
+    rows = prod(sizes[axis] for axis in layout.row_axes)
+    expected = (sizes["l"], rows, sizes["d"]) if layout.stacked else (rows, sizes["d"])
+    if jnp.shape(delta) != expected:
+        raise HoraError(f"a delta is canonical, {expected} here, got shape {jnp.shape(delta)} (spec M1)")
     wide, index = jnp.promote_types(weight.dtype, jnp.float32), layout.index(weight.shape)
     total = weight[index].astype(wide) + layout.write(delta, weight.shape).astype(wide)
     return weight.at[index].set(total.astype(weight.dtype)) if layout.window else total.astype(weight.dtype)

@@ -6,6 +6,7 @@ product with the gradient G of the weight: ``P^T G`` or ``G Q^T``. So `adapt` on
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -15,9 +16,10 @@ from hora_spec import AdapterSpec, HoraError, JointStart, Measure, Moments, join
 from hora_spec.joint import Probes, Scale, Source
 
 from hora_jax import adapter
-from hora_jax.adapted import Adapted
+from hora_jax.adapted import Adapted, check_function
 from hora_jax.adapter import Phi
 from hora_jax.planning import Plan
+from hora_jax.processes import on_host
 
 Loss = Callable[[Any, Any], jax.Array]
 
@@ -78,14 +80,16 @@ def joint_a(
     (1, 2, 16)
     """
     adapter.check(plan, phi)
+    adapter.weights(plan, params)
+    check_function(loss)
     trained = [
         f"{key}.{name}" for key, own in phi.items() for name, v in own.items() if _of_b(name) and bool(jnp.any(v))
     ]
     if trained:
         raise HoraError(f"A starts before training, got {trained}, which are not zero: take hora_jax.init (spec I7)")
-    batches = list(batches)
+    batches = list(batches) if isinstance(batches, Iterable) else []
     if not batches:
-        raise HoraError("a joint start is that of some batches, got none (spec I7)")
+        raise HoraError("a joint start is that of some batches, got none: pass a list of them (spec I7)")
 
     trial = _Trial(plan, loss, params, batches, oversample)
     start = joint_start(
@@ -111,12 +115,27 @@ class _Trial:
     """Passes over the batches with probes for factors."""
 
     def __init__(self, plan: Plan, loss: Loss, params: Any, batches: Sequence[Any], oversample: int) -> None:
-        self.plan = Plan(
-            tuple(replace(layer, spec=AdapterSpec(layer.spec.rank + oversample, sharing="a")) for layer in plan.layers)
+        self.base, self.loss, self.params, self.batches, self.oversample = plan, loss, params, batches, oversample
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Adapters of LoRA's form, as wide as the probes."""
+        return Plan(
+            tuple(
+                replace(layer, spec=AdapterSpec(layer.spec.rank + self.oversample, sharing="a"))
+                for layer in self.base.layers
+            )
         )
-        self.params, self.batches = params, batches
-        self.gradients = _gradients(Adapted(loss, self.plan, "branch", "error"))
-        self.moments = _gradients(Adapted(loss, self.plan, "observe", "error"))
+
+    @cached_property
+    def gradients(self) -> Any:
+        """Of all factors."""
+        return _gradients(Adapted(self.loss, self.plan, "branch", "error"))
+
+    @cached_property
+    def moments(self) -> Any:
+        """What products see, in place of gradients."""
+        return _gradients(Adapted(self.loss, self.plan, "observe", "error"))
 
     def left(self, probes: Probes) -> Probes:
         """``P^T G``: gradients of A where B is P and A zero."""
@@ -155,7 +174,7 @@ class _Trial:
         for batch in self.batches:
             grads = gradients(self.params, phi, batch)
             total = grads if total is None else jax.tree.map(jnp.add, total, grads)
-        mean = jax.tree.map(lambda value: np.asarray(value, np.float64) / len(self.batches), total)
+        mean = jax.tree.map(lambda value: on_host(value).astype(np.float64) / len(self.batches), total)
         return {
             name: {param: value[i] for param, value in mean[key].items()}
             for key, members in self.plan.groups().items()

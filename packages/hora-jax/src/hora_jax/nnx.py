@@ -13,10 +13,12 @@ from hora_spec import HoraError, is_trained
 from hora_jax import adapter, routes
 from hora_jax.adapted import Adapted, Report, walked
 from hora_jax.adapter import Phi
+from hora_jax.dropout import ARGUMENT, from_arguments
+from hora_jax.dropout import check as check_dropout
 from hora_jax.planning import Plan
 from hora_jax.routes import Route
 from hora_jax.views import View
-from hora_jax.walk import Dense, Walk
+from hora_jax.walk import Dense, Walk, check_dense
 
 
 class HoraParam(nnx.LoRAParam):
@@ -42,6 +44,9 @@ class HoraModel(nnx.Module):
     route, dense
         As for `hora_jax.adapt`, through which the base is called: how products with planned weights are computed, and
         whether other uses of them, which cost a dense gradient, are refused.
+    dropout
+        As for `hora_jax.adapt`, in calls with ``dropout_key=key``. After ``model.eval()`` no key is asked for, and
+        nothing dropped.
 
     Raises
     ------
@@ -57,15 +62,28 @@ class HoraModel(nnx.Module):
     """
 
     def __init__(
-        self, base: nnx.Module, plan: Plan, phi: Phi, *, route: Route = "auto", dense: Dense = "allow"
+        self,
+        base: nnx.Module,
+        plan: Plan,
+        phi: Phi,
+        *,
+        route: Route = "auto",
+        dense: Dense = "allow",
+        dropout: float = 0.0,
     ) -> None:
         if isinstance(base, HoraModel):
             raise HoraError(
                 "a HoraModel adapts a base of its own, got another HoraModel: adapt its merged(), a plain model"
             )
+        if not isinstance(base, nnx.Module):
+            raise HoraError(
+                f"the base is an NNX module, got {type(base).__name__}: adapt functions with hora_jax.adapt"
+            )
         adapter.weights(plan, base)
         adapter.check(plan, phi)
         routes.check(route)
+        check_dense(dense)
+        check_dropout(dropout, route)
         self.base = base
         specs = {key: members[0].spec for key, members in plan.groups().items()}
         self.phi = nnx.data(
@@ -77,6 +95,8 @@ class HoraModel(nnx.Module):
         self.plan = plan
         self.route = route
         self.dense = dense
+        self.dropout = dropout
+        self.deterministic = False  # what `nnx.Module.eval` and `train` set
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the base returns for these arguments with the adapter applied."""
@@ -92,8 +112,9 @@ class HoraModel(nnx.Module):
         HoraError
             If the function assigns to a planned weight.
         """
+        dropout = from_arguments(self.dropout, kwargs, required=not self.deterministic)
         modules = _Modules((self.base, args, kwargs))
-        walk = Walk(self.route, self.dense)
+        walk = Walk(self.route, self.dense, None if self.deterministic else dropout)
         found = walked(walk, self.plan, modules.functional(fn, self.plan), modules.base, self.adapter())
         *found, written = found
         if wrong := [path for path, v in written.items() if not (isinstance(v, View) and v.untouched)]:
@@ -104,6 +125,7 @@ class HoraModel(nnx.Module):
 
     def report(self, *args: Any, **kwargs: Any) -> Report:
         """Where the base consumes planned weights for these arguments; nothing is changed."""
+        kwargs.pop(ARGUMENT, None)
         modules = _Modules((self.base, args, kwargs))
         fn = modules.functional(_call, self.plan)
         return Adapted(lambda base: fn(base)[:2], self.plan, self.route, "allow").report(modules.base, self.adapter())

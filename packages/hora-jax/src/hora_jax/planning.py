@@ -15,7 +15,7 @@ from typing import Any
 
 from hora_spec import AdapterSpec, HoraError, LayerShape, count_params, param_shapes
 
-from hora_jax.targets import PLACE, Match, Site, Target, leaves, match
+from hora_jax.targets import PLACE, Match, Site, Target, checked_targets, leaves, match
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,13 @@ class Plan:
         return "\n".join([*lines, f"total: layers={count} params={self.params_count:,}"])
 
 
+def check_plan(plan: Any) -> Plan:
+    """The plan; HoraError if it is none."""
+    if not isinstance(plan, Plan):
+        raise HoraError(f"a plan is what hora_jax.make_plan returns, got {plan!r:.60}: check the order of arguments")
+    return plan
+
+
 def make_plan(params: Any, spec: AdapterSpec | Mapping[str, AdapterSpec], targets: Target | Sequence[Target]) -> Plan:
     """Find the targets in a tree.
 
@@ -115,9 +122,11 @@ def make_plan(params: Any, spec: AdapterSpec | Mapping[str, AdapterSpec], target
       q: heads=4 head_dim=4 embed=16, 'd h k' in attn.q.kernel (16, 4, 4)
     total: layers=1 params=2,112
     """
-    targets = (targets,) if isinstance(targets, Target) else tuple(targets)
-    if not targets:
-        raise HoraError("a plan adapts something, got no targets: pass those of a preset, or your own (spec S3)")
+    targets = checked_targets(targets)
+    if not isinstance(spec, AdapterSpec) and not (
+        isinstance(spec, Mapping) and all(isinstance(own, AdapterSpec) for own in spec.values())
+    ):
+        raise HoraError(f"the method is an AdapterSpec, or one for each layer name, got {spec!r:.60}: AdapterSpec(8)")
     found = leaves(params)
     matches = [hit for t in targets for path, leaf in found.items() if (hit := match(t, path, leaf, params))]
     _check_matched(targets, matches, list(found))

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
+from hora_jax.dropout import Dropout
 from hora_jax.routes import Contraction, Way, product
 from hora_jax.views import View
 
 _WEIGHT, _INPUT = "abcdefghijklmnopq", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def multiply(eqn: JaxprEqn, lhs: Any, rhs: Any, route: Way) -> Array | None:
+def multiply(eqn: JaxprEqn, lhs: Any, rhs: Any, route: Way, drop: Dropout | None) -> Array | None:
     """The result of a ``dot_general`` one of whose operands is a view; None where no factor meets the other operand."""
     view, x = (lhs, rhs) if isinstance(lhs, View) else (rhs, lhs)
     if not all(jnp.issubdtype(v.dtype, jnp.floating) for v in (view.w, x)):
@@ -32,7 +33,8 @@ def multiply(eqn: JaxprEqn, lhs: Any, rhs: Any, route: Way) -> Array | None:
         return _squeezed(eqn.primitive.bind(*(pair if view is rhs else pair[::-1]), **eqn.params), letters.y, gone)
 
     x, weight = _squeezed(x, letters.x, gone), _squeezed(view.w, letters.weight, gone)
-    return _restored(product(route, c, base, x, weight, a, b, constant=view.constant), letters.y, gone)
+    y = product(route, c, base, x, weight, a, b, constant=view.constant, drop=drop)
+    return _restored(y, letters.y, gone)
 
 
 @dataclass(frozen=True)

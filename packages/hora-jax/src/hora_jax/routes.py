@@ -26,7 +26,7 @@ Way = Literal[Route, "observe"]
 
 def check(route: str) -> None:
     """Raise unless `route` is one of ours."""
-    if route not in get_args(Route):
+    if not isinstance(route, str) or route not in get_args(Route):
         raise HoraError(f"route must be one of {', '.join(get_args(Route))}, got {route!r} (spec D3)")
 
 
@@ -138,6 +138,7 @@ def product(
     b: Array,
     *,
     constant: bool = True,
+    drop: Callable[[Array, Array], tuple[Array, Array]] | None = None,
 ) -> Array:
     """``x (W + delta)`` by a route, given how the base multiplies.
 
@@ -151,12 +152,16 @@ def product(
         Input, weight, first and second factor.
     constant
         Whether the weight is frozen. Where it is made of trained values, too, a branch leaves them their gradients.
+    drop
+        What dropout makes of the branch's input and second factor. There is a branch then, whatever the route.
     """
-    if constant and merges(route, c, x, weight):
+    if drop is None and constant and merges(route, c, x, weight):
         a, b = follow(c, a, b, weight, c.weight)
         y = base(jax.lax.stop_gradient(x), merged(c, weight, a, b))
         return through(c, y, *aligned(x, jax.lax.stop_gradient(weight), a, b))
     y = base(x, weight)
+    if drop is not None:
+        x, b = drop(x, b)
     a, b = follow(c, a, b, y, c.y)
     way = {"plain": plain, "observe": observe}.get(route, branch)
     return y + way(c, y.dtype, *aligned(x, a, b))

@@ -2,7 +2,9 @@
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from operator import attrgetter
 from typing import Any
@@ -54,6 +56,45 @@ class Target:
     fused: tuple[int, int] | tuple[int, int, int] | None = None
     layer: str | None = None
     module: str | None = None
+
+    def __post_init__(self) -> None:
+        texts = {"path": self.path, "projection": self.projection, "layer": self.layer, "module": self.module}
+        optional = ("layer", "module")
+        if bad := [k for k, v in texts.items() if not ((isinstance(v, str) and v) or (v is None and k in optional))]:
+            raise HoraError(f"path, projection, layer and module of a target are texts, got {self} with a wrong {bad}")
+        if not isinstance(self.layout, Layout | str):
+            raise HoraError(f'a layout is a Layout or its pattern, such as "d h k", got {self.layout!r} (spec L1)')
+        if not (self.heads is None or (isinstance(self.heads, str) and self.heads) or _is_count(self.heads)):
+            raise HoraError(
+                "heads is a number of at least 1, the attribute of the attention module that holds it, or None, got "
+                f"{self.heads!r} (spec S3)"
+            )
+        if self.fused is not None:
+            _check_fused(self.fused)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _check_fused(fused: Any) -> None:
+    index, *counts = fused if isinstance(fused, tuple) and fused else (None,)
+    counted = len(counts) in (1, 2) and all(map(_is_count, counts))
+    if not counted or not (_is_count(index) or index == 0) or index >= counts[0]:
+        raise HoraError(
+            f"fused is (index, parts) or (index, parts, blocks) with 0 <= index < parts and blocks >= 1, got {fused!r} "
+            "(spec L2)"
+        )
+
+
+def checked_targets(targets: Any) -> tuple[Target, ...]:
+    """One or several targets as a tuple; HoraError if that is not what they are."""
+    given = (targets,) if isinstance(targets, Target) else targets
+    if not isinstance(given, Sequence) or not given or not all(isinstance(target, Target) for target in given):
+        raise HoraError(
+            f"a plan adapts what targets find, got {targets!r:.60}: pass those of a preset, or your own (spec S3)"
+        )
+    return tuple(given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +179,7 @@ def _fill(template: str, captured: tuple[str, ...]) -> str:
     try:
         places = PLACE.sub(lambda place: f"{{{place[0]}}}", template)
         name = places.format(*(text.rstrip(".") for text in captured))
-    except (IndexError, KeyError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise HoraError(
             f"a layer's name may hold {{l}} and the {len(captured)} wildcards of its path, {{0}} the first, got "
             f"{template!r}: set Target.layer (spec I1)"
@@ -157,9 +198,9 @@ def _layout(target: Target, shape: tuple[int, ...], path: str) -> Layout:
         return layout
     index, parts, blocks = (*target.fused, 1)[:3]
     axis = layout.axes.index(layout.row_axes[0])
-    if not 0 <= index < parts or blocks < 1 or shape[axis] % (parts * blocks):
+    if shape[axis] % (parts * blocks):
         raise HoraError(
-            f"fused=(index, parts, blocks) needs index < parts, and parts in blocks to divide the axis, got "
+            f"fused=(index, parts, blocks) needs parts in blocks to divide the axis, got "
             f"{target.fused} for axis {axis} of {path}, shape {tuple(shape)}: give a Layout with a Window instead "
             "(spec L2)"
         )
@@ -177,7 +218,7 @@ def _projection(target: Target, site: Site, leaf: Leaf, params: Any) -> Projecti
         raise HoraError(
             f"{site.layout.pattern!r} does not show the head count of {site.path}, got heads=None: pass it (spec S3)"
         )
-    if not isinstance(heads, int) or heads < 1:
+    if not _is_count(heads):
         raise HoraError(f"a head count is an integer of at least 1, got {heads!r} for {site.path} (spec S3)")
     rows = prod(sizes[axis] for axis in site.layout.row_axes)
     if rows % heads:
@@ -202,6 +243,7 @@ def _attribute(params: Any, keys: tuple[Any, ...], name: str, path: str) -> int:
         ) from None
 
 
+@cache
 def _regex(path: str) -> re.Pattern[str]:
     parts = [
         r"((?:[^.]+\.)*)" if segment == "**" else re.escape(segment).replace(r"\*", "([^.]*)") + r"\."

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from hora_jax.adapted import Report, adapt
-from hora_jax.adapter import Phi, merge, replace_weights, weights
+from hora_jax.adapter import Phi, check, merge, replace_weights, weights
 from hora_jax.planning import Plan
 from hora_jax.routes import Route
 from hora_jax.targets import leaves
+from hora_jax.trained import join, split
 
 _ROUNDINGS = 64
 """Rounding errors of the largest output that adapted and merged may differ by; layers of a network add them up."""
@@ -79,6 +80,7 @@ def verify(
     `fn` has to be pure: without dropout, or with its keys fixed. For a Flax NNX model pass the model as `params`, and
     ``lambda model, x: model(x)`` as `fn`. Where weights of 16 bits are merged, their rounding is allowed for.
     """
+    check(plan, phi)
     adapted, tried = adapt(fn, plan, route=route), _moved(phi)
     uses, tied = adapted.report(params, tried, *args, **kwargs), _tied(plan, params)
     old = weights(plan, params)
@@ -86,18 +88,21 @@ def verify(
     def outputs(value: Any) -> list[jax.Array]:
         return [v for v in jax.tree.leaves(value) if hasattr(v, "dtype") and jnp.issubdtype(v.dtype, jnp.floating)]
 
-    def by_branch(phi: Phi, old: Any) -> list[jax.Array]:
-        return outputs(adapted(replace_weights(params, old), phi, *args, **kwargs))
+    trained, fixed = split(plan, tried)
+
+    def by_branch(trained: Phi) -> list[jax.Array]:
+        return outputs(adapted(params, join(trained, fixed), *args, **kwargs))
 
     def by_merging(phi: Phi, old: Any) -> list[jax.Array]:
         return outputs(fn(merge(plan, replace_weights(params, old), phi), *args, **kwargs))
 
-    got, pullback = jax.vjp(jax.jit(lambda phi: by_branch(phi, old)), tried)
+    got, pullback = jax.vjp(jax.jit(by_branch), trained)
     merged = jax.jit(by_merging)(tried, old)
     base = outputs(fn(params, *args, **kwargs))
     grads = pullback([jnp.asarray(np.random.default_rng(1).normal(size=v.shape), v.dtype) for v in got])[0]
     error, effect, size = _largest(got, merged), _largest(merged, base), _largest(merged, [0 * v for v in merged])
-    eps = max(float(jnp.finfo(v.dtype).eps) for v in [*got, *old.values()] if jnp.issubdtype(v.dtype, jnp.floating))
+    rounded = [*got, *old.values(), *jax.tree.leaves(tried)]  # factors are made in the dtype of phi
+    eps = max(float(jnp.finfo(v.dtype).eps) for v in rounded if jnp.issubdtype(v.dtype, jnp.floating))
     allowed = _ROUNDINGS * eps * size
     problems = [
         *([f"adapted and merged outputs differ by {error:.1e}, more than rounding"] if not error <= allowed else []),
@@ -125,12 +130,10 @@ def _largest(ones: list[jax.Array], others: list[jax.Array]) -> float:
 
 
 def _without_gradient(plan: Plan, grads: Phi) -> Iterator[str]:
-    """Parameters of single layers whose gradient is zero or not finite, but for factors that are fixed."""
+    """Trained parameters of single layers whose gradient is zero or not finite."""
     for key, members in plan.groups().items():
         names = [name for layer in members for name in layer.names]
         for parameter, value in grads[key].items():
-            if parameter.split(".")[0] == "a" and not members[0].spec.trains_a:
-                continue
             rows = np.abs(np.asarray(value, np.float32)).reshape(len(names), -1).max(1)
             yield from (
                 f"{parameter} of {name}" for name, size in zip(names, rows, strict=True) if not 0 < size < np.inf

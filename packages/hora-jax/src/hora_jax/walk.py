@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from hora_spec import HoraError
 from jax.extend import source_info_util
@@ -11,6 +11,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jax.extend.core import Literal as Constant
 
 from hora_jax.calls import CALLS
+from hora_jax.dropout import Dropout
 from hora_jax.follow import RULES
 from hora_jax.products import multiply
 from hora_jax.quantised import follow_codes
@@ -18,6 +19,12 @@ from hora_jax.routes import Way
 from hora_jax.views import View
 
 Dense = Literal["allow", "error"]
+
+
+def check_dense(dense: str) -> None:
+    """Raise unless `dense` is one of ours."""
+    if not isinstance(dense, str) or dense not in get_args(Dense):
+        raise HoraError(f"dense must be one of {', '.join(get_args(Dense))}, got {dense!r} (spec D3)")
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,9 @@ class Walk:
 
     route: Way
     dense: Dense
+    dropout: Dropout | None = None
     uses: dict[tuple[Any, ...], Use] = field(default_factory=dict)
+    places: dict[tuple[Any, ...], int] = field(default_factory=dict)
     within: tuple[int, ...] = ()
     place: str = ""
 
@@ -67,12 +76,23 @@ class Walk:
                 "a quantised weight is followed from codes through one scale to products with floating activations, "
                 f"got {use.path} in {use.primitive} at {use.place}: dequantise this weight before planning it (spec D3)"
             )
+        if self.dropout is not None:
+            raise HoraError(
+                "dropout acts on the input of a product with a planned weight, got another use of "
+                f"{use.path} in {use.primitive} at {use.place}: narrow the targets, or train without dropout"
+            )
         if self.dense == "error":
             raise HoraError(
                 f"a planned weight is multiplied with activations alone where dense='error', got {use.path} in "
                 f"{use.primitive} at {use.place}: allow W + delta there, or narrow the targets (spec D3)"
             )
         return value.dense()
+
+    def dropout_at(self, eqn: JaxprEqn) -> Dropout | None:
+        """Dropout of one place in the program, however often it is traced."""
+        if self.dropout is None:
+            return None
+        return self.dropout.at(self.places.setdefault((*self.within, id(eqn)), len(self.places)))
 
     def _note(self, view: View, eqn: JaxprEqn | None, *, low_rank: bool) -> Use:
         name, place = ("output", "") if eqn is None else (eqn.primitive.name, _place(eqn) or self.place)
@@ -121,7 +141,7 @@ class Walk:
                 lhs = self.plain(lhs, eqn)
             else:
                 rhs = self.plain(rhs, eqn)
-        out = multiply(eqn, lhs, rhs, self.route)
+        out = multiply(eqn, lhs, rhs, self.route, self.dropout_at(eqn))
         if out is None:
             return None
         self._note(lhs if isinstance(lhs, View) else rhs, eqn, low_rank=True)

@@ -65,8 +65,8 @@ def export_lora(
 
 def rounded(path: str, value: NDArray[np.float64], dtype: DTypeLike) -> NDArray[Any]:
     """A factor of the module at `path` in `dtype`; raises HoraError if that cannot hold its numbers (spec F6)."""
-    if np.dtype(dtype) not in (np.float16, np.float32, np.float64):
-        raise HoraError(f"LoRA tensors are float16, float32 or float64, got {np.dtype(dtype)} (spec F6)")
+    if not _is_known(dtype):
+        raise HoraError(f"LoRA tensors are float16, float32 or float64, got {dtype!r}: choose one (spec F6)")
     with np.errstate(over="ignore", under="ignore"):
         cast = value.astype(dtype)
     if not np.isfinite(cast).all():
@@ -74,6 +74,13 @@ def rounded(path: str, value: NDArray[np.float64], dtype: DTypeLike) -> NDArray[
     if np.linalg.norm(value - cast) > np.finfo(cast.dtype).eps * np.linalg.norm(value):
         raise HoraError(f"the LoRA factors of {path} are too small for {cast.dtype}: export in a wider dtype (spec F6)")
     return cast
+
+
+def _is_known(dtype: Any) -> bool:
+    try:
+        return isinstance(dtype, str | type | np.dtype) and np.dtype(dtype) in (np.float16, np.float32, np.float64)
+    except TypeError:
+        return False
 
 
 def _tensors(module: LoraModule) -> dict[str, NDArray[np.float64]]:

@@ -18,6 +18,9 @@ from hora_spec.staging import new_directory
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and their total."""
 
+Check = Callable[[str, NDArray[Any]], None]
+"""Called with the path of a weight in the adapted model and its values in a checkpoint."""
+
 _BLOCK = 1 << 20
 """Entries that are rounded at once, so that no second tensor is in memory."""
 
@@ -30,6 +33,7 @@ def save_merged(
     out: str | os.PathLike[str],
     *,
     progress: Progress | None = None,
+    check: Check | None = None,
 ) -> list[str]:
     """Write a model with an adapter merged into it, which any server loads like the base (spec M1, M3).
 
@@ -46,6 +50,9 @@ def save_merged(
         New or empty directory; it appears when all is written. What a killed merge has left is taken over.
     progress
         Called with the bytes written so far and their total.
+    check
+        Called with the path in the adapted model of each weight that gets a delta, and its values in `base`; what it
+        raises is passed on, and nothing has been written then.
 
     Returns
     -------
@@ -67,7 +74,7 @@ def save_merged(
     check_adapter(adapter)
     checkpoint = open_checkpoint(Path(base))
     _check_full_precision(checkpoint)
-    changes = _changes(adapter, checkpoint)
+    changes = _changes(adapter, checkpoint, check)
     with new_directory(Path(out)) as directory:
         rewrite(checkpoint, directory, changes, progress)
     return list(changes)
@@ -77,7 +84,7 @@ Change = Callable[[Entry], bytes]
 """From the place of a tensor to its new bytes."""
 
 
-def _changes(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Change]:
+def _changes(adapter: Adapter, checkpoint: Checkpoint, check: Check | None) -> dict[str, Change]:
     """What becomes of each changed tensor, checked as far as possible without reading the base."""
     parts: dict[str, list[_Part]] = {}
     for layer in adapter.layers.values():
@@ -93,7 +100,7 @@ def _changes(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Change]:
     factors = lru_cache(maxsize=1)(_factors)  # tensors of a layer follow each other
     changes: dict[str, Change] = {}
     for path, these in parts.items():
-        changes[names[path]] = partial(_sum, these, factors)
+        changes[names[path]] = partial(_sum, these, factors, partial(check, path) if check else None)
     return changes | {names[path]: partial(_encode, value) for path, value in whole.items()}
 
 
@@ -174,10 +181,15 @@ def _factors(layer: AdapterLayer) -> dict[str, reference.Factors]:
 
 
 def _sum(
-    parts: Sequence[_Part], factors: Callable[[AdapterLayer], dict[str, reference.Factors]], entry: Entry
+    parts: Sequence[_Part],
+    factors: _FactorsOf,
+    check: Callable[[NDArray[Any]], None] | None,
+    entry: Entry,
 ) -> bytes:
     """Bytes of a base tensor with the deltas of its projections added, each in its window."""
     total = read_floats(entry)
+    if check is not None:
+        check(total)
     for site, layer, p in parts:
         a, b = factors(layer)[p]
         delta = np.empty((b.shape[0] * b.shape[1], a.shape[-1]), total.dtype)

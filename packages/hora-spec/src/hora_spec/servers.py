@@ -31,7 +31,7 @@ def check_server(server: str, modules: Modules, whole: Whole, config: Config) ->
     HoraError
         If the server is none of those known, or takes no such adapter; all reasons are named.
     """
-    if server not in SERVERS:
+    if not isinstance(server, str) or server not in SERVERS:
         raise HoraError(f"a server is one of {', '.join(SERVERS)}, got {server!r}: choose one, or none (spec F6)")
     if reasons := list(SERVERS[server](modules, whole, config)):
         raise HoraError(f"{server} takes no such LoRA adapter: {'; '.join(reasons)} (spec F6)")
