@@ -105,7 +105,7 @@ def masks(outputs, x=X):
     for out in outputs:
         kept = np.asarray(out) != 0
         np.testing.assert_allclose(out, np.where(kept, x / (1 - RATE), 0), rtol=1e-5)
-        assert abs(kept.mean() - (1 - RATE)) < 0.05
+        assert abs(kept.mean() - (1 - RATE)) < 3 / np.sqrt(kept.size)
         found.append(kept)
     return found
 
@@ -169,25 +169,20 @@ def test_the_base_is_not_dropped():
     masks([out[0] - heads(X, params["q"])])
 
 
-@pytest.mark.parametrize("sharded", ["tokens", "columns"])
 @pytest.mark.parametrize("jit", [False, True])
-def test_shards_drop_alike_exactly_where_they_hold_the_same_input(sharded, jit):
+def test_shards_drop_alike_exactly_where_they_hold_the_same_input(jit):
     """Tokens over one axis; over the other, columns of the weight, whose shards read the same tokens."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     plan = plan_of("stack")
     x = jnp.broadcast_to(X[:1], (2, *X.shape[1:]))
-    specs = (
-        ({**dict.fromkeys(PARAMS, P()), "stack": P(None, None, "model")}, P("data"))
-        if sharded == "tokens"
-        else ({**dict.fromkeys(PARAMS, P()), "stack": P(None, None, "model")}, P())
-    )
-    out_specs = P("data" if sharded == "tokens" else None, None, "model")
-    fn = jax.shard_map(lambda p, x: x @ p["stack"][0], mesh=mesh, in_specs=specs, out_specs=out_specs)
-    run = (jax.jit if jit else lambda f: f)(
-        lambda key: adapt(fn, plan, dropout=RATE)(PARAMS, identity(plan), x, dropout_key=key)
-    )
-    (kept,) = masks([run(KEY)], x)
-    assert np.array_equal(kept[0], kept[1]) is False
+    specs = ({**dict.fromkeys(PARAMS, P()), "stack": P(None, None, "model")}, P("data"))
+    fn = jax.shard_map(lambda p, x: x @ p["stack"][0], mesh=mesh, in_specs=specs, out_specs=P("data", None, "model"))
+    phi = {key: {**own, "b.q": jnp.zeros_like(own["b.q"]).at[..., 0].set(1)} for key, own in identity(plan).items()}
+    run = (jax.jit if jit else lambda f: f)(lambda key: adapt(fn, plan, dropout=RATE)(PARAMS, phi, x, dropout_key=key))
+    out = np.asarray(run(KEY))  # every column is the first entry of what the branch reads
+    np.testing.assert_array_equal(out, out[..., :1].repeat(D, -1))
+    (kept,) = masks([out[..., :1]], x[..., :1])
+    assert not np.array_equal(kept[0], kept[1])
 
 
 def test_a_shard_map_that_does_not_say_what_varies_is_refused():

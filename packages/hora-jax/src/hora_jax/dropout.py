@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from hora_spec import HoraError
 from jaxtyping import Array
 
-from hora_jax.routes import Route, explicit, varying
+from hora_jax.routes import Route, explicit
 
 ARGUMENT = "dropout_key"
 """Of adapted functions, which never pass it on."""
@@ -30,13 +30,13 @@ class Dropout:
         """With the key of one place, or of one step of a loop."""
         return replace(self, key=jax.random.fold_in(self.key, number))
 
-    def __call__(self, x: Array, b: Array) -> tuple[Array, Array]:
+    def drop(self, x: Array, b: Array, *, over: frozenset[str]) -> tuple[Array, Array]:
         """A branch's input with entries dropped, and the factor that makes up for them.
 
-        In `jax.shard_map`, shards that hold different inputs drop entries of their own.
+        In `jax.shard_map`, shards along the axes `over`, which hold different inputs, drop entries of their own.
         """
         key, sharding = self.key, explicit(x)
-        for axis in sorted(varying(x)):
+        for axis in sorted(over):
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         keep = jax.random.bernoulli(key, 1 - self.rate, x.shape)
         keep = keep if sharding is None else jax.sharding.reshard(keep, sharding)

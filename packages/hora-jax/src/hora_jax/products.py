@@ -9,14 +9,13 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
-from hora_jax.dropout import Dropout
-from hora_jax.routes import Contraction, Way, product
+from hora_jax.routes import Contraction, Drop, Way, product
 from hora_jax.views import View
 
 _WEIGHT, _INPUT = "abcdefghijklmnopq", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def multiply(eqn: JaxprEqn, lhs: Any, rhs: Any, route: Way, drop: Dropout | None) -> Array | None:
+def multiply(eqn: JaxprEqn, lhs: Any, rhs: Any, route: Way, drop: Drop | None) -> Array | None:
     """The result of a ``dot_general`` one of whose operands is a view; None where no factor meets the other operand."""
     view, x = (lhs, rhs) if isinstance(lhs, View) else (rhs, lhs)
     if not all(jnp.issubdtype(v.dtype, jnp.floating) for v in (view.w, x)):

@@ -24,6 +24,10 @@ Way = Literal[Route, "observe"]
 """One more is for measurements, see `observe`."""
 
 
+Drop = Callable[[Array, Array], tuple[Array, Array]]
+"""What dropout makes of a branch's input and of its second factor."""
+
+
 def check(route: str) -> None:
     """Raise unless `route` is one of ours."""
     if not isinstance(route, str) or route not in get_args(Route):
@@ -138,7 +142,7 @@ def product(
     b: Array,
     *,
     constant: bool = True,
-    drop: Callable[[Array, Array], tuple[Array, Array]] | None = None,
+    drop: Drop | None = None,
 ) -> Array:
     """``x (W + delta)`` by a route, given how the base multiplies.
 

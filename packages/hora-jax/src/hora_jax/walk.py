@@ -15,7 +15,7 @@ from hora_jax.dropout import Dropout
 from hora_jax.follow import RULES
 from hora_jax.products import multiply
 from hora_jax.quantised import follow_codes
-from hora_jax.routes import Way
+from hora_jax.routes import Way, varying
 from hora_jax.views import View
 
 Dense = Literal["allow", "error"]
@@ -106,22 +106,25 @@ class Walk:
         def read(var: Any) -> Any:
             return var.val if isinstance(var, Constant) else known[var]
 
+        differing: dict[Any, frozenset[str]] = {}
         last = {var: i for i, eqn in enumerate(jaxpr.eqns) for var in eqn.invars if not isinstance(var, Constant)}
         kept = {var for var in jaxpr.outvars if not isinstance(var, Constant)}
         for i, eqn in enumerate(jaxpr.eqns):
+            ins = [read(var) for var in eqn.invars]
+            over = [] if self.dropout is None else _differing(eqn, ins, differing)
             with eqn.ctx.manager:
-                out = self._step(eqn, [read(var) for var in eqn.invars])
+                out = self._step(eqn, ins, over)
             known.update(zip(eqn.outvars, out, strict=True))
             for var in [*eqn.invars, *eqn.outvars]:
                 if not isinstance(var, Constant) and var not in kept and last.get(var, i) == i:
                     known.pop(var, None)
         return [read(var) for var in jaxpr.outvars]
 
-    def _step(self, eqn: JaxprEqn, ins: list[Any]) -> Sequence[Any]:
+    def _step(self, eqn: JaxprEqn, ins: list[Any], over: list[frozenset[str]]) -> Sequence[Any]:
         if any(isinstance(v, View) for v in ins):
             name, out = eqn.primitive.name, None
             if name == "dot_general":
-                out = self._dot(eqn, *ins)
+                out = self._dot(eqn, *ins, over=over)
             elif call := CALLS.get(name):
                 inner = replace(self, within=(*self.within, id(eqn)), place=_place(eqn) or self.place)
                 out = call(inner, eqn, ins)
@@ -134,18 +137,31 @@ class Walk:
             ins = [self.plain(v, eqn) for v in ins]
         return _bind(eqn, *ins)
 
-    def _dot(self, eqn: JaxprEqn, lhs: Any, rhs: Any) -> list[Any] | None:
+    def _dot(self, eqn: JaxprEqn, lhs: Any, rhs: Any, *, over: list[frozenset[str]]) -> list[Any] | None:
         """A product with a planned weight; of two, the smaller is ``W + delta``."""
         if isinstance(lhs, View) and isinstance(rhs, View):
             if lhs.w.size <= rhs.w.size:
                 lhs = self.plain(lhs, eqn)
             else:
                 rhs = self.plain(rhs, eqn)
-        out = multiply(eqn, lhs, rhs, self.route, self.dropout_at(eqn))
+        dropout = self.dropout_at(eqn)
+        drop = None if dropout is None else partial(dropout.drop, over=over[int(isinstance(lhs, View))])
+        out = multiply(eqn, lhs, rhs, self.route, drop)
         if out is None:
             return None
         self._note(lhs if isinstance(lhs, View) else rhs, eqn, low_rank=True)
         return [out]
+
+
+def _differing(eqn: JaxprEqn, ins: list[Any], before: dict[Any, frozenset[str]]) -> list[frozenset[str]]:
+    """Mesh axes over which the operands' values differ; what a cast alone calls so is remembered as it was."""
+    found = [
+        frozenset() if isinstance(v, View) else varying(v) if isinstance(var, Constant) else before.get(var, varying(v))
+        for var, v in zip(eqn.invars, ins, strict=True)
+    ]
+    if eqn.primitive.name in ("pvary", "pcast"):
+        before |= dict(zip(eqn.outvars, found, strict=True))
+    return found
 
 
 def _bind(eqn: JaxprEqn, *ins: Any) -> list[Any]:
