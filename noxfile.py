@@ -146,7 +146,7 @@ def docs_screens(session):
     """Screenshots of every top page of site/, wide and narrow, light and dark, into results/screens/; fails on sideways
     scrolling, console messages and requests to elsewhere.
     """
-    tools = environment(session, "docs", groups=("docs", "screens"))
+    tools = environment(session, "screens", groups=("screens",))
     run(session, tools, "python", ".ci/screens.py", *session.posargs)
 
 

@@ -18,15 +18,22 @@ ROOT = Path(__file__).resolve().parents[1]
 SITE, SHOTS = ROOT / "site", ROOT / "results/screens"
 WIDTHS = {390: 844, 1440: 900}
 SCHEMES = ("light", "dark")
-WIDER = """() => {
-  const width = document.documentElement.clientWidth;
-  if (document.documentElement.scrollWidth <= width) return [];
+TALLEST = 3000  # pixels of a page that a picture shows
+FAULTS = """() => {
+  const width = document.documentElement.clientWidth, found = [];
   const clips = (e) => { for (let p = e.parentElement; p && p !== document.body; p = p.parentElement)
     if (getComputedStyle(p).overflowX !== 'visible') return true; return false; };
-  return [...document.querySelectorAll('main *')]
-    .filter((e) => e.getBoundingClientRect().right > width + 1 && !clips(e))
-    .slice(0, 3).map((e) => e.tagName + '.' + e.className + ': ' + e.textContent.slice(0, 60))
-    .concat(['wider than ' + width]);
+  if (document.documentElement.scrollWidth > width) {
+    found.push('wider than ' + width);
+    for (const e of document.querySelectorAll('main *'))
+      if (e.getBoundingClientRect().right > width + 1 && !clips(e) && found.length < 4)
+        found.push(e.tagName + '.' + e.className + ': ' + e.textContent.slice(0, 60));
+  }
+  for (const e of document.querySelectorAll('article h1, article h2, article h3, footer'))
+    if (!e.closest('details') && !e.getClientRects().length) found.push('not shown: ' + e.textContent.slice(0, 60));
+  for (const e of document.images) if (!e.naturalWidth) found.push('no picture at ' + e.src);
+  if (!document.querySelector('footer')) found.push('no footer: the page ends too early');
+  return found;
 }"""
 
 
@@ -70,14 +77,17 @@ def _faults(browser: Browser, origin: str) -> Iterator[str]:
             page.on("request", lambda one, heard=heard: heard.extend(_elsewhere(one.url, origin)))
             for address in top_pages():
                 heard.clear()
-                _look(page, f"{origin}/{address}/", SHOTS / f"{address.replace('/', '-').strip('.') or 'home'}-{width}-{scheme}.png")
-                yield from (f"{address} at {width}, {scheme}: {text}" for text in [*heard, *page.evaluate(WIDER)])
+                name = "home" if address == "." else address.replace("/", "-")
+                _look(page, f"{origin}/{address}/", SHOTS / f"{name}-{width}-{scheme}.png")
+                yield from (f"{name} at {width}, {scheme}: {text}" for text in [*heard, *page.evaluate(FAULTS)])
             context.close()
 
 
 def _look(page: Page, url: str, shot: Path) -> None:
     page.goto(url, wait_until="networkidle")
-    page.screenshot(path=shot)
+    size = page.evaluate("() => [document.documentElement.clientWidth, document.documentElement.scrollHeight]")
+    clip = {"x": 0, "y": 0, "width": size[0], "height": min(size[1], TALLEST)}
+    page.screenshot(path=shot, full_page=True, clip=clip)
 
 
 def _elsewhere(url: str, origin: str) -> list[str]:

@@ -1,7 +1,8 @@
 """The documentation site as plain Markdown: what is written under docs/, and what the repository itself tells.
 
 ``python .ci/site.py`` writes all pages into ``.nox/pages``, where any builder that reads mkdocs.yml finds them. As a
-hook of MkDocs it does so before each build, so that a live preview follows the sources.
+hook of MkDocs it does so before each build, so that a live preview follows the sources. ``python .ci/site.py readme``
+writes the tables of README.md.
 """
 
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / ".ci"))
 
-from pages import commands, errors, recipes, support  # noqa: E402
+from pages import chooser, commands, errors, recipes, support  # noqa: E402
 
 PAGES = ROOT / ".nox/pages"
 DOCS, RESULTS = ROOT / "docs", ROOT / "packages/hora-bench/results"
@@ -76,4 +77,7 @@ def on_pre_build(**_: object) -> None:
 
 
 if __name__ == "__main__":
-    stage()
+    if sys.argv[1:] == ["readme"]:
+        (ROOT / "README.md").write_text(chooser.readme(ROOT))
+    else:
+        stage()

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("packages/*/README.md")])
 MODULES = sorted(file for file in ROOT.glob("packages/*/src/**/*.py") if ">>> " in file.read_text())
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PRINTED = re.compile(r"^```python\n[^`]*^```\n\n```text\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)")
 
 _spec = spec_from_file_location("site_pages", ROOT / ".ci/site.py")
@@ -35,9 +36,13 @@ def named(documents) -> dict:
 
 
 @pytest.mark.parametrize("document", **named([file for file in DOCUMENTS if BLOCK.search(file.read_text())]))
-def test_code_blocks_run(document, tmp_path, monkeypatch):
+def test_code_blocks_run_and_print_what_is_shown_below_them(document, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    exec(compile(program(document.read_text()), document, "exec"), {"__name__": "__main__"})
+    text = document.read_text()
+    exec(compile(program(text), document, "exec"), {"__name__": "__main__"})
+    printed = capsys.readouterr().out
+    for shown in PRINTED.findall(text):
+        assert shown in printed
 
 
 @pytest.mark.parametrize("file", **named(MODULES))
@@ -89,3 +94,4 @@ def test_meta_a_failing_block_points_at_its_line():
 def test_meta_the_quickstarts_hold_code():
     for name in ("README.md", "docs/quickstart-torch.md", "docs/quickstart-jax.md"):
         assert BLOCK.search((ROOT / name).read_text()), f"{name} shows no python block"
+    assert len(PRINTED.findall((ROOT / "README.md").read_text())) == 2

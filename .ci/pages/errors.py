@@ -34,7 +34,7 @@ class Error(NamedTuple):
         """What is wrong, and what to do about it: a message says the latter after its last colon."""
         text = RULE.sub("", self.message).strip()
         said, colon, cure = text.rpartition(": ")
-        return (said, cure) if colon else (text, "")
+        return (said, cure.removeprefix("…; ")) if colon and cure.strip("… ") else (text, "")
 
 
 def errors(root: Path) -> list[Error]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 FAMILIES = {
-    "language": "llama mistral mixtral qwen2 qwen3 qwen3_moe gemma2 gemma3_text phi3 gpt2 gpt_neox falcon bloom deepseek_v3",
+    "language": "llama mistral mixtral qwen2 qwen3 qwen3_moe gemma2 gemma3_text phi3 gpt2 gpt_neox falcon deepseek_v3",
     "text encoders": "bert roberta deberta-v2 modernbert t5 bart",
     "images and speech": "vit dinov2 siglip clip swin beit whisper wav2vec2",
 }
@@ -46,8 +46,9 @@ def _families(results: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _family(row: Mapping[str, Any]) -> list[str]:
-    adapts = row.get("default_adapts", "refused" if "default" in row else "")
-    return [adapts, *(_mark([row.get(check, "ok") for check in checks]) for checks in COLUMNS.values())]
+    if "default_adapts" not in row:
+        return ["no", *("" for _ in COLUMNS)]
+    return [row["default_adapts"], *(_mark([row.get(check, "ok") for check in checks]) for checks in COLUMNS.values())]
 
 
 def _mark(answers: Iterable[str]) -> str:

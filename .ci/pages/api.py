@@ -1,0 +1,43 @@
+"""One entry for each parameter: docstrings describe alike ones together, and griffe gives all the first one's default."""
+
+import re
+
+import griffe
+
+NAMES = re.compile(r"^(\w+(?:, \w+)+)$")
+
+
+def ungrouped(docstring: str) -> str:
+    """The docstring with an entry for each of several names that share one."""
+    made, entries, parameters = [], [], False
+    lines = docstring.splitlines()
+    for number, line in enumerate([*lines, ""]):
+        heading = lines[number + 1] if number + 1 < len(lines) else ""
+        if set(heading) == {"-"}:
+            made += _copies(entries)
+            entries, parameters = [], line in ("Parameters", "Attributes")
+        if parameters and NAMES.match(line):
+            made += _copies(entries)
+            entries = [line]
+        elif entries and (line.startswith("    ") or not line.strip()):
+            entries.append(line)
+        else:
+            made += _copies(entries)
+            entries = []
+            made.append(line)
+    return "\n".join([*made, *_copies(entries)]).rstrip("\n")
+
+
+def _copies(entry: list[str]) -> list[str]:
+    if not entry:
+        return []
+    return [line for name in entry[0].split(", ") for line in (name, *entry[1:])]
+
+
+class EachParameter(griffe.Extension):
+    """Ungroups every docstring before it is read."""
+
+    def on_instance(self, *, obj: griffe.Object, **_: object) -> None:
+        """Called for every object of a package."""
+        if obj.docstring:
+            obj.docstring.value = ungrouped(obj.docstring.value)
