@@ -1,9 +1,9 @@
-"""What the documentation site is made of: pages from source, parsers, results and scripts, and a table that is typed."""
+"""What the documentation site is made of: pages from source, parsers, results, scripts, and a table that is typed."""
 
 import ast
 import dataclasses
+import json
 import re
-from pathlib import Path
 
 import hora_torch
 import peft
@@ -80,7 +80,7 @@ def test_a_script_that_changed_since_it_was_run_shows_no_output(tmp_path):
     fresh = run | {"sha256": SITE.recipes.digest(script)}
     (tmp_path / SITE.recipes.PRINTED).parent.mkdir(parents=True)
     for kept, shown in ((fresh, True), (run | {"sha256": "0"}, False)):
-        (tmp_path / SITE.recipes.PRINTED).write_text(__import__("json").dumps({"one": kept}))
+        (tmp_path / SITE.recipes.PRINTED).write_text(json.dumps({"one": kept}))
         page = SITE.recipes.pages(tmp_path)["recipes/one.md"]
         assert page.startswith("# A title\n\nA line.\n")
         assert ("```text\nprinted\n```" in page) == shown

@@ -1,4 +1,4 @@
-"""One entry for each parameter: docstrings describe alike ones together, and griffe gives all the first one's default."""
+"""One entry for each parameter: docstrings describe several at once, and griffe gives all the default of the first."""
 
 import re
 
