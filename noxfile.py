@@ -142,6 +142,21 @@ def docs(session):
 
 
 @nox.session(python=False)
+def recipes(session):
+    """Run the recipes of the site on real models, and keep what they print (``-- NAME ...`` for some of them)."""
+    tools = everything(session)
+    env = TEST_ENV | {"PYTHONPATH": str(beside(session, tools, "libraries"))}
+    names = session.posargs or [
+        path.stem for path in ROOT.glob("packages/*/examples/*.py") if not path.stem.startswith("trl_")
+    ]
+    run(session, tools, "python", ".ci/print_recipes.py", *names, env=env)
+    if not session.posargs:
+        consumers = environment(session, "integrations", packages=PACKAGES[:2], groups=("test", "consumers"))
+        other = ("--with", str(consumers / "python"), "trl_dpo")
+        run(session, tools, "python", ".ci/print_recipes.py", *other, env=TEST_ENV)
+
+
+@nox.session(python=False)
 def docs_screens(session):
     """Screenshots of every top page of site/, wide and narrow, light and dark, into results/screens/; fails on sideways
     scrolling, console messages and requests to elsewhere.

@@ -9,8 +9,9 @@ from typing import Any
 PRINTED = "docs/recipes/printed.json"
 LEAD = """# Recipes
 
-Complete scripts of at most 40 lines. Each page is made from the script in the repository, which the tests run, and
-shows what `nox -s recipes` saw it print; a script that was changed since shows no output.
+Complete scripts of at most 40 lines of code. Each page is made from the script in the repository, and shows what
+`nox -s recipes` saw it print; one that was changed since it was run shows no output. Models named there are assets of
+`hora-bench`: `hora-bench assets get smollm2-135m` fetches one.
 """
 
 
