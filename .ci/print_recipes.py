@@ -33,11 +33,11 @@ def main(names: list[str]) -> None:
     """Run those of some names, or all, and write their output beside the digest of the script that printed it."""
     python, names = (names[1], names[2:]) if names[:1] == ["--with"] else (sys.executable, names)
     place = ROOT / recipes.PRINTED
-    kept = json.loads(place.read_text())
     for script in recipes.scripts(ROOT):
         if not names or script.stem in names:
-            kept[script.stem] = printed(python, script, ARGUMENTS.get(script.stem, ()))
-            print(kept[script.stem]["printed"], flush=True)
+            found = printed(python, script, ARGUMENTS.get(script.stem, ()))
+            print(found["printed"], flush=True)
+            kept = json.loads(place.read_text()) | {script.stem: found}
             place.write_text(json.dumps(dict(sorted(kept.items())), indent=1, ensure_ascii=False) + "\n")
 
 

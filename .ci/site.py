@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / ".ci"))
 
-from pages import chooser, commands, errors, recipes, support  # noqa: E402
+from pages import chooser, commands, entries, errors, recipes, support  # noqa: E402, F401
 
 PAGES = ROOT / ".nox/pages"
 DOCS, RESULTS = ROOT / "docs", ROOT / "packages/hora-bench/results"

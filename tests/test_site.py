@@ -1,49 +1,13 @@
-"""What the documentation site is made of: pages from source, parsers, results, scripts, and a table that is typed."""
+"""What the documentation site is made of: pages from source, parsers, results and scripts."""
 
 import ast
-import dataclasses
 import json
 import re
 
-import hora_torch
-import peft
 import pytest
 import yaml
-from hora_spec import HoraError
 
 from .test_documents import ROOT, SITE
-
-FROM_LORA = (ROOT / "docs/start/from-lora.md").read_text()
-OURS = {field.name for field in dataclasses.fields(hora_torch.HoraConfig)}
-LORA = [field.name for field in dataclasses.fields(peft.LoraConfig)]
-
-
-def lora_rows() -> dict[str, str]:
-    """Field of LoraConfig to the second cell of its row."""
-    table = FROM_LORA.split("| `LoraConfig` |")[1].split("\n\n")[0]
-    rows = [line.split("|")[1:3] for line in table.splitlines()[2:]]
-    return {name: cell.strip() for names, cell in rows for name in re.findall(r"`(\w+)`", names)}
-
-
-def test_every_field_of_loraconfig_has_its_row():
-    assert sorted(lora_rows()) == sorted(LORA)
-
-
-@pytest.mark.parametrize(("name", "cell"), lora_rows().items())
-def test_a_field_of_loraconfig_is_what_its_row_says(name, cell):
-    if cell == "refused":
-        with pytest.raises(HoraError, match=name):
-            hora_torch.HoraConfig(**{name: None})
-    else:
-        ours = name if cell == "the same" else cell.strip("`")
-        assert ours in OURS
-
-
-def test_every_field_of_qwix_has_its_row():
-    qwix = pytest.importorskip("qwix")
-    table = FROM_LORA.split("| `qwix.LoraRule` |")[1].split("\n\n")[0]
-    named = [name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split("|")[1])]
-    assert sorted(named) == sorted(field.name for field in dataclasses.fields(qwix.LoraRule))
 
 
 def test_the_readme_says_what_result_files_say():
@@ -133,13 +97,9 @@ def test_links_to_what_is_not_on_the_site_become_text():
 
 
 def test_an_entry_for_several_parameters_becomes_one_for_each():
-    pytest.importorskip("griffe")
-    import importlib
-
-    api = importlib.import_module("pages.api")
     text = "Title.\n\nParameters\n----------\na, b\n    Both.\nc\n    One.\n\nReturns\n-------\nint, str\n    Two."
     expected = "a\n    Both.\nb\n    Both.\nc\n    One."
-    assert api.ungrouped(text) == text.replace("a, b\n    Both.\nc\n    One.", expected)
+    assert SITE.entries.ungrouped(text) == text.replace("a, b\n    Both.\nc\n    One.", expected)
 
 
 def test_documented_parameters_are_those_of_the_signature():

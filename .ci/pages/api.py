@@ -1,37 +1,13 @@
-"""One entry for each parameter: docstrings describe several at once, and griffe gives all the default of the first."""
+"""For griffe, which gives all parameters of one entry the default of the first: an entry for each."""
 
-import re
+import sys
+from pathlib import Path
 
 import griffe
 
-NAMES = re.compile(r"^(\w+(?:, \w+)+)$")
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-
-def ungrouped(docstring: str) -> str:
-    """The docstring with an entry for each of several names that share one."""
-    made, entries, parameters = [], [], False
-    lines = docstring.splitlines()
-    for number, line in enumerate([*lines, ""]):
-        heading = lines[number + 1] if number + 1 < len(lines) else ""
-        if set(heading) == {"-"}:
-            made += _copies(entries)
-            entries, parameters = [], line in ("Parameters", "Attributes")
-        if parameters and NAMES.match(line):
-            made += _copies(entries)
-            entries = [line]
-        elif entries and (line.startswith("    ") or not line.strip()):
-            entries.append(line)
-        else:
-            made += _copies(entries)
-            entries = []
-            made.append(line)
-    return "\n".join([*made, *_copies(entries)]).rstrip("\n")
-
-
-def _copies(entry: list[str]) -> list[str]:
-    if not entry:
-        return []
-    return [line for name in entry[0].split(", ") for line in (name, *entry[1:])]
+from pages.entries import ungrouped
 
 
 class EachParameter(griffe.Extension):
