@@ -51,7 +51,7 @@ def _scan(walk: "Walk", eqn: JaxprEqn, ins: Sequence[Any]) -> Sequence[Any]:
     passed = [next((i for i, x in enumerate(inputs) if x is var), None) for var in program.jaxpr.outvars[carries:]]
     dropout = walk.dropout_at(eqn)
 
-    def body(carry: list[Any], step: tuple[list[Any], Array]) -> tuple[list[Any], list[Any]]:
+    def body(carry: list[Any], step: tuple[list[Any], Array | None]) -> tuple[list[Any], list[Any]]:
         slices, number = step
         inner = _step(walk, dropout, number)
         values = [v if k else c for v, c, k in zip(init, carry, kept, strict=True)]

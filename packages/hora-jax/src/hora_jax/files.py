@@ -149,8 +149,11 @@ def export_lora(
         written then.
     """
     adapter = to_adapter(plan, phi, config=config, modules=modules)
-    options = {"dtype": dtype, "compact": compact, "for_server": for_server}
-    by_the_first(lambda: hora_spec.export_lora(adapter, directory, **options), phi)
+
+    def write() -> None:
+        hora_spec.export_lora(adapter, directory, dtype=dtype, compact=compact, for_server=for_server)
+
+    by_the_first(write, phi)
 
 
 def to_adapter(plan: Plan, phi: Phi, *, config: Mapping[str, Any] | None = None, modules: Phi | None = None) -> Adapter:
