@@ -246,7 +246,7 @@ def call(**kwargs):
 
 
 WRONG = {
-    "dropout is a number in": [call(dropout=1.0), call(dropout=-0.1), call(dropout="0.1"), call(dropout=True)],
+    "dropout must be a number in": [call(dropout=1.0), call(dropout=-0.1), call(dropout="0.1"), call(dropout=True)],
     'route="merge", which has none': [call(dropout=RATE, route="merge", dropout_key=KEY)],
     "got no dropout_key": [call(dropout=RATE)],
     "pass dropout=rate": [call(dropout_key=KEY)],

@@ -233,12 +233,12 @@ def test_a_stack_of_blocks_numbers_its_layers(method):
         *(({"heads": heads, "layout": "d (h k)"}, "a number of at least 1") for heads in (0, -1, True, 2.0, "")),
         ({"heads": "n", "layout": "d (h k)"}, "is the attribute 'n' of its attention module"),
         *(
-            ({"fused": fused}, r"fused is \(index, parts\) or")
+            ({"fused": fused}, r"fused must be \(index, parts\) or")
             for fused in ((), (1,), (0, 2, 3, 4), (0, 0), (2, 2), (-1, 2), (0, 2, 0), ("0", 2), (0, 2.0), [0, 2], 3)
         ),
         ({"layout": "d h"}, "a pattern names"),
-        ({"layout": None}, "a layout is a Layout or its pattern"),
-        *(({name: ""}, "are texts") for name in ("path", "projection", "layer", "module")),
+        ({"layout": None}, "a layout must be a Layout or its pattern"),
+        *(({name: ""}, "are texts, got a wrong") for name in ("path", "projection", "layer", "module")),
         ({"layer": "{1}"}, "wildcards of its path"),
         ({"layer": "{0.x}"}, "wildcards of its path"),
         ({"layer": "{0[x]}"}, "wildcards of its path"),

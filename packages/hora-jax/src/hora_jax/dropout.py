@@ -46,7 +46,7 @@ class Dropout:
 def check(rate: float, route: Route) -> None:
     """Raise unless there is such a rate, and a branch for it to act on."""
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
-        raise HoraError(f"dropout is a number in [0, 1), got {rate!r}")
+        raise HoraError(f"dropout must be a number in [0, 1), got {rate!r}")
     if rate and route == "merge":
         raise HoraError(
             f'dropout acts on the input of a branch alone, got dropout={rate} with route="merge", which has none: '
