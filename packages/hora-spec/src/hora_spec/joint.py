@@ -149,7 +149,7 @@ def joint_start(
     _one_of("scale", scale, Scale)
     for name, value in {"power": power, "oversample": oversample}.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise HoraError(f"{name} is an integer of at least 0, got {value!r} (spec I7)")
+            raise HoraError(f"{name} must be an integer of at least 0, got {value!r} (spec I7)")
     units = [unit for name, (spec, layer) in layers.items() for unit in _units(name, spec, layer, together=together)]
     search = _of_gradient if of == "gradient" else _of_inputs
     found = search(units, measure, power, oversample, seed)
