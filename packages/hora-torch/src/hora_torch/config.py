@@ -21,12 +21,35 @@ from hora_torch.saving import check_directory, read_checked, written_digest
 
 @dataclass
 class HoraConfig(PeftConfig):
-    """Configuration of a HoRA adapter.
+    """Configuration of a HoRA adapter: the method, as in `hora_spec.AdapterSpec`, and where it goes.
+
+    `hora_spec.PRESETS` has settings with a name: ``HoraConfig(r=8, **PRESETS["residual"].fields)``.
 
     Parameters
     ----------
-    r, hidden_dim, head_embed_dim, sharing, a_source, activation, gain, residual, normalize, gate, tie_a
-        The method, see `hora_spec.AdapterSpec`; `hora_spec.PRESETS` has named settings.
+    r
+        Rank of the factors, and of the LoRA export.
+    hidden_dim
+        Width of the hypernetwork; a generated factor has at most this rank.
+    head_embed_dim
+        Length of a column of a head embedding.
+    sharing
+        What heads share: ``"full"`` A and the network that generates B, ``"a"`` A alone, which is LoRA, ``"b"`` the
+        network alone, ``"none"`` nothing.
+    a_source
+        A as a free matrix (``"direct"``), from a ``"hypernetwork"``, or ``"fixed"`` at its start.
+    activation
+        Hidden activation, one of `hora_spec.ACTIVATIONS`.
+    gain
+        Factor on every generated factor; ``"transfer"`` makes a learning rate that suits LoRA fit.
+    residual
+        Add a free part to the generated B.
+    normalize
+        Normalise head embeddings; False is for the ablation.
+    gate
+        Weigh the residual by a trained number per projection that starts at this one.
+    tie_a
+        One A for all projections of a layer.
     hora_alpha
         ``scaling = hora_alpha / r``; None means scaling 1.
     use_rslora
@@ -36,17 +59,29 @@ class HoraConfig(PeftConfig):
     target_modules
         Names or a regular expression, as for any PEFT method, or ``"all-linear"``. None adapts the query and value
         projections of every attention module found.
-    exclude_modules, modules_to_save, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern
-        As in ``LoraConfig``, but what matches nothing is an error. The targets of one attention module share a
-        hypernetwork, hence one rank and one alpha.
+    exclude_modules
+        Names or a regular expression of modules that are left alone.
+    modules_to_save
+        Names of modules that are trained whole, such as a classification head.
+    layers_to_transform
+        Numbers of the layers to adapt, as in ``LoraConfig``; one that matches nothing is an error.
+    layers_pattern
+        Name of the list that these numbers count in, where it is none of the common ones.
+    rank_pattern
+        Module name to its rank, in place of `r`. The targets of one attention share a hypernetwork, hence one rank;
+        a key that matches nothing is an error.
+    alpha_pattern
+        Module name to its alpha, in place of `hora_alpha`, likewise.
     trainable_token_indices
         Rows of the embedding that are trained as they are, as in ``LoraConfig``.
     fused_projections
         Which parts of a fused weight (``qkv``, ``c_attn``, ``in_proj``) are adapted, by the names in its order of rows:
         q, k and v, or x, b and c of a state space.
-    num_heads, num_kv_heads
-        Head counts, when the model does not tell: one number, or for `num_heads` a mapping from module name to number.
-        A count that contradicts the model is an error.
+    num_heads
+        Heads of the targets, when the model does not tell: a number, or module name to number. A count that
+        contradicts the model is an error.
+    num_kv_heads
+        Heads of the key and value projections, likewise.
     row_order
         Order of the rows of fused weights whose attention class is not known, by module name: ``"q k v"`` for all heads
         of q, then of k, then of v, ``"[head][q k v]"`` for q, k and v of each head in turn, and others that
@@ -59,11 +94,15 @@ class HoraConfig(PeftConfig):
         True starts at the base model exactly. False fills what would be zero from torch's generator, for tests.
     bias
         ``"none"``, ``"all"`` or ``"hora_only"``: which biases of the base model are trained too.
-    hora_spec_version, hora_layers
-        Version of the spec, and names, shapes and layouts of all adapted layers. Written on injection; given to the
-        constructor, as by a file, they describe an adapter that a model must fit (``given_layers``).
-    hora_layers_sha256, hora_tensors_sha256
-        Digests that files carry: of their layers, and of their tensors until these are loaded (spec F7).
+    hora_spec_version
+        Version of the spec that a file follows.
+    hora_layers
+        Names, shapes and layouts of all adapted layers. Written on injection; given to the constructor, as by a file,
+        they describe an adapter that a model must fit (``given_layers``).
+    hora_layers_sha256
+        Digest of the layers, in files (spec F7).
+    hora_tensors_sha256
+        Digest of the tensors, in files until these are loaded (spec F7).
 
     Raises
     ------
