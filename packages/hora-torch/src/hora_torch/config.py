@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from hora_spec import SPEC_VERSION, AdapterSpec, HoraError
 from hora_spec.files import LAYERS_DIGEST, check_digests, layers_digest
+from huggingface_hub.dataclasses import type_validator
 from peft import PeftConfig
 from peft.utils import PeftType
 
@@ -114,7 +115,7 @@ class HoraConfig(PeftConfig):
     head_embed_dim: int = 40
     hora_alpha: float | None = None
     use_rslora: bool = False
-    hora_dropout: float = 0.0
+    hora_dropout: float | int = 0.0
     sharing: str = "full"
     a_source: str = "direct"
     activation: str = "leaky_relu"
@@ -123,15 +124,15 @@ class HoraConfig(PeftConfig):
     normalize: bool = True
     gate: float | None = None
     tie_a: bool = False
-    target_modules: list[str] | set[str] | str | None = None
-    exclude_modules: list[str] | set[str] | str | None = None
+    target_modules: list[str] | tuple[str, ...] | set[str] | str | None = None
+    exclude_modules: list[str] | tuple[str, ...] | set[str] | str | None = None
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    fused_projections: tuple[str, ...] = ("q", "v")
+    alpha_pattern: dict[str, float | int] = field(default_factory=dict)
+    fused_projections: tuple[str, ...] | list[str] = ("q", "v")
     num_heads: int | dict[str, int] | None = None
     num_kv_heads: int | None = None
     row_order: dict[str, str] | None = None
@@ -151,6 +152,7 @@ class HoraConfig(PeftConfig):
 
     def __post_init__(self, hora_layers_sha256: str | None) -> None:
         super().__post_init__()
+        self._check_types()
         self.peft_type = PeftType.HORA
         self.given_layers = self.hora_layers  # injection writes hora_layers anew
         if self.hora_spec_version != SPEC_VERSION:
@@ -168,12 +170,12 @@ class HoraConfig(PeftConfig):
             if getattr(self, name) not in allowed:
                 raise HoraError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         self.fused_projections = tuple(self.fused_projections)
-        if not self.fused_projections or not all(str(name).isidentifier() for name in self.fused_projections):
+        if not self.fused_projections or not all(map(str.isidentifier, self.fused_projections)):
             raise HoraError(f"fused_projections are names of parts, as 'q', 'k', 'v', got {self.fused_projections!r}")
         for order in (self.row_order or {}).values():
             Order.parse(order)
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list):
+            if isinstance(getattr(self, name), list | tuple):
                 setattr(self, name, set(getattr(self, name)))
         if self.layers_pattern and self.layers_to_transform is None:
             raise HoraError(
@@ -186,6 +188,21 @@ class HoraConfig(PeftConfig):
             raise HoraError(
                 "layers_to_transform cannot be used when target_modules is a str: put the layer numbers into the regex"
             )
+
+    def _check_types(self) -> None:
+        """What is not of its annotated type may still work, as something else: a string as the list of its letters."""
+        of_method = {each.name for each in fields(AdapterSpec)} | {"r", "hora_alpha"}  # checked by the spec itself
+        for name, hint in HoraConfig.__annotations__.items():
+            value = getattr(self, name, None)
+            if name in of_method or isinstance(hint, InitVar):
+                continue
+            try:
+                type_validator(name, value, hint)
+                known = not isinstance(value, bool) or hint is bool  # to Python a bool is an int
+            except TypeError:
+                known = False
+            if not known:
+                raise HoraError(f"{name} is a {getattr(hint, '__name__', hint)}, got {value!r}")
 
     def spec(self, rank: int | None = None, alpha: float | None = None) -> AdapterSpec:
         """The method of one layer; `rank` and `alpha` override those of the config."""
