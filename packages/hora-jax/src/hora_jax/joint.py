@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from hora_spec import AdapterSpec, HoraError, JointStart, Measure, Moments, joint_start
-from hora_spec.joint import Probes, Scale, Source
+from hora_spec.joint import LOSS_SCALE, Probes, Scale, Source, few
 
 from hora_jax import adapter
 from hora_jax.adapted import Adapted, check_function
@@ -51,7 +51,8 @@ def joint_a(
     params, phi
         The base and an adapter that was not trained; neither is changed.
     batches
-        All of them are kept for the passes, so a handful; each counts equally.
+        All of them are kept for the passes, so a handful, at most 256; each counts equally, and so does each token that
+        a projection is given: give none as padding.
     of, scale, together, power, oversample, seed
         As in `hora_spec.joint_start`. The seed of `init` finds what `hora_torch.joint_a` finds.
 
@@ -87,11 +88,7 @@ def joint_a(
     ]
     if trained:
         raise HoraError(f"A starts before training, got {trained}, which are not zero: take hora_jax.init (spec I7)")
-    batches = list(batches) if isinstance(batches, Iterable) else []
-    if not batches:
-        raise HoraError("a joint start is that of some batches, got none: pass a list of them (spec I7)")
-
-    trial = _Trial(plan, loss, params, batches, oversample)
+    trial = _Trial(plan, loss, params, few(batches), oversample)
     start = joint_start(
         {name: (layer.spec, layer.shape) for layer in plan.layers for name in layer.names},
         Measure(trial.left, trial.right, trial.inputs),
@@ -115,17 +112,14 @@ class _Trial:
     """Passes over the batches with probes for factors."""
 
     def __init__(self, plan: Plan, loss: Loss, params: Any, batches: Sequence[Any], oversample: int) -> None:
-        self.base, self.loss, self.params, self.batches, self.oversample = plan, loss, params, batches, oversample
+        self.base, self.loss, self.params, self.batches, self.scale = plan, loss, params, batches, LOSS_SCALE
+        self.oversample = oversample
 
     @cached_property
     def plan(self) -> Plan:
         """Adapters of LoRA's form, as wide as the probes."""
-        return Plan(
-            tuple(
-                replace(layer, spec=AdapterSpec(layer.spec.rank + self.oversample, sharing="a"))
-                for layer in self.base.layers
-            )
-        )
+        wider = [replace(x, spec=AdapterSpec(x.spec.rank + self.oversample, sharing="a")) for x in self.base.layers]
+        return Plan(tuple(wider))
 
     @cached_property
     def gradients(self) -> Any:
@@ -139,20 +133,28 @@ class _Trial:
 
     def left(self, probes: Probes) -> Probes:
         """``P^T G``: gradients of A where B is P and A zero."""
-        found = self._measured(self.gradients, "b", probes)
+        found = self._differentiated("b", probes)
         return self._named(probes, found, lambda a, b, probe: a[: probe.shape[1]])
 
     def right(self, probes: Probes) -> Probes:
         """``G Q^T``: gradients of B where A is Q and B zero."""
-        found = self._measured(self.gradients, "a", probes)
+        found = self._differentiated("a", probes)
         return self._named(probes, found, lambda a, b, probe: b.reshape(-1, b.shape[-1])[:, : len(probe)])
 
     def inputs(self, probes: Probes) -> dict[str, dict[str, Moments]]:
         """``Q E[x x^T]`` and ``E[x^T x]``, both times the number of tokens."""
-        found = self._measured(self.moments, "a", probes)
+        found = self._measured(self.moments, "a", probes, 1.0)
         return self._named(probes, found, lambda a, b, probe: Moments(a[: len(probe)], float(b.flat[0])))
 
-    def _measured(self, gradients: Any, factor: str, probes: Probes) -> dict[str, dict[str, np.ndarray]]:
+    def _differentiated(self, factor: str, probes: Probes) -> dict[str, dict[str, np.ndarray]]:
+        """As `_measured`, at a scale of the loss at which no product leaves float16's range."""
+        while True:
+            found = self._measured(self.gradients, factor, probes, self.scale)
+            if self.scale == 1 or all(np.isfinite(value).all() for own in found.values() for value in own.values()):
+                return found
+            self.scale = max(1.0, self.scale / 16)
+
+    def _measured(self, gradients: Any, factor: str, probes: Probes, scale: float) -> dict[str, dict[str, np.ndarray]]:
         """Mean gradients of all factors, by layer name, where one factor is the probes and the other zero."""
         phi = {}
         for key, members in self.plan.groups().items():
@@ -172,9 +174,9 @@ class _Trial:
                 phi[key] |= {f"a.{p}": jnp.asarray(zeros["a"]), f"b.{p}": jnp.asarray(zeros["b"])}
         total = None
         for batch in self.batches:
-            grads = gradients(self.params, phi, batch)
+            grads = gradients(self.params, phi, batch, scale)
             total = grads if total is None else jax.tree.map(jnp.add, total, grads)
-        mean = jax.tree.map(lambda value: on_host(value).astype(np.float64) / len(self.batches), total)
+        mean = jax.tree.map(lambda value: on_host(value).astype(np.float64) / (scale * len(self.batches)), total)
         return {
             name: {param: value[i] for param, value in mean[key].items()}
             for key, members in self.plan.groups().items()
@@ -189,10 +191,10 @@ class _Trial:
 
 
 def _gradients(adapted: Adapted) -> Any:
-    def value(phi: Any, params: Any, batch: Any) -> jax.Array:
-        return adapted(params, phi, batch)
+    def value(phi: Any, params: Any, batch: Any, scale: Any) -> jax.Array:
+        return adapted(params, phi, batch) * scale
 
-    return jax.jit(lambda params, phi, batch: jax.grad(value)(phi, params, batch))
+    return jax.jit(lambda params, phi, batch, scale: jax.grad(value)(phi, params, batch, scale))
 
 
 def _of_b(name: str) -> bool:
