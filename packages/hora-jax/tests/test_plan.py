@@ -237,7 +237,7 @@ def test_a_stack_of_blocks_numbers_its_layers(method):
             for fused in ((), (1,), (0, 2, 3, 4), (0, 0), (2, 2), (-1, 2), (0, 2, 0), ("0", 2), (0, 2.0), [0, 2], 3)
         ),
         ({"layout": "d h"}, "a pattern names"),
-        ({"layout": None}, "a layout must be a Layout or its pattern"),
+        ({"layout": None}, "layout must be a Layout or a pattern"),
         *(({name: ""}, "are texts, got a wrong") for name in ("path", "projection", "layer", "module")),
         ({"layer": "{1}"}, "wildcards of its path"),
         ({"layer": "{0.x}"}, "wildcards of its path"),

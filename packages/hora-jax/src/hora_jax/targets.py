@@ -63,7 +63,7 @@ class Target:
         if bad := [k for k, v in texts.items() if not ((isinstance(v, str) and v) or (v is None and k in optional))]:
             raise HoraError(f"these fields of a target are texts, got a wrong {', '.join(bad)}: {self}")
         if not isinstance(self.layout, Layout | str):
-            raise HoraError(f'a layout must be a Layout or its pattern, such as "d h k", got {self.layout!r} (spec L1)')
+            raise HoraError(f'layout must be a Layout or a pattern such as "d h k", got {self.layout!r} (spec L1)')
         if not (self.heads is None or (isinstance(self.heads, str) and self.heads) or _is_count(self.heads)):
             raise HoraError(
                 "heads must be a number of at least 1, the attribute of the attention module that holds it, or None, got "
@@ -82,8 +82,8 @@ def _check_fused(fused: Any) -> None:
     counted = len(counts) in (1, 2) and all(map(_is_count, counts))
     if not counted or not (_is_count(index) or index == 0) or index >= counts[0]:
         raise HoraError(
-            f"fused must be (index, parts) or (index, parts, blocks) with 0 <= index < parts and blocks >= 1, got {fused!r} "
-            "(spec L2)"
+            "fused must be (index, parts) or (index, parts, blocks) with 0 <= index < parts and blocks >= 1, got "
+            f"{fused!r} (spec L2)"
         )
 
 
