@@ -66,8 +66,8 @@ class Target:
             raise HoraError(f'layout must be a Layout or a pattern such as "d h k", got {self.layout!r} (spec L1)')
         if not (self.heads is None or (isinstance(self.heads, str) and self.heads) or _is_count(self.heads)):
             raise HoraError(
-                "heads must be a number of at least 1, the attribute of the attention module that holds it, or None, got "
-                f"{self.heads!r} (spec S3)"
+                "heads must be a number of at least 1, the attribute of the attention module that holds it, or None, "
+                f"got {self.heads!r} (spec S3)"
             )
         if self.fused is not None:
             _check_fused(self.fused)
