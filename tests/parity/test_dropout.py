@@ -56,6 +56,7 @@ def by_torch(route: str, seed: int | None) -> Outputs:
         sharing="a",
         target_modules=list(NAMES),
         row_order={"qkv": "q k v"},
+        num_heads=HEADS,
         hora_dropout=RATE,
         route=route,
     )

@@ -64,7 +64,7 @@ class Call:
     writes: str = ""
 
 
-OWN_AFFAIR = {"fn": type(len), "loss": type(len), "batches": str | list | dict | bytes | jax.Array}
+OWN_AFFAIR = {"fn": type(len), "loss": type(len), "batches": str | list | tuple | dict | bytes | jax.Array}
 """Junk of these types is what it should be, a function or some batches, and fails by itself."""
 
 CALLS = [

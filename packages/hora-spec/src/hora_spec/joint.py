@@ -43,9 +43,11 @@ def few(batches: Iterable[Any]) -> list[Any]:
     HoraError
         If there are none, or more than `MOST_BATCHES` (spec I7).
     """
-    found = list(islice(batches, MOST_BATCHES + 1)) if isinstance(batches, Iterable) else []
+    if not isinstance(batches, Iterable):
+        raise HoraError(f"batches must be a list or an iterator of them, got {batches!r:.60} (spec I7)")
+    found = list(islice(batches, MOST_BATCHES + 1))
     if not found:
-        raise HoraError(f"a joint start is that of some batches, got {batches!r:.60}: give a handful (spec I7)")
+        raise HoraError("a joint start is that of some batches, got none (spec I7)")
     if len(found) > MOST_BATCHES:
         raise HoraError(
             f"a joint start keeps its batches, got more than {MOST_BATCHES}: give a handful, such as "

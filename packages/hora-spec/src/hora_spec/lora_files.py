@@ -66,7 +66,8 @@ def export_lora(
 def rounded(path: str, value: NDArray[np.float64], dtype: DTypeLike) -> NDArray[Any]:
     """A factor of the module at `path` in `dtype`; raises HoraError if that cannot hold its numbers (spec F6)."""
     if not _is_known(dtype):
-        raise HoraError(f"LoRA tensors are float16, float32 or float64, got {dtype!r}: choose one (spec F6)")
+        got = getattr(dtype, "__name__", dtype)
+        raise HoraError(f"LoRA tensors are float16, float32 or float64, got {got}: choose one (spec F6)")
     with np.errstate(over="ignore", under="ignore"):
         cast = value.astype(dtype)
     if not np.isfinite(cast).all():
