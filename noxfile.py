@@ -108,13 +108,26 @@ def run(session: nox.Session, binaries: Path, command: str, *args: str, env=None
     session.run(str(binaries / command), *args, env={"PATH": path, **(env or {})}, external=True)
 
 
+SCHEMAS = {
+    "github-workflows": ".github/workflows/*.yml",
+    "dependabot": ".github/dependabot.yml",
+    "github-issue-forms": ".github/ISSUE_TEMPLATE/[a-b]*.yml",
+    "github-issue-config": ".github/ISSUE_TEMPLATE/config.yml",
+    "citation-file-format": "CITATION.cff",
+}
+
+
 @nox.session(python=False)
 def lint(session):
-    """Style, imports, docstrings (ruff) and spelling (codespell)."""
+    """Style, imports, docstrings (ruff), spelling (codespell), workflows and forms (zizmor, their schemas)."""
     tools = environment(session, "lint", groups=("lint",))
     run(session, tools, "ruff", "check", ".")
     run(session, tools, "ruff", "format", "--check", ".")
     run(session, tools, "codespell")
+    run(session, tools, "zizmor", "--offline", "--quiet", ".github")
+    for schema, files in SCHEMAS.items():
+        paths = map(str, sorted(ROOT.glob(files)))
+        run(session, tools, "check-jsonschema", f"--builtin-schema=vendor.{schema}", *paths)
 
 
 @nox.session(python=False)
