@@ -1,12 +1,12 @@
 """Why PEFT cannot be imported, where the reason is another package."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def explained() -> Generator[None]:
     """Imports within say what to do where torchvision was built for another torch than the one that is installed.
 
     PEFT and Transformers import torchvision where they find it. Where its compiled operators do not load, as beside a

@@ -5,10 +5,10 @@ Shapes come from small tables and values from seeds, so a few draws reach far; a
 
 from hypothesis import HealthCheck, settings
 
-_BOTH = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
+_BOTH = settings(deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 
-settings.register_profile("fast", derandomize=True, max_examples=25, **_BOTH)
-settings.register_profile("nightly", derandomize=False, max_examples=500, **_BOTH)
+settings.register_profile("fast", _BOTH, derandomize=True, max_examples=25)
+settings.register_profile("nightly", _BOTH, derandomize=False, max_examples=500)
 
 
 def use_fast() -> None:
