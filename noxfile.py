@@ -54,12 +54,16 @@ def environment(session: nox.Session, name: str, *, packages=(), groups=(), cons
     stamp = folder / "installed.sha256"
     folder.parent.mkdir(exist_ok=True)
     with FileLock(f"{folder}.lock"):  # two sessions at once share environments, too
+        made_in = folder / "made-in.txt"
+        if made_in.exists() and made_in.read_text(encoding="utf-8") != str(folder):
+            shutil.rmtree(folder)  # moved or copied with the repository: it would run the sources of the old place
         if stamp.exists() and stamp.read_text() == digest.hexdigest():
             return binaries
 
         stamp.unlink(missing_ok=True)
         if not python.exists():
             session.run(sys.executable, "-m", "virtualenv", "--quiet", str(folder), external=True)
+            made_in.write_text(str(folder), encoding="utf-8")
         run(session, binaries, "python", *PIP_INSTALL, *(constraints() if constrained else ()), *requirements)
         stamp.write_text(digest.hexdigest())
     return binaries
