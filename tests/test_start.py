@@ -114,6 +114,13 @@ class TestTorch:
         start.choose_torch("python", "--cpu")
         assert chosen(start) == "torch==2.13.0+cpu"
 
+    def test_a_choice_follows_the_release_that_is_pinned(self, start):
+        start.choose_torch("python", None)
+        start.CONSTRAINTS.write_text("torch==2.14.0\n")
+        self.builds.add("torch==2.14.0+cpu")
+        start.choose_torch("python", None)
+        assert chosen(start) == "torch==2.14.0+cpu"
+
     def test_a_cpu_build_that_nobody_offers_is_an_error_where_it_was_asked_for(self, start, capsys):
         self.builds = {"torch==2.13.0"}
         with pytest.raises(SystemExit):

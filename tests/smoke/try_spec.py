@@ -9,14 +9,11 @@ from hora_spec import Adapter, AdapterLayer, AdapterSpec, LayerShape, Layout, Si
 
 COMMAND = Path(sys.executable).with_name("hora")
 spec, shape = AdapterSpec(rank=4), LayerShape.attention(embed_dim=32, num_heads=4)
-sites = {
-    name: Site(f"attn.{name}", "weight", (32, 32), Layout(), projection)
-    for name, projection in shape.projections.items()
-}
-layer = AdapterLayer("attn", shape, sites, init_params(spec, shape, seed=0, name="attn"))
+sites = {name: Site(f"attn.{name}", "weight", (32, 32), Layout(), projection) for name, projection in shape.items()}
+layer = AdapterLayer(spec, sites, init_params(spec, shape, seed=0, name="attn"))
 
 subprocess.run([sys.executable, "-I", "-m", "hora_spec.goldens"], check=True)
 with tempfile.TemporaryDirectory() as folder:
-    save_adapter(Path(folder, "adapter"), Adapter(spec, [layer]))
+    save_adapter(Path(folder, "adapter"), Adapter({"attn": layer}))
     for words in (["inspect", "adapter"], ["export-lora", "adapter", "lora"], ["verify", "adapter", "lora"]):
         subprocess.run([COMMAND, *words], check=True, cwd=folder)
