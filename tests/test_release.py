@@ -1,5 +1,6 @@
 """`.ci/release.py`, which a release must pass, and the workflows it is a part of."""
 
+import ast
 import re
 import runpy
 import shutil
@@ -80,6 +81,22 @@ def test_on_github_the_packages_must_say_where_they_come_from(main, checkout, mo
     for file in checkout.glob("packages/*/pyproject.toml"):
         replace(file, "[project.urls]\n", '[project.urls]\nRepository = "https://github.com/someone/hora"\n')
     assert main("v0.1.0", checkout) == []
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("packages/*/tests/**/*.py")), ids=lambda file: file.stem)
+def test_a_package_s_tests_run_without_the_repository(file):
+    """They are in its source distribution; where they read a page, they are skipped with that reason."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    above = {ast.unparse(node.targets[0]) for node in tree.body if isinstance(node, ast.Assign) and _above(node)}
+    for node in tree.body:
+        marked = "in_repository" in map(ast.unparse, getattr(node, "decorator_list", ()))
+        defines = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in {"in_repository", *above}
+        names = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+        assert marked or defines or not (names & above or _above(node)), f"line {node.lineno}"
+
+
+def _above(node):
+    return "parents[3]" in ast.unparse(node)
 
 
 def test_every_action_is_pinned_by_commit_and_says_its_version():
