@@ -68,6 +68,17 @@ def test_adapters_of_equal_layers_exchange_their_parameters(family, tmp_path):
     assert torch.equal(logits(loaded, family), logits(other, family))
 
 
+def test_an_adapter_that_awaits_its_values_may_get_them_by_a_swap(llama, tmp_path):
+    """A slot that a config describes, before any values were loaded."""
+    other = adapted(llama, 1)
+    other.save_pretrained(tmp_path)
+    config = HoraConfig.from_pretrained(tmp_path)
+    model = peft.get_peft_model(llama.model(), config).eval()
+    tensors, config = read(tmp_path)
+    swap(model, tensors, "default", config)
+    assert torch.equal(logits(model, llama), logits(other, llama))
+
+
 def test_nothing_is_left_of_what_was_swapped_before(llama, tmp_path):
     model, third = adapted(llama), adapted(llama, 2, r=1)
     hora_torch.freeze(model)
@@ -140,9 +151,14 @@ def test_an_adapter_that_does_not_say_what_it_is_is_refused(llama, tmp_path):
         swap(model, tensors, "default", config)
 
 
-def test_a_hypernetwork_takes_no_other_spec(llama, tmp_path):
+@pytest.mark.parametrize(
+    "slot",
+    [{}, {"sharing": "a", "tie_a": True}, {"residual": True, "gate": 1.0}, {"a_source": "fixed"}],
+    ids=["generated", "one A for all", "gated", "fixed"],
+)
+def test_what_has_no_free_factors_takes_no_other_spec(llama, tmp_path, slot):
     adapted(llama, activation="tanh").save_pretrained(tmp_path)
-    model = adapted(llama)
+    model = adapted(llama, **slot)
     before = snapshot(model)
     with pytest.raises(HoraError, match=r"hora_torch\.freeze"):
         hotswap_adapter(model, tmp_path, "default")
