@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -70,6 +71,22 @@ def test_results_do_not_name_the_machine_that_made_them():
     for file in RESULTS:
         found = re.search(r"(/[\w.+-]+){2,}/site-packages|/(home|root|Users)/\w+", file.read_text(errors="ignore"))
         assert found is None, f"{file.relative_to(ROOT)} holds {found}"
+
+
+@pytest.mark.parametrize(
+    ("row", "case", "side"),
+    [
+        ("one decoded token", "decode: one token, in cached_factors", "hora"),
+        ("the same in a call of its own", "decode: one token, in a call", "plain"),
+        ("SmolLM2-135M's shape, 16 tokens", "tiny-step: SmolLM2-135M, 1 x 16", "hora"),
+        ("a LLaMA of 2 layers", "tiny-step: LLaMA 2 x 64, 4 x 16", "hora"),
+        ("a ViT of 4 layers", "tiny-step: timm ViT 4 x 192, batch 2, 64 px", "hora"),
+    ],
+)
+def test_the_cost_of_small_calls_is_the_one_measured(row, case, side):
+    results = json.loads((ROOT / "packages/hora-torch/benchmarks/results/compare-cpu.json").read_text())["results"]
+    (line,) = [line for line in (ROOT / "docs/guide/scale.md").read_text().splitlines() if row in line]
+    assert line.endswith(f"| {results[case][side]['wall']['ratio']:.2f} |")
 
 
 def test_meta_a_failing_block_points_at_its_line():

@@ -230,7 +230,10 @@ TINY = {
 
 
 def training_step(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Step:
-    """One step of fused AdamW (the Trainer's default) on what is trainable; a frozen model back-propagates to its first activations, as LoRA does."""
+    """One step of fused AdamW, the Trainer's default, on what is trainable.
+
+    A frozen model back-propagates to its first activations, as LoRA does.
+    """
     model.train()
     params = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=1e-4, fused=True) if params else None

@@ -78,3 +78,22 @@ def test_freezing_leaves_the_other_adapter_as_it_is(family, model):
 def test_freezing_needs_a_known_adapter(model):
     with pytest.raises(HoraError, match="nobody"):
         hora_torch.freeze(model, "nobody")
+
+
+def test_no_method_of_peft_trains_a_frozen_adapter(model):
+    hora_torch.freeze(model)
+    model.add_adapter("other", config(seed=3))
+    for name in ("other", "default"):
+        model.set_adapter(name)
+        assert {key for key, param in model.named_parameters() if param.requires_grad and "default" in key} == set()
+    assert not any(param.requires_grad for param in model.parameters())
+
+
+def test_an_adapter_that_diverged_is_not_frozen_and_stays_as_it_is(model):
+    diverged = list(parameters(model, "default").values())[-1]
+    with torch.no_grad():
+        diverged.fill_(torch.nan)
+    before = {key: param.isnan().any().item() for key, param in model.named_parameters()}
+    with pytest.raises(HoraError, match="diverged"):
+        hora_torch.freeze(model)
+    assert {key: param.isnan().any().item() for key, param in model.named_parameters()} == before

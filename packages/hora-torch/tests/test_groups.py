@@ -74,6 +74,41 @@ def test_rates_and_decay_are_as_said(families):
     assert all("norm" in name for name in found["other, no decay"])
 
 
+@pytest.mark.parametrize("method", ["A generated", "gated"])
+def test_the_free_part_of_b_decays_on_its_own(families, method):
+    model = adapted(families["llama"], **METHODS[method])
+    groups = hora_torch.param_groups(model, 1e-3, ratio=4, weight_decay=0.1, residual_decay=0.5)
+    decays = {group["name"]: group["weight_decay"] for group in groups}
+    assert decays.pop("B, residual") == 0.5
+    assert set(decays.values()) == {0.0, 0.1}
+    own = [name.partition(".default.")[2] for name in named(model, groups)["B, residual"]]
+    assert {name.partition(".")[0] for name in own} == {"b"}
+    assert len(own) == 2 * 2  # q and v of two layers
+    assert {group["lr"] for group in groups if group["name"][0] == "B"} == {4e-3}
+
+
+def test_by_default_all_rates_are_equal_and_nothing_decays(families):
+    groups = hora_torch.param_groups(adapted(families["llama"], **METHODS["gated"]), 1e-3)
+    assert {(group["lr"], group["weight_decay"]) for group in groups} == {(1e-3, 0.0)}
+
+
+def test_vectors_and_norms_of_any_rank_do_not_decay():
+    base = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm((2, 4)), torch.nn.Linear(4, 4))
+    config = HoraConfig(**SMALL, target_modules=["0"], num_heads=2, modules_to_save=["1", "2"])
+    model = peft.get_peft_model(base, config)
+    found = named(model, hora_torch.param_groups(model, 1e-3, weight_decay=0.1))
+    assert {name.partition("model.model.")[2] for name in found["other"]} == {"2.modules_to_save.default.weight"}
+    assert len(found["other, no decay"]) == 3
+
+
+def test_a_tied_parameter_that_is_trained_is_in_its_group_once(families):
+    model = adapted(families["gpt2"])
+    tied = model.get_output_embeddings().weight.requires_grad_(True)
+    assert tied is model.get_input_embeddings().weight
+    groups = hora_torch.param_groups(model, 1e-3)
+    assert sum(param is tied for group in groups for param in group["params"]) == 1
+
+
 def test_embeddings_that_are_not_normalised_decay(families):
     model = adapted(families["llama"], normalize=False)
     assert {group["name"] for group in hora_torch.param_groups(model, 1e-3)} == {"A", "B"}
@@ -87,7 +122,9 @@ def test_an_inactive_adapter_is_in_no_group(families):
     assert all(".default." in name for name in names)
 
 
-@pytest.mark.parametrize("kwargs", [{"lr": 0.0}, {"ratio": -1.0}, {"weight_decay": -0.1}, {"lr": float("nan")}])
+@pytest.mark.parametrize(
+    "kwargs", [{"lr": 0.0}, {"ratio": 0.0}, {"weight_decay": -0.1}, {"residual_decay": -0.1}, {"lr": float("nan")}]
+)
 def test_rates_out_of_their_domain_are_refused(families, kwargs):
     with pytest.raises(HoraError, match="lr and ratio"):
         hora_torch.param_groups(adapted(families["llama"]), **({"lr": 1e-3} | kwargs))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hora_spec import HoraError
 from hora_torch import HoraConfig
+from hora_torch.hotswap import swap
 from peft.utils.hotswap import hotswap_adapter
 
 from .oracle import assert_unchanged, snapshot
@@ -24,6 +25,11 @@ NOT_FITTING = {
     "more projections": ({"target_modules": ["q_proj", "k_proj", "v_proj"]}, "at least its rank, got 2"),
     "A per head": ({"sharing": "none"}, "free factors"),
     "modules trained whole": ({"modules_to_save": ["lm_head"]}, "can be swapped, got also"),
+}
+UNSOUND = {
+    "values that are not finite": (lambda key, tensors: tensors[key].fill_(torch.inf), "finite"),
+    "codes": (lambda key, tensors: tensors.update({key: tensors[key].int()}), "floating"),
+    "too few values": (lambda key, tensors: tensors.pop(key), "b_in"),
 }
 
 
@@ -79,6 +85,7 @@ def test_a_frozen_adapter_takes_the_factors_of_any_that_fits(llama, tmp_path, ki
     model = adapted(llama, hora_alpha=5.0)
     hora_torch.freeze(model)
     hotswap_adapter(model, tmp_path, "default")
+    torch.testing.assert_close(logits(model, llama), logits(other, llama), rtol=1e-4, atol=1e-5)
 
 
 def test_a_slot_with_an_a_per_head_takes_one_for_all(llama, tmp_path):
@@ -99,6 +106,38 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(llama, tmp_path, kind)
     with pytest.raises(HoraError, match=message):
         hotswap_adapter(model, tmp_path, "default")
     assert_unchanged(model, before)
+
+
+def read(directory):
+    """Tensors by their keys in a model, and the config, as by somebody who checks nothing."""
+    tensors = peft.load_peft_weights(str(directory))
+    config = HoraConfig.from_pretrained(directory)
+    return {key.replace(".hora_hyper.", ".hora_hyper.default."): value for key, value in tensors.items()}, config
+
+
+@pytest.mark.parametrize("kind", UNSOUND)
+@pytest.mark.parametrize("digested", [True, False])
+def test_an_unsound_adapter_is_refused_and_nothing_changes(llama, tmp_path, kind, digested):
+    edit, message = UNSOUND[kind]
+    adapted(llama, 1).save_pretrained(tmp_path)
+    tensors, config = read(tmp_path)
+    if not digested:
+        config.hora_tensors_sha256 = None
+    edit(next(key for key in tensors if key.endswith("b_in")), tensors)
+    model = adapted(llama)
+    before = snapshot(model)
+    with pytest.raises(HoraError, match="sha256|floating" if digested else message):
+        swap(model, tensors, "default", config)
+    assert_unchanged(model, before)
+
+
+def test_an_adapter_that_does_not_say_what_it_is_is_refused(llama, tmp_path):
+    adapted(llama, 1).save_pretrained(tmp_path)
+    tensors, config = read(tmp_path)
+    config.hora_layers = None
+    model = adapted(llama)
+    with pytest.raises(HoraError, match="describes its layers"):
+        swap(model, tensors, "default", config)
 
 
 def test_a_hypernetwork_takes_no_other_spec(llama, tmp_path):

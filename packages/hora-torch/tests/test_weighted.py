@@ -75,6 +75,17 @@ def test_sums_of_other_kinds_of_modules(families, name):
     torch.testing.assert_close(output(model, inputs), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_sum_has_the_heads_that_its_terms_were_told(families):
+    told = {"target_modules": ["linear1"], "num_heads": 2}
+    model = peft.get_peft_model(families["mha"].model().encoder, HoraConfig(**SMALL, **told))
+    model.add_weighted_adapter(["default"], [2.0], "sum")
+    layers = [module for module in model.modules() if isinstance(module, hora_torch.HoraLayer)]
+    assert len(layers) == 2
+    for layer in layers:
+        assert layer.hora_attached["sum"].sites == layer.hora_attached["default"].sites
+        torch.testing.assert_close(layer.get_delta_weight("sum"), 2 * layer.get_delta_weight("default"))
+
+
 def test_a_sum_is_not_trained_and_leaves_the_active_adapter(families):
     model = adapted(families["llama"])
     before = {name for name, param in model.named_parameters() if param.requires_grad}

@@ -40,4 +40,3 @@ def add_sum(tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float],
                 param.copy_(torch.from_numpy(layer.params[key]))
         hypernet.awaits.clear()
         keep_frozen(leader, adapter_name)
-        leader.set_requires_grad(adapter_name, False)

@@ -65,7 +65,7 @@ def param_groups(
         decay = (residual_decay if part == "B, residual" else weight_decay) if decays else 0.0
         empty = {"params": [], "lr": rate, "weight_decay": decay, "name": name}
         groups.setdefault(name, empty)["params"].append(param)
-    if not any(name[:1] in "AB" for name in groups):
+    if not any(name.startswith(("A", "B")) for name in groups):
         raise HoraError("an adapter is trained, got none that requires gradients: add one, or call set_adapter first")
     return [groups[name] for name in sorted(groups)]
 
