@@ -35,7 +35,7 @@ def variants(small: bool, rows: int, seq: int) -> dict[str, tuple[Callable[..., 
         vocab_size=2048 // scale,
         hidden_size=512 // scale,
         intermediate_size=1408 // scale,
-        num_hidden_layers=8 // scale,
+        num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=64 // scale,
@@ -126,7 +126,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="a quarter of the width and depth, for a first look")
+    parser.add_argument("--small", action="store_true", help="a quarter of the width, for a first look")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu where a machine is shared")
     parser.add_argument("--json", type=Path, help="also write the results to this file")

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from hora_jax import init, make_plan, merge, presets
 from hora_jax.nnx import HoraModel
-from hora_spec import HoraError, ProjectionShape
+from hora_spec import HoraError, ProjectionShape, Window
 
 TOKENS = np.arange(10).reshape(2, 5)
 IMAGES = np.linspace(-1, 1, 2 * 16 * 16 * 3, dtype="float32").reshape(2, 16, 16, 3)
@@ -105,6 +105,20 @@ def test_equinox_attention(method, perturbed, x):
     assert planned.layers[0].shape["k"] == ProjectionShape(4, 4, 16)
     merged = merge(planned, net, perturbed(init(planned)))
     assert not jnp.allclose(merged(x[0]), net(x[0]))
+
+
+def test_tunix_fused_weights_are_told_apart_and_named_as_in_a_model_that_also_sees(method):
+    """Without tunix: the names and shapes of its Gemma; test_tunix.py runs its models."""
+    shapes = {"q_einsum": (4, 16, 4), "kv_einsum": (2, 2, 16, 4)}
+    attention = {name: {"w": jax.ShapeDtypeStruct(shape, "float32")} for name, shape in shapes.items()}
+    planned = make_plan({"layers": [{"attn": attention}]}, method, presets.tunix(layers="model.language_model.layers"))
+    (layer,) = planned.layers
+    assert layer.name == "model.language_model.layers.0.self_attn"
+    assert [(s.projection, s.module, s.path) for s in layer.sites] == [
+        ("q", "q_proj", "layers.0.attn.q_einsum.w"),
+        ("v", "v_proj", "layers.0.attn.kv_einsum.w"),
+    ]
+    assert layer.sites[1].layout.window == Window(0, 1, 2)
 
 
 @pytest.mark.parametrize("block", [None, 2])
