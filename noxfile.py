@@ -26,6 +26,7 @@ JAX_LIBRARY_TESTS = ("libraries", "tunix")
 PACKAGES = ("hora-spec", "hora-torch", "hora-jax", "hora-bench")
 SOURCES = tuple(f"packages/{name}/src" for name in PACKAGES)
 
+SITE_ENV = {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": os.pathsep.join(str(ROOT / source) for source in SOURCES)}
 TEST_ENV = {
     # one thread per process: tests run in one process per core
     "OMP_NUM_THREADS": "1",
@@ -138,8 +139,33 @@ def parity(session):
 def docs(session):
     """Build the documentation site strictly into site/ (``-- serve`` for a live preview)."""
     tools = environment(session, "docs", groups=("docs",))
+    run(session, tools, "python", ".ci/site.py", env=SITE_ENV)
     command = session.posargs or ["build", "--strict", "--quiet"]
-    run(session, tools, "mkdocs", *command, env={"NO_MKDOCS_2_WARNING": "1"})
+    run(session, tools, "mkdocs", *command, env=SITE_ENV)
+
+
+@nox.session(python=False)
+def recipes(session):
+    """Run the recipes of the site on real models, and keep what they print (``-- NAME ...`` for some of them)."""
+    tools = everything(session)
+    env = TEST_ENV | {"PYTHONPATH": str(beside(session, tools, "libraries"))}
+    names = session.posargs or [
+        path.stem for path in ROOT.glob("packages/*/examples/*.py") if not path.stem.startswith("trl_")
+    ]
+    run(session, tools, "python", ".ci/print_recipes.py", *names, env=env)
+    if not session.posargs:
+        consumers = environment(session, "integrations", packages=PACKAGES[:2], groups=("test", "consumers"))
+        other = ("--with", str(consumers / "python"), "trl_dpo")
+        run(session, tools, "python", ".ci/print_recipes.py", *other, env=TEST_ENV)
+
+
+@nox.session(python=False)
+def docs_screens(session):
+    """Screenshots of every top page of site/, wide and narrow, light and dark, into results/screens/; fails on sideways
+    scrolling, console messages and requests to elsewhere.
+    """
+    tools = environment(session, "screens", groups=("screens",))
+    run(session, tools, "python", ".ci/screens.py", *session.posargs)
 
 
 @nox.session(python=False)

@@ -1,19 +1,83 @@
-"""MkDocs hook: result files, which pages link to in the repository, are part of the site."""
+"""The documentation site as plain Markdown: what is written under docs/, and what the repository itself tells.
 
+``python .ci/site.py`` writes all pages into ``.nox/pages``, where any builder that reads mkdocs.yml finds them. As a
+hook of MkDocs it does so before each build, so that a live preview follows the sources. ``python .ci/site.py readme``
+writes the tables of README.md.
+"""
+
+import os
+import re
+import shutil
+import sys
 from pathlib import Path
 
-from mkdocs.structure.files import File
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / ".ci"))
 
-RESULTS = "packages/hora-bench/results"
+from pages import chooser, commands, entries, errors, recipes, support  # noqa: E402, F401
+
+PAGES = ROOT / ".nox/pages"
+DOCS, RESULTS = ROOT / "docs", ROOT / "packages/hora-bench/results"
+PROJECT = {"CHANGELOG.md": "project/changelog.md", "CONTRIBUTING.md": "project/contributing.md"}
+LINK = re.compile(r"(\[(?:[^\[\]]|\[[^\]]*\])*\])\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
-def on_files(files, *, config):
-    """Add every result file as ``results/NAME.json``."""
-    for path in sorted((Path(config.config_file_path).parent / RESULTS).glob("*.json")):
-        files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
-    return files
+def places() -> dict[Path, str]:
+    """Where a file of the repository is on the site."""
+    found = {file: file.relative_to(DOCS).as_posix() for file in sorted(DOCS.rglob("*")) if file.is_file()}
+    found |= {file: f"results/{file.name}" for file in sorted(RESULTS.glob("*.json"))}
+    return found | {ROOT / name: place for name, place in PROJECT.items()}
 
 
-def on_page_markdown(markdown, **_):
-    """Links to where they are in the repository lead there."""
-    return markdown.replace(f"](../../{RESULTS}/", "](../results/").replace(f"](../{RESULTS}/", "](results/")
+def generated() -> dict[str, str]:
+    """Pages that are made: of errors, commands, recipes and what is supported."""
+    return {
+        "reference/errors.md": errors.page(ROOT),
+        "reference/commands.md": commands.page(),
+        "reference/support.md": support.page(ROOT),
+        **recipes.pages(ROOT),
+    }
+
+
+def stage(folder: Path = PAGES) -> None:
+    """Make `folder` hold the site's pages and nothing else; a file that is as it should be is not touched."""
+    where = places()
+    contents = {place: text.encode() for place, text in generated().items()}
+    for file, place in where.items():
+        content = file.read_bytes()
+        contents[place] = relinked(content.decode(), file, where).encode() if file.suffix == ".md" else content
+    for place, content in contents.items():
+        target = folder / place
+        if not target.is_file() or target.read_bytes() != content:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_file() and path.relative_to(folder).as_posix() not in contents:
+            path.unlink()
+        elif path.is_dir() and not any(path.iterdir()):
+            shutil.rmtree(path)
+
+
+def relinked(text: str, file: Path, where: dict[Path, str]) -> str:
+    """The text of a page with links that lead where files are on the site; what is not there is named, not linked."""
+
+    def link(found: re.Match[str]) -> str:
+        target = Path(os.path.normpath(file.parent / found[2]))
+        if target in where:
+            path = os.path.relpath(where[target], os.path.dirname(where[file]) or ".")
+            return f"{found[1]}({Path(path).as_posix()}{found[3] or ''})"
+        return found[0] if target.is_relative_to(DOCS) else found[1][1:-1]
+
+    return LINK.sub(link, text)
+
+
+def on_pre_build(**_: object) -> None:
+    """As a hook of MkDocs."""
+    stage()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["readme"]:
+        (ROOT / "README.md").write_text(chooser.readme(ROOT))
+    else:
+        stage()

@@ -4,6 +4,7 @@ import doctest
 import importlib
 import json
 import re
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,13 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("packages/*/README.md")])
 MODULES = sorted(file for file in ROOT.glob("packages/*/src/**/*.py") if ">>> " in file.read_text())
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PRINTED = re.compile(r"^```python\n[^`]*^```\n\n```text\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)")
+
+_spec = spec_from_file_location("site_pages", ROOT / ".ci/site.py")
+SITE = module_from_spec(_spec)
+_spec.loader.exec_module(SITE)
+MADE = [ROOT / "docs" / place for place in (*SITE.generated(), *SITE.PROJECT.values())]  # when the site is built
 
 
 def program(text: str) -> str:
@@ -30,9 +37,13 @@ def named(documents) -> dict:
 
 
 @pytest.mark.parametrize("document", **named([file for file in DOCUMENTS if BLOCK.search(file.read_text())]))
-def test_code_blocks_run(document, tmp_path, monkeypatch):
+def test_code_blocks_run_and_print_what_is_shown_below_them(document, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    exec(compile(program(document.read_text()), document, "exec"), {"__name__": "__main__"})
+    text = document.read_text()
+    exec(compile(program(text), document, "exec"), {"__name__": "__main__"})
+    printed = capsys.readouterr().out
+    for shown in PRINTED.findall(text):
+        assert shown in printed
 
 
 @pytest.mark.parametrize("file", **named(MODULES))
@@ -54,7 +65,8 @@ def test_mathematics_stands_between_dollars(document):
 @pytest.mark.parametrize("document", **named(DOCUMENTS))
 def test_links_inside_the_repository_lead_somewhere(document):
     for target in LINK.findall(document.read_text()):
-        assert (document.parent / target).exists(), f"{document.name} links to {target}"
+        found = (document.parent / target).resolve()
+        assert found.exists() or found in MADE, f"{document.name} links to {target}"
 
 
 RESULTS = sorted(
@@ -99,3 +111,4 @@ def test_meta_a_failing_block_points_at_its_line():
 def test_meta_the_quickstarts_hold_code():
     for name in ("README.md", "docs/quickstart-torch.md", "docs/quickstart-jax.md"):
         assert BLOCK.search((ROOT / name).read_text()), f"{name} shows no python block"
+    assert len(PRINTED.findall((ROOT / "README.md").read_text())) == 2

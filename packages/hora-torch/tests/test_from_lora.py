@@ -1,0 +1,42 @@
+"""The page for those who come from LoRA names every field of LoraConfig and of qwix, and says what is so."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import hora_torch
+import peft
+import pytest
+from hora_spec import HoraError
+
+FROM_LORA = (Path(__file__).parents[3] / "docs/start/from-lora.md").read_text()
+OURS = {field.name for field in dataclasses.fields(hora_torch.HoraConfig)}
+LORA = [field.name for field in dataclasses.fields(peft.LoraConfig)]
+
+
+def lora_rows() -> dict[str, str]:
+    """Field of LoraConfig to the second cell of its row."""
+    table = FROM_LORA.split("| `LoraConfig` |")[1].split("\n\n")[0]
+    rows = [line.split("|")[1:3] for line in table.splitlines()[2:]]
+    return {name: cell.strip() for names, cell in rows for name in re.findall(r"`(\w+)`", names)}
+
+
+def test_every_field_of_loraconfig_has_its_row():
+    assert sorted(lora_rows()) == sorted(LORA)
+
+
+@pytest.mark.parametrize(("name", "cell"), lora_rows().items())
+def test_a_field_of_loraconfig_is_what_its_row_says(name, cell):
+    if cell == "refused":
+        with pytest.raises(HoraError, match=name):
+            hora_torch.HoraConfig(**{name: None})
+    else:
+        ours = name if cell == "the same" else cell.strip("`")
+        assert ours in OURS
+
+
+def test_every_field_of_qwix_has_its_row():
+    qwix = pytest.importorskip("qwix")
+    table = FROM_LORA.split("| `qwix.LoraRule` |")[1].split("\n\n")[0]
+    named = [name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split("|")[1])]
+    assert sorted(named) == sorted(field.name for field in dataclasses.fields(qwix.LoraRule))

@@ -1,0 +1,130 @@
+"""What the documentation site is made of: pages from source, parsers, results and scripts."""
+
+import ast
+import json
+import re
+
+import pytest
+import yaml
+
+from .test_documents import ROOT, SITE
+
+
+def test_the_readme_says_what_result_files_say():
+    text = (ROOT / "README.md").read_text()
+    assert text == SITE.chooser.readme(ROOT), "results have changed: python .ci/site.py readme"
+
+
+def test_every_error_of_the_source_is_on_the_page():
+    found = SITE.errors.errors(ROOT)
+    sources = "".join(file.read_text() for file in ROOT.glob("packages/*/src/**/*.py"))
+    raised = len(re.findall(r"\bHoraError\(\s*f?[\"']", sources))
+    assert len([error for error in found if error.message.strip("… ")]) >= 0.97 * raised > 300
+
+
+def test_rules_that_errors_cite_are_linked():
+    text = SITE.errors.page(ROOT)
+    for error in SITE.errors.errors(ROOT):
+        assert not error.rule or f"[{error.rule}](../spec.md#{error.rule.lower()}-" in text
+
+
+def test_every_command_is_on_the_page():
+    text = SITE.commands.page()
+    for command in ("hora inspect", "hora export-gguf", "hora-bench demo", "hora-bench run", "hora-bench assets get"):
+        assert f"### {command}\n" in text
+    assert "`--for-server`" in text
+    assert "| `--tune` |" in text
+
+
+def test_a_script_that_changed_since_it_was_run_shows_no_output(tmp_path):
+    script = tmp_path / "packages/hora-torch/examples/one.py"
+    script.parent.mkdir(parents=True)
+    script.write_text('"""A title.\n\nA line.\n"""\nprint(1)\n')
+    run = {"command": "python one.py", "seconds": 1.0, "machine": "m", "versions": "v", "printed": "printed"}
+    fresh = run | {"sha256": SITE.recipes.digest(script)}
+    (tmp_path / SITE.recipes.PRINTED).parent.mkdir(parents=True)
+    for kept, shown in ((fresh, True), (run | {"sha256": "0"}, False)):
+        (tmp_path / SITE.recipes.PRINTED).write_text(json.dumps({"one": kept}))
+        page = SITE.recipes.pages(tmp_path)["recipes/one.md"]
+        assert page.startswith("# A title\n\nA line.\n")
+        assert ("```text\nprinted\n```" in page) == shown
+
+
+@pytest.mark.parametrize("script", SITE.recipes.scripts(ROOT), ids=lambda path: path.stem)
+def test_a_recipe_is_short_and_says_what_it_is(script):
+    text = script.read_text()
+    assert ast.get_docstring(ast.parse(text))
+    assert len([line for line in text.split('"""', 2)[2].splitlines() if line.strip()]) <= 40
+
+
+def test_pages_in_the_navigation_exist_and_links_on_made_pages_lead_somewhere(tmp_path):
+    SITE.stage(tmp_path)
+    loader = type("Loader", (yaml.SafeLoader,), {})
+    entries = yaml.load((ROOT / "mkdocs.yml").read_text(), loader)["nav"]
+    for name in pages_of(entries):
+        assert (tmp_path / name).is_file(), name
+    for place in SITE.generated():
+        for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", (tmp_path / place).read_text()):
+            assert ((tmp_path / place).parent / target).exists(), f"{place} links to {target}"
+
+
+def pages_of(entries) -> list[str]:
+    if isinstance(entries, str):
+        return [entries]
+    if isinstance(entries, dict):
+        return [page for value in entries.values() for page in pages_of(value)]
+    return [page for entry in entries for page in pages_of(entry)]
+
+
+def test_staging_twice_touches_nothing_and_removes_what_is_gone(tmp_path):
+    SITE.stage(tmp_path)
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone/page.md").write_text("old")
+    times = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.md")}
+    SITE.stage(tmp_path)
+    assert not (tmp_path / "gone").exists()
+    assert all(file.stat().st_mtime_ns == time for file, time in times.items() if file.exists())
+
+
+def test_links_to_what_is_not_on_the_site_become_text():
+    where = SITE.places()
+    page = ROOT / "CONTRIBUTING.md"
+    assert SITE.relinked("[spec](docs/spec.md#x)", page, where) == "[spec](../spec.md#x)"
+    assert SITE.relinked("[run](run)", page, where) == "run"
+    result = next(file for file in where if file.suffix == ".json" and "results" in file.parts)
+    text = f"[r](../packages/hora-bench/results/{result.name})"
+    assert SITE.relinked(text, ROOT / "docs/benchmarks.md", where) == f"[r](results/{result.name})"
+
+
+def test_an_entry_for_several_parameters_becomes_one_for_each():
+    text = "Title.\n\nParameters\n----------\na, b\n    Both.\nc\n    One.\n\nReturns\n-------\nint, str\n    Two."
+    expected = "a\n    Both.\nb\n    Both.\nc\n    One."
+    assert SITE.entries.ungrouped(text) == text.replace("a, b\n    Both.\nc\n    One.", expected)
+
+
+def test_documented_parameters_are_those_of_the_signature():
+    """By source, so that a name that is gone from a signature is found in every public docstring."""
+    wrong = []
+    for file in sorted(ROOT.glob("packages/*/src/**/*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and (doc := ast.get_docstring(node)):
+                wrong += [f"{file.name}: {node.name}: {name}" for name in _unknown(node, doc)]
+    assert not wrong
+
+
+def _unknown(node: ast.FunctionDef | ast.ClassDef, doc: str) -> set[str]:
+    section = re.search(r"^Parameters\n-+\n(.*?)(?=^\w[\w ]*\n-+\n|\Z)", doc, re.MULTILINE | re.DOTALL)
+    if section is None:
+        return set()
+    named = {n.strip(" *") for line in re.findall(r"^(\S[^:\n]*)", section[1], re.MULTILINE) for n in line.split(",")}
+    if isinstance(node, ast.ClassDef):
+        init = next((each for each in node.body if isinstance(each, ast.FunctionDef) and each.name == "__init__"), None)
+        if init is None:
+            return named - {e.target.id for e in node.body if isinstance(e, ast.AnnAssign)} if _data(node) else set()
+        node = init
+    args = node.args
+    return named - {a.arg for a in (*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg) if a}
+
+
+def _data(node: ast.ClassDef) -> bool:
+    return any("dataclass" in ast.unparse(each) for each in node.decorator_list)
