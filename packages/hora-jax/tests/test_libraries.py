@@ -1,37 +1,32 @@
 """The recipes of docs/guide/jax-libraries.md, read out of the page: each library's model is adapted, and verified."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 PAGE = Path(__file__).parents[3] / "docs/guide/jax-libraries.md"
-FENCE = re.compile(r'^```python title="([^"]*)"(?: after="([^"]*)")?\n(.*?)^```', re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r'^```python title="([^"]*)"\n(.*?)^```', re.MULTILINE | re.DOTALL)
 IMPORT = re.compile(r"^ *(?:import|from) (\w+)", re.MULTILINE)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    title: str
-    after: str
-    code: str
+RECIPES = dict(FENCE.findall(PAGE.read_text()))
+VERIFIED = [title for title, code in RECIPES.items() if "verified = " in code]
 
 
-RECIPES = {
-    title: Recipe(title, after or "Every recipe", code) for title, after, code in FENCE.findall(PAGE.read_text())
-}
-VERIFIED = [title for title, recipe in RECIPES.items() if "verified = " in recipe.code]
+def before(title: str) -> str:
+    """The block that a block builds on: "tunix, PeftTrainer" on the one above it, others on the first of the page."""
+    titles = list(RECIPES)
+    return titles[titles.index(title) - 1] if ", " in title else titles[0]
 
 
 def run(title: str, names: dict, library) -> dict:
     """The names that a recipe leaves behind, after those it builds on; skipped without its libraries."""
-    recipe = RECIPES[title]
-    for name in IMPORT.findall(recipe.code):
+    for name in IMPORT.findall(RECIPES[title]):
         library(name)
-    if title != recipe.after:
-        run(recipe.after, names, library)
-    exec(compile(recipe.code, f"{PAGE.name}: {title}", "exec"), names)
+    if title != before(title):
+        run(before(title), names, library)
+    exec(compile(RECIPES[title], f"{PAGE.name}: {title}", "exec"), names)
     return names
 
 

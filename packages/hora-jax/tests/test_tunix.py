@@ -100,7 +100,7 @@ def test_the_sampler_writes_the_same_adapted_and_merged(library, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     names = run("tunix, PeftTrainer", {"directory": str(tmp_path / "c"), "tokenizer": Letters()}, library)
     names["model"] = HoraModel(names["base"], names["plan"], perturbed(init(names["plan"])))
-    exec(RECIPES["tunix, Sampler"].code, names)
+    exec(RECIPES["tunix, Sampler"], names)
     adapted = names["Sampler"](names["model"], Letters(), names["cache"])("a few words", max_generation_steps=4).text
     plain = names["Sampler"](names["base"], Letters(), names["cache"])("a few words", max_generation_steps=4).text
     assert names["text"] == adapted != plain
