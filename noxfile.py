@@ -22,7 +22,7 @@ VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 SCOPES = ("spec", "all", "libraries", "jax_libraries")
 LIBRARY_TESTS = ("lifetime", "quantized", "quantized_merge", "quantized_training", "subclasses")
-JAX_LIBRARY_TESTS = ("libraries", "tunix")
+JAX_LIBRARY_TESTS = ("libraries", "tunix", "tunix_exchange")
 PACKAGES = ("hora-spec", "hora-torch", "hora-jax", "hora-bench")
 SOURCES = tuple(f"packages/{name}/src" for name in PACKAGES)
 
