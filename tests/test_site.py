@@ -112,6 +112,19 @@ def test_documented_parameters_are_those_of_the_signature():
     assert not wrong
 
 
+def test_every_setting_has_an_entry_of_its_own():
+    """The settings that users look up: none is missing, and none hides in an entry of several."""
+    for file, name in (
+        ("hora-torch/src/hora_torch/config.py", "HoraConfig"),
+        ("hora-spec/src/hora_spec/spec.py", "AdapterSpec"),
+    ):
+        tree = ast.parse((ROOT / "packages" / file).read_text())
+        (node,) = [each for each in tree.body if isinstance(each, ast.ClassDef) and each.name == name]
+        section = re.search(r"^Parameters\n-+\n(.*?)(?=^\w+\n-+\n|\Z)", ast.get_docstring(node), re.M | re.S)[1]
+        fields = [each.target.id for each in node.body if isinstance(each, ast.AnnAssign) and each.target.id != "_"]
+        assert sorted(re.findall(r"^(\S.*)$", section, re.M)) == sorted(fields)
+
+
 def _unknown(node: ast.FunctionDef | ast.ClassDef, doc: str) -> set[str]:
     section = re.search(r"^Parameters\n-+\n(.*?)(?=^\w[\w ]*\n-+\n|\Z)", doc, re.MULTILINE | re.DOTALL)
     if section is None:

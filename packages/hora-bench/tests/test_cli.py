@@ -18,7 +18,7 @@ from hora_bench.methods import METHODS
 from hora_bench.models.llama import LlamaConfig
 from hora_bench.request import Request
 from hora_bench.terminal import show_table
-from hora_spec import HoraError
+from hora_spec import PRESETS, HoraError, LayerShape, count_params, preset
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -40,6 +40,15 @@ def test_help_is_a_tour_of_every_command():
 def test_every_method_and_asset_is_listed():
     assert all(method.name in run("methods") for method in METHODS)
     assert all(asset.name in run("assets", "list") for asset in ASSETS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_named_setting_is_a_method_with_its_parameters(name):
+    (method,) = [method for method in METHODS if method.preset == name]
+    (row,) = [line for line in run("methods").splitlines() if line.startswith(f" {method.name} ")]
+    layer = LayerShape.attention(embed_dim=384, num_heads=6)
+    assert f" {name} " in row
+    assert f" {12 * count_params(preset(name, 8), layer):,} " in row
 
 
 def test_the_schema_is_printed_as_json():

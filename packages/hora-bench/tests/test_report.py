@@ -192,9 +192,19 @@ def test_alike_heads_are_compared_with_lora_or_with_nothing_in_common(cosines, r
     assert said("similarity", {"setting": {"options": {}}, "layers": layers}) == [word]
 
 
+def test_alike_heads_say_what_the_generator_does_without_any_data():
+    records = [(path, read_json(path)) for path in sorted(RESULTS.glob("similarity-*.json"))]
+    leaky, tanh = (one.why for one in verdicts(records) if "alike" in one.claim)
+    assert "updates 0.86 with HoRA (leaky_relu)" in leaky
+    assert "updates 0.01 with HoRA (tanh)" in tanh
+    assert "the data do not ask for it: LoRA's heads, which are free, end at 0.0;" in leaky
+    assert "before any data, have 0.31 with leaky_relu, -0.01 with tanh" in leaky
+    assert "do not ask for it" not in tanh  # of which no LoRA was trained
+
+
 def test_every_claim_has_a_verdict_without_any_result():
     assert {verdict.word for verdict in verdicts([])} == {"not measured"}
-    assert len(verdicts([])) == 10
+    assert len(verdicts([])) == 11
 
 
 def test_the_regression_with_more_trials_supersedes_the_other():

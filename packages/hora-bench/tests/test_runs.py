@@ -9,6 +9,7 @@ import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def comparable(result):
     return {key: value for key, value in result.model_dump().items() if key != "measured"}
 
 
-@pytest.mark.parametrize("method", ["hora", "hora-paper", "mh-lora", "linear-probe", "full"])
+@pytest.mark.parametrize("method", ["hora", "hora-paper", "hora-joint", "mh-lora", "linear-probe", "full"])
 def test_both_backends_agree_on_every_loss_and_score(method, vit_directory, image_task, tmp_path):
     torch, jax = (
         runs.run(request(vit_directory, method=method, backend=backend), image_task, tmp_path, command="test")
@@ -68,7 +69,7 @@ def test_both_backends_agree_on_every_loss_and_score(method, vit_directory, imag
 
 
 @QWIX
-@pytest.mark.parametrize("method", [m.name for m in methods.METHODS if m.family in ("lora", "dora", "vera", "vblora")])
+@pytest.mark.parametrize("method", [m.name for m in methods.METHODS if m.library.get("torch") == "peft"])
 def test_peers_train_through_their_own_libraries(method, vit_directory, image_task, tmp_path):
     for backend in methods.find(method).library:
         head, peer = (
@@ -89,6 +90,49 @@ def test_lora_trains_as_many_values_on_both_backends(vit_directory, image_task, 
         asked = request(vit_directory, method="lora", backend=backend, steps=1)
         counts.add(runs.run(asked, image_task, tmp_path, command="test").trained_params_count)
     assert len(counts) == 1
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_a_joint_start_is_taken_from_the_first_batches_and_kept_in_the_checkpoint(backend, vit_directory, image_task):
+    """A start that is computed again may differ in bits, or take close directions in another order."""
+    asked = request(vit_directory, backend=backend, method="hora-joint")
+    learner, again = (backends.build(asked, image_task) for _ in range(2))
+    other = backends.build(asked.replace(options={**asked.options, "start_of": "inputs"}), image_task)
+    one, another = ([np.asarray(value) for value in jax.tree.leaves(learner.fixed)] for learner in (learner, other))
+    assert len(one) == len(another) > 0
+    assert not any(map(np.array_equal, one, another))
+    other.restore(learner.state())
+    assert all(map(np.array_equal, one, map(np.asarray, jax.tree.leaves(other.fixed))))
+    batch = image_task.train_batch("train", np.arange(8), np.random.default_rng(0))
+    losses = [[one.step(batch, 1e-2, step) for step in range(3)] for one in (again, other)]
+    np.testing.assert_array_equal(*losses)
+
+
+def test_what_starts_from_examples_differs_from_what_does_not(vit_directory, image_task, tmp_path):
+    """Losses after the first step, which all starts begin alike."""
+    losses = {}
+    for name, options in (
+        ("lora", {}),
+        ("eva", {}),
+        ("lora-ga", {}),
+        ("hora-a", {"a_source": "fixed"}),
+        ("hora-joint", {}),
+        ("hora-joint", {"start_scale": "rows"}),
+        ("hora-joint", {"start_batches": 1}),
+    ):
+        asked = request(vit_directory, method=name, options=options)
+        losses[name, *options] = runs.run(asked, image_task, tmp_path, command="test").loss
+    assert len({loss[-1] for loss in losses.values()}) == len(losses)
+    for name, loss in losses.items():
+        assert loss[0] == pytest.approx(losses["lora",][0], rel=1e-5), name
+
+
+def test_an_adapter_on_a_base_that_its_start_changed_is_not_saved_as_one_that_can_be_loaded(
+    vit_directory, image_task, tmp_path
+):
+    result = runs.run(request(vit_directory, method="lora-ga", steps=1), image_task, tmp_path, command="test")
+    assert "base" in result.files["adapter"]
+    assert [file.name for file in (tmp_path / result.name / "adapter").iterdir()] == ["trained.safetensors"]
 
 
 @pytest.mark.parametrize("scoring", ["log-likelihood", "generation"])
@@ -369,6 +413,9 @@ def test_a_smaller_fraction_is_part_of_a_larger_one():
     [
         (lambda: methods.find("lara"), "a method is one of hora"),
         (lambda: methods.find("lora").configured({"hidden_dim": 3}), "options of lora are rank, alpha"),
+        (lambda: methods.find("hora-joint").configured({"start_scale": "rms"}), "start_scale of .* kaiming, rows"),
+        (lambda: methods.find("hora-joint").configured({"start_batches": 0}), "start_batches of .* whole number"),
+        (lambda: methods.find("hora-a").configured({"start_batches": 4}), "options of hora-a are"),
         (lambda: parse_mesh("dp=2"), "axes fsdp and tp"),
     ],
 )

@@ -10,6 +10,7 @@ from hora_bench.experiments.speed.clock import ratio, take_turns
 from hora_bench.experiments.speed.operations import inference
 from hora_bench.experiments.speed.random_text import RandomText
 from hora_bench.experiments.speed.run import speed
+from hora_bench.experiments.speed.starts import starts
 from hora_bench.request import request, vary
 from hora_bench.sweep import Setting
 from hora_spec import HoraError
@@ -74,6 +75,16 @@ def test_speed_times_steps_inference_and_operations(images):
     hora = [r["operation"] for r in found["operations"] if r["method"] == "hora"]
     assert hora == ["generate", "merge and unmerge", "save", "export as LoRA"]
     assert found["setting"]["device"] == "cpu"
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_a_start_is_timed_beside_steps_and_starts_again_each_time(backend, images):
+    task = images.load("digits")
+    batch = task.train_batch("train", np.arange(4), np.random.default_rng(0))
+    asked = {name: vary(images.base, backend=backend, method=name) for name in ("hora", "hora-joint")}
+    (found,) = starts(asked, task, batch, 2, "wall")
+    assert (found["method"], found["batches_count"]) == ("hora-joint", 4)
+    assert found["over_step"]["ratio"] > 4  # a pass forward and backward over each batch, at the very least
 
 
 @QWIX

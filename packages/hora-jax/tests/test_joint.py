@@ -1,5 +1,6 @@
 """The joint start of A under scan and grouped queries, against gradients that are formed whole."""
 
+import itertools
 from functools import cache
 
 import hora_jax
@@ -84,6 +85,46 @@ def test_i7_no_batches_no_start():
     made = plan()
     with pytest.raises(HoraError, match=r"got none \(spec I7\)"):
         hora_jax.joint_a(made, loss, PARAMS, hora_jax.init(made), [])
+
+
+def test_i7_batches_without_end_are_refused():
+    made = plan()
+    with pytest.raises(HoraError, match=r"more than 256.*\(spec I7\)"):
+        hora_jax.joint_a(made, loss, PARAMS, hora_jax.init(made), itertools.cycle(BATCHES))
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-5, 1e3])
+def test_i7_gradients_in_float16_do_not_vanish(factor):
+    """At 1e-5 those of a token are below the smallest number of float16."""
+    narrow, batches = jax.tree.map(lambda value: value.astype(jnp.float16), (PARAMS, BATCHES))
+
+    def small(params, x):
+        def block(x, w):
+            q, v = (jnp.einsum("bd,dhk->bhk", x, w[name]).reshape(len(x), -1) for name in "qv")
+            return x + jnp.tanh(jnp.concatenate([q, v], -1)) @ w["o"], None
+
+        return factor * jnp.square(jax.lax.scan(block, x, params)[0].astype(jnp.float32) - 1).mean()
+
+    made = hora_jax.make_plan(narrow, preset("joint", 3), TARGETS)
+    phi, _ = hora_jax.joint_a(made, small, narrow, hora_jax.init(made), batches, power=2)
+    for p in "qv":
+        for own, wide in zip(phi["blocks.*"][f"a.{p}"], started()[0]["blocks.*"][f"a.{p}"], strict=True):
+            np.testing.assert_allclose(projector(own), projector(wide), atol=0.05)
+
+
+def test_s6_a_fixed_a_costs_less_backward_work_than_a_trained_one_and_no_optimiser_state():
+    optax, flops, held = pytest.importorskip("optax"), {}, {}
+    for source in ("fixed", "direct"):
+        made = plan(AdapterSpec(3, sharing="a", a_source=source))
+        phi, adapted = hora_jax.init(made), hora_jax.adapt(loss, made)
+        step = jax.jit(jax.grad(lambda phi, adapted=adapted: adapted(PARAMS, phi, BATCHES[0])))
+        flops[source] = step.lower(phi).compile().cost_analysis()["flops"]
+        labels = jax.tree.map(lambda label: "fixed" if label == "fixed" else "trained", hora_jax.labels(made, phi))
+        state = optax.multi_transform({"trained": optax.adamw(1e-2), "fixed": optax.set_to_zero()}, labels).init(phi)
+        held[source] = sum(leaf.nbytes for leaf in jax.tree.leaves(state) if leaf.ndim)
+    a = 2 * LAYERS * 3 * EMBED  # numbers of A in q and v
+    assert held["direct"] - held["fixed"] == 2 * a * 4
+    assert flops["fixed"] < flops["direct"]
 
 
 def test_i7_an_a_of_its_own_per_head_has_no_joint_start():

@@ -1,11 +1,12 @@
 """Tests of the tests: mistakes in ways that the conformance kit cannot see, each planted and caught by a named test."""
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from hora_jax import functional, routes
+from hora_jax import adapter, functional, joint, routes
 from hora_spec import AdapterSpec
 
-from . import test_functional
+from . import test_functional, test_joint
 
 
 def narrow_sums(patch: pytest.MonkeyPatch) -> None:
@@ -33,6 +34,40 @@ def default_precision(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(functional, "_einsum", jnp.einsum)
 
 
+def fixed_a_trained(patch: pytest.MonkeyPatch) -> None:
+    """A fixed A is labelled like any other parameter."""
+    patch.setattr(adapter, "is_trained", lambda spec, name: True)
+
+
+def joint_of_one_head(patch: pytest.MonkeyPatch) -> None:
+    """A starts where the first head wants to read, whatever the others do."""
+    honest, head_dim = joint._Trial.left, test_joint.SHAPES["q"][-1]
+
+    def left(self, probes):
+        first = {
+            name: {p: np.where(np.arange(len(rows))[:, None] < head_dim, rows, 0) for p, rows in own.items()}
+            for name, own in probes.items()
+        }
+        return honest(self, first)
+
+    patch.setattr(joint._Trial, "left", left)
+    patch.setattr(test_joint, "started", test_joint.started.__wrapped__)
+
+
+def joint_scale_of_all_tokens(patch: pytest.MonkeyPatch) -> None:
+    """The scale is that of a sum over tokens in place of their mean."""
+    honest = joint._Trial.inputs
+
+    def inputs(self, probes):
+        return {
+            name: {p: moments._replace(square=7 * moments.square) for p, moments in own.items()}
+            for name, own in honest(self, probes).items()
+        }
+
+    patch.setattr(joint._Trial, "inputs", inputs)
+    patch.setattr(test_joint, "started", test_joint.started.__wrapped__)
+
+
 SUMS = test_functional.test_gradients_of_factors_are_summed_over_tokens_in_float32
 SMALL = test_functional.test_a_delta_below_the_rounding_of_a_sixteen_bit_weight_is_not_lost
 PRECISION = test_functional.test_generation_has_the_highest_precision_whatever_the_default
@@ -44,6 +79,9 @@ CAUGHT = [
         for own in (False, True)
     ),
     *((merged_in_sixteen_bits, SMALL, ("merge", dtype)) for dtype in test_functional.SIXTEEN_BITS),
+    (fixed_a_trained, test_joint.test_s6_an_optimiser_that_decays_leaves_a_fixed_a_by_its_label, ()),
+    (joint_of_one_head, test_joint.test_i7_a_spans_what_plain_differentiation_finds, (0, "q")),
+    (joint_scale_of_all_tokens, test_joint.test_i7_the_scale_makes_a_read_as_strongly_as_lora_s, ()),
     (default_precision, PRECISION, (AdapterSpec(3),)),
 ]
 

@@ -1,6 +1,8 @@
 """What users of other methods write: it works, or the error says what it is called here."""
 
+import contextlib
 import dataclasses
+import json
 import math
 import re
 
@@ -14,6 +16,7 @@ from hora_torch import HoraConfig
 from hora_torch.foreign import UnknownArgumentError
 
 SMALL = {"r": 2, "hidden_dim": 6, "head_embed_dim": 5, "init_weights": False}
+FIELDS = {field.name for field in dataclasses.fields(HoraConfig)}
 LORA_FIELDS = [field.name for field in dataclasses.fields(peft.LoraConfig) if field.init]
 
 
@@ -39,6 +42,34 @@ def test_an_unknown_argument_is_python_s_error_and_ours(name, hint):
         HoraConfig(**{name: 16})
     with pytest.raises(TypeError, match=hint):
         HoraConfig(**{name: 16})
+
+
+ODD: list = ["x", "", 3, -1, 0, 2.5, True, [], {}, [1], ["q"], "q v", ("q",), {"q": 1}, {"q": "x"}, {1: 2}, {"q": None}]
+ODD += [math.nan, math.inf, b"q", object(), {"q"}, {3}, None]
+
+
+@pytest.mark.parametrize("name", [name for name in HoraConfig.__annotations__ if name != "hora_layers_sha256"])
+def test_a_value_of_any_type_is_kept_or_refused_by_name(name):
+    """What is kept can be written and read again; a string is never taken for the list of its letters."""
+    kept = []
+    for value in ODD:
+        with contextlib.suppress(HoraError):
+            kept.append((value, HoraConfig(**{name: value})))
+    assert len(kept) < len(ODD)
+    for value, config in kept:
+        read = json.loads(json.dumps(config.to_dict()))
+        again = HoraConfig(**{key: value for key, value in read.items() if key in FIELDS})
+        assert getattr(again, name) == getattr(config, name)
+        assert not isinstance(value, bool) or isinstance(getattr(HoraConfig(), name), bool)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("modules_to_save", "head"), ("init_weights", "gaussian"), ("row_order", "q k v"), ("num_heads", [4])],
+)
+def test_a_value_of_another_type_is_refused_by_the_name_of_its_field(name, value):
+    with pytest.raises(HoraError, match=f"{name} is a .*got {re.escape(repr(value))}"):
+        HoraConfig(**{name: value})
 
 
 def test_a_config_file_of_a_newer_version_is_still_peft_s_warning():

@@ -148,3 +148,17 @@ def test_i7_a_joint_start_reads_what_the_kernel_sees(name):
     torch.testing.assert_close(
         a / a.norm(dim=1, keepdim=True), rows * torch.sign((rows * a).sum(1, keepdim=True)), rtol=1e-3, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_parts_of_a_fused_convolution_are_adapted_on_their_own_rows(groups):
+    model = adapted(lambda: nn.Conv1d(6, 24, 1, groups=groups), row_order={"0": "q k v"}, num_heads=2, num_kv_heads=2)
+    layer, x = model.base_model.model[0], torch.randn(2, 6, 5)
+    base, actual = layer.get_base_layer(), model(x).detach()
+    delta = layer.get_delta_weight("default")
+    assert delta[:8].any()
+    assert delta[16:].any()
+    assert not delta[8:16].any()
+    agree(actual, torch.func.functional_call(base, {"weight": base.weight.detach() + delta}, (x,)).detach())
+    model.merge_adapter()
+    agree(model(x).detach(), actual)

@@ -140,9 +140,14 @@ def test_an_adapter_that_does_not_say_what_it_is_is_refused(llama, tmp_path):
         swap(model, tensors, "default", config)
 
 
-def test_a_hypernetwork_takes_no_other_spec(llama, tmp_path):
+@pytest.mark.parametrize(
+    "slot",
+    [{}, {"sharing": "a", "tie_a": True}, {"residual": True, "gate": 1.0}, {"a_source": "fixed"}],
+    ids=["generated", "one A for all", "gated", "fixed"],
+)
+def test_what_has_no_free_factors_takes_no_other_spec(llama, tmp_path, slot):
     adapted(llama, activation="tanh").save_pretrained(tmp_path)
-    model = adapted(llama)
+    model = adapted(llama, **slot)
     before = snapshot(model)
     with pytest.raises(HoraError, match=r"hora_torch\.freeze"):
         hotswap_adapter(model, tmp_path, "default")

@@ -203,6 +203,31 @@ def test_a_base_that_is_not_finite_is_refused_when_every_entry_is_looked_at():
         merged_weight(weight, [(Layout(), a, b, 1.0)], check=True)
 
 
+def test_safe_merge_looks_at_every_entry_of_the_base():
+    adapted = model(torch.float32)
+    with torch.no_grad():
+        layer(adapted).base_layer.weight[0, 0] = torch.inf
+    adapted.merge_adapter()
+    adapted.unmerge_adapter()
+    with pytest.raises(HoraError, match="the base is not finite"):
+        adapted.merge_adapter(safe_merge=True)
+    assert not layer(adapted).merged
+
+
+def test_a_base_that_changed_between_two_merges_is_the_one_that_is_merged_into_and_restored():
+    adapted = model(torch.float32)
+    weight = layer(adapted).base_layer.weight
+    adapted.merge_adapter()
+    adapted.unmerge_adapter()
+    with torch.no_grad():
+        weight.mul_(2)
+    changed = weight.clone()
+    adapted.merge_adapter()
+    torch.testing.assert_close(weight, changed + layer(adapted).get_delta_weight("default"))
+    adapted.unmerge_adapter()
+    assert torch.equal(weight, changed)
+
+
 class Stubborn(nn.Parameter):
     """A parameter that keeps its value, as those of some quantised libraries do."""
 

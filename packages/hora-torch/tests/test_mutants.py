@@ -4,12 +4,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from hora_torch import adapted_linear, attention, hypernet, layer, linear, sites
+from hora_torch import adapted_linear, attention, hypernet, layer, linear, sites, trials
 from torch import Tensor
 
-from . import test_attention, test_hypernet, test_linear, test_merge, test_peft
+from . import test_attention, test_hypernet, test_joint, test_linear, test_merge, test_peft, test_sharing
 from .conftest import FAMILIES
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -102,6 +103,39 @@ def left_merged(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(layer.HoraLayer, "enable_adapters", layer.BaseTunerLayer.enable_adapters)
 
 
+def fixed_a_trained(patch: pytest.MonkeyPatch) -> None:
+    """A fixed A is a parameter like any other."""
+    patch.setattr(hypernet, "is_trained", lambda spec, key: True)
+
+
+def joint_of_one_head(patch: pytest.MonkeyPatch) -> None:
+    """A starts where the first head wants to read, whatever the others do."""
+    honest = trials.Trial.left
+
+    def left(self, probes):
+        dims = {net.name: {p: shape.head_dim for p, shape in net.layer.items()} for net in self.hypernets.values()}
+        first = {
+            name: {p: np.where(np.arange(len(rows))[:, None] < dims[name][p], rows, 0) for p, rows in own.items()}
+            for name, own in probes.items()
+        }
+        return honest(self, first)
+
+    patch.setattr(trials.Trial, "left", left)
+
+
+def joint_scale_of_all_tokens(patch: pytest.MonkeyPatch) -> None:
+    """The scale is that of a sum over tokens in place of their mean."""
+    honest = trials.Trial.inputs
+
+    def inputs(self, probes):
+        return {
+            name: {p: moments._replace(square=7 * moments.square) for p, moments in own.items()}
+            for name, own in honest(self, probes).items()
+        }
+
+    patch.setattr(trials.Trial, "inputs", inputs)
+
+
 BOTH = ("q", "v")
 CAUGHT: list[tuple[Plant, Callable[..., Any], tuple[Any, ...]]] = [
     (k_window_planned, test_attention.test_self_attention_adds_each_update_to_its_own_projection, (BOTH,)),
@@ -128,6 +162,9 @@ CAUGHT: list[tuple[Plant, Callable[..., Any], tuple[Any, ...]]] = [
         test_hypernet.test_a_merge_inside_autocast_is_the_merge_outside,
         ("full", torch.bfloat16),
     ),
+    (fixed_a_trained, test_sharing.test_s6_a_fixed_a_is_no_parameter, (FAMILIES["llama"],)),
+    (joint_of_one_head, test_joint.test_i7_a_spans_what_plain_differentiation_finds, (FAMILIES["llama"],)),
+    (joint_scale_of_all_tokens, test_joint.test_i7_the_scale_makes_a_read_as_strongly_as_lora_s, (FAMILIES,)),
     *(
         (plant, test, (FAMILIES, name))
         for plant, test in (

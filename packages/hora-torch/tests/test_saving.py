@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hora_spec import HoraError, directory
 from hora_torch import HoraConfig, to_adapter
+from hora_torch.saving import check_loaded, written_digest
 from hypothesis import settings
 from safetensors.torch import load_file, save_file
 
@@ -338,3 +340,69 @@ def test_f7_no_kill_while_peft_saves_leaves_a_pair_that_loads_wrong(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", [CONFIG, "renamed.json"])
+def test_f7_a_torn_pair_is_refused_where_its_config_is_read_as_json(family, tmp_path, name):
+    """Only beside tensors of the same adapter is a config one of a pair."""
+    adapted(family).save_pretrained(tmp_path)
+    adapted(family, seed=1).save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / TENSORS, tmp_path)
+    (tmp_path / CONFIG).rename(tmp_path / name)
+    if name != CONFIG:
+        assert HoraConfig.from_json_file(str(tmp_path / name))["hora_layers"]
+        return
+    with pytest.raises(HoraError, match=TORN):
+        HoraConfig.from_json_file(str(tmp_path / name))
+
+
+def test_f1_a_directory_without_tensors_is_refused_unless_its_config_describes_no_layers(family, tmp_path):
+    adapted(family).save_pretrained(tmp_path / "whole")
+    (tmp_path / "whole" / TENSORS).unlink()
+    with pytest.raises(HoraError, match="lacks the tensors"):
+        HoraConfig.from_pretrained(tmp_path / "whole")
+    HoraConfig(r=3).save_pretrained(str(tmp_path / "settings"))
+    assert HoraConfig.from_pretrained(tmp_path / "settings").r == 3
+
+
+UNSOUND = {
+    "codes": ("layers.0.hora_hyper.b_in", torch.ones(2, dtype=torch.int32), "must be floating"),
+    "no number": ("layers.0.hora_hyper.b_in", torch.tensor([1.0, torch.nan]), "must be finite"),
+    "no number in a whole module": ("lm_head.weight", torch.tensor([torch.nan]), "must be finite"),
+}
+
+
+@pytest.mark.parametrize("kind", UNSOUND)
+def test_f5_tensors_that_somebody_else_read_are_looked_at_when_they_are_loaded(family, kind):
+    """Nobody checked the file: they came from a hub, a pickle or memory."""
+    key, tensor, message = UNSOUND[kind]
+    model = adapted(family)
+    config = model.peft_config["default"]
+    with pytest.raises(HoraError, match=message):
+        check_loaded(model, config, "default", {"sound": torch.ones(1), key: tensor})
+    fine = {
+        "lm_head.codes": torch.ones(2, dtype=torch.int32),
+        key: torch.ones(1),
+        "elsewhere": torch.ones(1, device="meta"),
+    }
+    check_loaded(model, config, "default", fine)
+
+
+class Planted:
+    """Unpickling it leaves a trace."""
+
+    def __reduce__(self):
+        return os.mkdir, ("trace",)
+
+
+def test_f7_no_code_of_a_pickle_runs_to_find_its_digest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"key": Planted()}, tmp_path / "adapter_model.bin")
+    with pytest.raises(pickle.UnpicklingError):
+        written_digest(tmp_path)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_f7_tensors_that_another_process_is_writing_have_no_digest(tmp_path):
+    (tmp_path / TENSORS).write_bytes(b"\0" * 4)
+    assert written_digest(tmp_path) is None

@@ -215,14 +215,13 @@ def fit(
     checkpoint = checkpoint or Checkpoint(learner)
     curve = checkpoint.curve
 
-    def batch_of(step: int) -> Batch:
-        indices = members[batch_indices(len(members), recipe.batch_size, step, seed)]
-        batch = task.train_batch(split, indices, step_rng(seed, step))
+    def read(step: int) -> Batch:
+        batch = batch_of(task, split, members, recipe.batch_size, seed, step)
         if recipe.drop_path:
-            batch["paths"] = kept_paths(learner.depth, len(indices), recipe.drop_path, seed, step)
+            batch["paths"] = kept_paths(learner.depth, recipe.batch_size, recipe.drop_path, seed, step)
         return batch
 
-    for step, batch in _ahead(batch_of, len(curve.loss), recipe.steps):
+    for step, batch in _ahead(read, len(curve.loss), recipe.steps):
         start = time.perf_counter()
         loss = learner.step(batch, recipe.rate(step), step)
         seconds = time.perf_counter() - start
@@ -241,6 +240,12 @@ def fit(
         checkpoint.keep()
     checkpoint.save()
     return curve
+
+
+def batch_of(task: Task, split: Split, members: np.ndarray, batch_size: int, seed: int, step: int) -> Batch:
+    """The examples of one step."""
+    indices = members[batch_indices(len(members), batch_size, step, seed)]
+    return task.train_batch(split, indices, step_rng(seed, step))
 
 
 def _ahead(batch_of: Callable[[int], Batch], first: int, steps: int) -> Iterator[tuple[int, Batch]]:

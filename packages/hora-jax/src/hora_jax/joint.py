@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from hora_spec import AdapterSpec, HoraError, JointStart, Measure, Moments, joint_start
-from hora_spec.joint import Probes, Scale, Source
+from hora_spec.joint import LOSS_SCALE, Probes, Scale, Source, few
 
 from hora_jax import adapter
 from hora_jax.adapted import Adapted
@@ -49,7 +49,8 @@ def joint_a(
     params, phi
         The base and an adapter that was not trained; neither is changed.
     batches
-        All of them are kept for the passes, so a handful; each counts equally.
+        All of them are kept for the passes, so a handful, at most 256; each counts equally, and so does each token that
+        a projection is given: give none as padding.
     of, scale, together, power, oversample, seed
         As in `hora_spec.joint_start`. The seed of `init` finds what `hora_torch.joint_a` finds.
 
@@ -83,11 +84,7 @@ def joint_a(
     ]
     if trained:
         raise HoraError(f"A starts before training, got {trained}, which are not zero: take hora_jax.init (spec I7)")
-    batches = list(batches)
-    if not batches:
-        raise HoraError("a joint start is that of some batches, got none (spec I7)")
-
-    trial = _Trial(plan, loss, params, batches, oversample)
+    trial = _Trial(plan, loss, params, few(batches), oversample)
     start = joint_start(
         {name: (layer.spec, layer.shape) for layer in plan.layers for name in layer.names},
         Measure(trial.left, trial.right, trial.inputs),
@@ -114,26 +111,34 @@ class _Trial:
         self.plan = Plan(
             tuple(replace(layer, spec=AdapterSpec(layer.spec.rank + oversample, sharing="a")) for layer in plan.layers)
         )
-        self.params, self.batches = params, batches
+        self.params, self.batches, self.scale = params, batches, LOSS_SCALE
         self.gradients = _gradients(Adapted(loss, self.plan, "branch", "error"))
         self.moments = _gradients(Adapted(loss, self.plan, "observe", "error"))
 
     def left(self, probes: Probes) -> Probes:
         """``P^T G``: gradients of A where B is P and A zero."""
-        found = self._measured(self.gradients, "b", probes)
+        found = self._differentiated("b", probes)
         return self._named(probes, found, lambda a, b, probe: a[: probe.shape[1]])
 
     def right(self, probes: Probes) -> Probes:
         """``G Q^T``: gradients of B where A is Q and B zero."""
-        found = self._measured(self.gradients, "a", probes)
+        found = self._differentiated("a", probes)
         return self._named(probes, found, lambda a, b, probe: b.reshape(-1, b.shape[-1])[:, : len(probe)])
 
     def inputs(self, probes: Probes) -> dict[str, dict[str, Moments]]:
         """``Q E[x x^T]`` and ``E[x^T x]``, both times the number of tokens."""
-        found = self._measured(self.moments, "a", probes)
+        found = self._measured(self.moments, "a", probes, 1.0)
         return self._named(probes, found, lambda a, b, probe: Moments(a[: len(probe)], float(b.flat[0])))
 
-    def _measured(self, gradients: Any, factor: str, probes: Probes) -> dict[str, dict[str, np.ndarray]]:
+    def _differentiated(self, factor: str, probes: Probes) -> dict[str, dict[str, np.ndarray]]:
+        """As `_measured`, at a scale of the loss at which no product leaves float16's range."""
+        while True:
+            found = self._measured(self.gradients, factor, probes, self.scale)
+            if self.scale == 1 or all(np.isfinite(value).all() for own in found.values() for value in own.values()):
+                return found
+            self.scale = max(1.0, self.scale / 16)
+
+    def _measured(self, gradients: Any, factor: str, probes: Probes, scale: float) -> dict[str, dict[str, np.ndarray]]:
         """Mean gradients of all factors, by layer name, where one factor is the probes and the other zero."""
         phi = {}
         for key, members in self.plan.groups().items():
@@ -153,9 +158,9 @@ class _Trial:
                 phi[key] |= {f"a.{p}": jnp.asarray(zeros["a"]), f"b.{p}": jnp.asarray(zeros["b"])}
         total = None
         for batch in self.batches:
-            grads = gradients(self.params, phi, batch)
+            grads = gradients(self.params, phi, batch, scale)
             total = grads if total is None else jax.tree.map(jnp.add, total, grads)
-        mean = jax.tree.map(lambda value: np.asarray(value, np.float64) / len(self.batches), total)
+        mean = jax.tree.map(lambda value: np.asarray(value, np.float64) / (scale * len(self.batches)), total)
         return {
             name: {param: value[i] for param, value in mean[key].items()}
             for key, members in self.plan.groups().items()
@@ -170,10 +175,10 @@ class _Trial:
 
 
 def _gradients(adapted: Adapted) -> Any:
-    def value(phi: Any, params: Any, batch: Any) -> jax.Array:
-        return adapted(params, phi, batch)
+    def value(phi: Any, params: Any, batch: Any, scale: Any) -> jax.Array:
+        return adapted(params, phi, batch) * scale
 
-    return jax.jit(lambda params, phi, batch: jax.grad(value)(phi, params, batch))
+    return jax.jit(lambda params, phi, batch, scale: jax.grad(value)(phi, params, batch, scale))
 
 
 def _of_b(name: str) -> bool:

@@ -5,6 +5,7 @@ for all backends, in float64. Axes: l probes, d embed, n rows (heads * head_dim)
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -24,6 +25,33 @@ Scale = Literal["kaiming", "rows"]
 
 RESOLVED = 1e-6
 """A singular value below this part of the largest is float32's noise, its direction arbitrary."""
+
+
+LOSS_SCALE = 2.0**15
+"""What backends multiply the loss by while they measure, or less where that is no longer finite: gradients in float16
+would vanish without, unnoticed. A power of two, so that products in 32 bits keep their bits."""
+
+MOST_BATCHES = 256
+"""So many are kept for all passes; a whole loader, or one without end, is a mistake."""
+
+
+def few(batches: Iterable[Any]) -> list[Any]:
+    """All batches of a start, which are gone through several times.
+
+    Raises
+    ------
+    HoraError
+        If there are none, or more than `MOST_BATCHES` (spec I7).
+    """
+    found = list(islice(batches, MOST_BATCHES + 1))
+    if not found:
+        raise HoraError("a joint start is that of some batches, got none (spec I7)")
+    if len(found) > MOST_BATCHES:
+        raise HoraError(
+            f"a joint start keeps its batches, got more than {MOST_BATCHES}: give a handful, such as "
+            "itertools.islice(loader, 4) (spec I7)"
+        )
+    return found
 
 
 class Moments(NamedTuple):

@@ -21,9 +21,8 @@ class HoraLinear(nn.Module, HoraLayer):
         HoraLayer.__init__(self, base_layer)
 
     def input_of(self, projection: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """What a projection reads in a call with these arguments, (tokens, embed)."""
-        x = args[0] if args else kwargs["x"]
-        return x.flatten(0, -2)
+        """What a projection reads in a call with these arguments, (..., embed)."""
+        return args[0] if args else kwargs["x"]
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """Output of the base layer with the active adapters, or with one adapter per sample."""

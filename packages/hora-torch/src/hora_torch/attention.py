@@ -86,9 +86,9 @@ class HoraMultiheadAttention(nn.Module, HoraLayer):
         return output if base.batch_first else output.transpose(0, 1), weights
 
     def input_of(self, projection: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """What a projection reads in a call with these arguments, (tokens, embed)."""
+        """What a projection reads in a call with these arguments, (..., embed)."""
         given = {**dict(zip(("query", "key", "value"), args[:3], strict=False)), **kwargs}
-        return given[{"q": "query", "k": "key", "v": "value"}[projection]].flatten(0, -2)
+        return given[{"q": "query", "k": "key", "v": "value"}[projection]]
 
     def _padded(
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, adapter_names: Sequence[str] | None

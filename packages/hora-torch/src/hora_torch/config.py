@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from hora_spec import SPEC_VERSION, AdapterSpec, HoraError
 from hora_spec.files import LAYERS_DIGEST, check_digests, layers_digest
+from huggingface_hub.dataclasses import type_validator
 from peft import PeftConfig
 from peft.utils import PeftType
 
@@ -20,12 +21,35 @@ from hora_torch.saving import check_directory, read_checked, written_digest
 
 @dataclass
 class HoraConfig(PeftConfig):
-    """Configuration of a HoRA adapter.
+    """Configuration of a HoRA adapter: the method, as in `hora_spec.AdapterSpec`, and where it goes.
+
+    `hora_spec.PRESETS` has settings with a name: ``HoraConfig(r=8, **PRESETS["residual"].fields)``.
 
     Parameters
     ----------
-    r, hidden_dim, head_embed_dim, sharing, a_source, activation, gain, residual, normalize, gate, tie_a
-        The method, see `hora_spec.AdapterSpec`; `hora_spec.PRESETS` has named settings.
+    r
+        Rank of the factors, and of the LoRA export.
+    hidden_dim
+        Width of the hypernetwork; a generated factor has at most this rank.
+    head_embed_dim
+        Length of a column of a head embedding.
+    sharing
+        What heads share: ``"full"`` A and the network that generates B, ``"a"`` A alone, which is LoRA, ``"b"`` the
+        network alone, ``"none"`` nothing.
+    a_source
+        A as a free matrix (``"direct"``), from a ``"hypernetwork"``, or ``"fixed"`` at its start.
+    activation
+        Hidden activation, one of `hora_spec.ACTIVATIONS`.
+    gain
+        Factor on every generated factor; ``"transfer"`` makes a learning rate that suits LoRA fit.
+    residual
+        Add a free part to the generated B.
+    normalize
+        Normalise head embeddings; False is for the ablation.
+    gate
+        Weigh the residual by a trained number per projection that starts at this one.
+    tie_a
+        One A for all projections of a layer.
     hora_alpha
         ``scaling = hora_alpha / r``; None means scaling 1.
     use_rslora
@@ -35,17 +59,29 @@ class HoraConfig(PeftConfig):
     target_modules
         Names or a regular expression, as for any PEFT method, or ``"all-linear"``. None adapts the query and value
         projections of every attention module found.
-    exclude_modules, modules_to_save, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern
-        As in ``LoraConfig``, but what matches nothing is an error. The targets of one attention module share a
-        hypernetwork, hence one rank and one alpha.
+    exclude_modules
+        Names or a regular expression of modules that are left alone.
+    modules_to_save
+        Names of modules that are trained whole, such as a classification head.
+    layers_to_transform
+        Numbers of the layers to adapt, as in ``LoraConfig``; one that matches nothing is an error.
+    layers_pattern
+        Name of the list that these numbers count in, where it is none of the common ones.
+    rank_pattern
+        Module name to its rank, in place of `r`. The targets of one attention share a hypernetwork, hence one rank;
+        a key that matches nothing is an error.
+    alpha_pattern
+        Module name to its alpha, in place of `hora_alpha`, likewise.
     trainable_token_indices
         Rows of the embedding that are trained as they are, as in ``LoraConfig``.
     fused_projections
         Which parts of a fused weight (``qkv``, ``c_attn``, ``in_proj``) are adapted, by the names in its order of rows:
         q, k and v, or x, b and c of a state space.
-    num_heads, num_kv_heads
-        Head counts, when the model does not tell: one number, or for `num_heads` a mapping from module name to number.
-        A count that contradicts the model is an error.
+    num_heads
+        Heads of the targets, when the model does not tell: a number, or module name to number. A count that
+        contradicts the model is an error.
+    num_kv_heads
+        Heads of the key and value projections, likewise.
     row_order
         Order of the rows of fused weights whose attention class is not known, by module name: ``"q k v"`` for all heads
         of q, then of k, then of v, ``"[head][q k v]"`` for q, k and v of each head in turn, and others that
@@ -58,11 +94,15 @@ class HoraConfig(PeftConfig):
         True starts at the base model exactly. False fills what would be zero from torch's generator, for tests.
     bias
         ``"none"``, ``"all"`` or ``"hora_only"``: which biases of the base model are trained too.
-    hora_spec_version, hora_layers
-        Version of the spec, and names, shapes and layouts of all adapted layers. Written on injection; given to the
-        constructor, as by a file, they describe an adapter that a model must fit (``given_layers``).
-    hora_layers_sha256, hora_tensors_sha256
-        Digests that files carry: of their layers, and of their tensors until these are loaded (spec F7).
+    hora_spec_version
+        Version of the spec that a file follows.
+    hora_layers
+        Names, shapes and layouts of all adapted layers. Written on injection; given to the constructor, as by a file,
+        they describe an adapter that a model must fit (``given_layers``).
+    hora_layers_sha256
+        Digest of the layers, in files (spec F7).
+    hora_tensors_sha256
+        Digest of the tensors, in files until these are loaded (spec F7).
 
     Raises
     ------
@@ -75,7 +115,7 @@ class HoraConfig(PeftConfig):
     head_embed_dim: int = 40
     hora_alpha: float | None = None
     use_rslora: bool = False
-    hora_dropout: float = 0.0
+    hora_dropout: float | int = 0.0
     sharing: str = "full"
     a_source: str = "direct"
     activation: str = "leaky_relu"
@@ -84,15 +124,15 @@ class HoraConfig(PeftConfig):
     normalize: bool = True
     gate: float | None = None
     tie_a: bool = False
-    target_modules: list[str] | set[str] | str | None = None
-    exclude_modules: list[str] | set[str] | str | None = None
+    target_modules: list[str] | tuple[str, ...] | set[str] | str | None = None
+    exclude_modules: list[str] | tuple[str, ...] | set[str] | str | None = None
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    fused_projections: tuple[str, ...] = ("q", "v")
+    alpha_pattern: dict[str, float | int] = field(default_factory=dict)
+    fused_projections: tuple[str, ...] | list[str] = ("q", "v")
     num_heads: int | dict[str, int] | None = None
     num_kv_heads: int | None = None
     row_order: dict[str, str] | None = None
@@ -112,6 +152,7 @@ class HoraConfig(PeftConfig):
 
     def __post_init__(self, hora_layers_sha256: str | None) -> None:
         super().__post_init__()
+        self._check_types()
         self.peft_type = PeftType.HORA
         self.given_layers = self.hora_layers  # injection writes hora_layers anew
         if self.hora_spec_version != SPEC_VERSION:
@@ -129,12 +170,12 @@ class HoraConfig(PeftConfig):
             if getattr(self, name) not in allowed:
                 raise HoraError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         self.fused_projections = tuple(self.fused_projections)
-        if not self.fused_projections or not all(str(name).isidentifier() for name in self.fused_projections):
+        if not self.fused_projections or not all(map(str.isidentifier, self.fused_projections)):
             raise HoraError(f"fused_projections are names of parts, as 'q', 'k', 'v', got {self.fused_projections!r}")
         for order in (self.row_order or {}).values():
             Order.parse(order)
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list):
+            if isinstance(getattr(self, name), list | tuple):
                 setattr(self, name, set(getattr(self, name)))
         if self.layers_pattern and self.layers_to_transform is None:
             raise HoraError(
@@ -147,6 +188,21 @@ class HoraConfig(PeftConfig):
             raise HoraError(
                 "layers_to_transform cannot be used when target_modules is a str: put the layer numbers into the regex"
             )
+
+    def _check_types(self) -> None:
+        """What is not of its annotated type may still work, as something else: a string as the list of its letters."""
+        of_method = {each.name for each in fields(AdapterSpec)} | {"r", "hora_alpha"}  # checked by the spec itself
+        for name, hint in HoraConfig.__annotations__.items():
+            value = getattr(self, name, None)
+            if name in of_method or isinstance(hint, InitVar):
+                continue
+            try:
+                type_validator(name, value, hint)
+                known = not isinstance(value, bool) or hint is bool  # to Python a bool is an int
+            except TypeError:
+                known = False
+            if not known:
+                raise HoraError(f"{name} is a {getattr(hint, '__name__', hint)}, got {value!r}")
 
     def spec(self, rank: int | None = None, alpha: float | None = None) -> AdapterSpec:
         """The method of one layer; `rank` and `alpha` override those of the config."""

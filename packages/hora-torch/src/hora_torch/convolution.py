@@ -18,9 +18,9 @@ class HoraConv(HoraLinear):
     """
 
     def input_of(self, projection: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """What a projection reads in a call with these arguments, (positions * groups, embed)."""
+        """What a projection reads in a call with these arguments, (..., groups, embed)."""
         base, x = self.get_base_layer(), args[0] if args else kwargs["x"]
-        return _positions(x, base.stride).unflatten(-1, (base.groups, -1)).flatten(0, -2)
+        return _positions(x, base.stride).unflatten(-1, (base.groups, -1))
 
     def _add(self, result: Any, x: Tensor, branches: list[Branch], keep: Tensor | None = None) -> Tensor:
         """As that of a linear map of what each position holds, channels last."""

@@ -91,7 +91,8 @@ def _widened(new: Adapter, slot: list[Any], order: list[str]) -> dict[str, dict[
     for name, layer in total.layers.items():
         spec, sites = slots.get(name, (layer.spec, {}))
         fits = spec.rank >= layer.spec.rank and layer.sites.items() <= sites.items()
-        if not fits or spec.generates_a or spec.generates_b or (spec.shares_a and not layer.spec.shares_a):
+        free = not (spec.generates_a or spec.generates_b or spec.tie_a)
+        if not (fits and free) or (spec.shares_a and not layer.spec.shares_a):
             raise HoraError(
                 "an adapter is swapped for one of equal layers, or into one with free factors that has its "
                 f"projections and at least its rank, got {layer.spec.rank} on {sorted(layer.sites)} of {name!r} for "

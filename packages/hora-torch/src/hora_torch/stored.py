@@ -45,7 +45,7 @@ class Fingerprint(NamedTuple):
         """Of a weight as it is now."""
         local = stored.bits()
         integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-        return cls(local.dtype, int(local.contiguous().view(integers[local.element_size()]).sum(dtype=torch.int64)))
+        return cls(local.dtype, int(local.contiguous().view(integers[local.element_size()]).sum()))
 
 
 @dataclass(slots=True)

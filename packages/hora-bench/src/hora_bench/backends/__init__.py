@@ -5,10 +5,11 @@ from typing import Any
 from hora_spec import HoraError
 
 from hora_bench import methods
+from hora_bench.data.base import Batch
 from hora_bench.models import load
-from hora_bench.recipe import head_init
+from hora_bench.recipe import head_init, subset
 from hora_bench.request import Request
-from hora_bench.training import Learner
+from hora_bench.training import Learner, batch_of
 
 
 def build(request: Request, task: Any) -> Learner:
@@ -27,7 +28,7 @@ def build(request: Request, task: Any) -> Learner:
     if request.backend == "torch":
         import torch
 
-        from hora_bench.backends.torch import TorchLearner, make_accelerator
+        from hora_bench.backends.torch import TorchLearner, make_accelerator, placed, start_loss
         from hora_bench.backends.torch_methods import prepare
 
         if task.kind == "images":
@@ -35,8 +36,12 @@ def build(request: Request, task: Any) -> Learner:
         else:
             base = load.causal_lm(request.model, dtype=request.dtype)
         half = torch.bfloat16 if task.kind == "images" and request.dtype == "bfloat16" else None
-        prepared = prepare(base, method, seed=request.seed)
-        return TorchLearner(prepared, request.recipe, accelerator=make_accelerator(request.device), autocast=half)
+        accelerator, loss = make_accelerator(request.device), start_loss(half)
+        examples = [placed(batch, accelerator.device) for batch in start_batches(request, task, method)]
+        if examples:
+            base.to(accelerator.device)
+        prepared = prepare(base, method, seed=request.seed, examples=examples, loss=loss)
+        return TorchLearner(prepared, request.recipe, accelerator=accelerator, autocast=half)
     import jax
 
     from hora_bench.backends.jax import JaxLearner
@@ -50,8 +55,15 @@ def build(request: Request, task: Any) -> Learner:
             base = load.nnx_vit(request.model, size, head, **form)
         else:
             base = load.nnx_llama(request.model, dtype=request.dtype, **form)
-        prepared = prepare_jax(base, method, seed=request.seed)
+        prepared = prepare_jax(base, method, seed=request.seed, examples=start_batches(request, task, method))
     return JaxLearner(*prepared, request.recipe, mesh=request.mesh, device=device)
+
+
+def start_batches(request: Request, task: Any, method: methods.Method) -> list[Batch]:
+    """The first batches of training, from which a method starts that starts from examples; none for others."""
+    members = subset(task.labels(request.train_on), request.fraction, request.seed)
+    asked = task, request.train_on, members, request.batch_size, request.seed
+    return [batch_of(*asked, step) for step in range(method.start.get("batches", 0))]
 
 
 def check_device(backend: str, device: str) -> None:

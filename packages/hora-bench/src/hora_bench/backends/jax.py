@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from flax import nnx
 from hora_jax import merge
-from hora_jax.nnx import HoraModel
+from hora_jax.nnx import HoraFixed, HoraModel
 from jax.core import Tracer
 from safetensors.numpy import save_file
 
@@ -89,6 +89,11 @@ class JaxLearner:
         return (model.base if isinstance(model, HoraModel) else model).config.depth
 
     @property
+    def fixed(self) -> nnx.State:
+        """What an adapter holds beside its parameters: an A that is not trained."""
+        return nnx.filter_state(self.frozen, HoraFixed)
+
+    @property
     def params_count(self) -> int:
         """Number of trained values."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
@@ -152,15 +157,16 @@ class JaxLearner:
         return int(statistics.get("peak_bytes_in_use", 0))
 
     def state(self) -> Arrays:
-        """Trained parameters and optimiser moments."""
-        leaves = jax.tree.leaves((self.params, self.moments))
+        """Trained parameters and optimiser moments, and the A that does not train: another start may differ in bits."""
+        leaves = jax.tree.leaves((self.params, self.moments, self.fixed))
         return {f"leaf.{i}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
 
     def restore(self, state: Arrays) -> None:
         """Go back to an earlier `state`."""
-        leaves, tree = jax.tree.flatten((self.params, self.moments))
+        leaves, tree = jax.tree.flatten((self.params, self.moments, self.fixed))
         new = [jnp.asarray(state[f"leaf.{i}"]) for i in range(len(leaves))]
-        self.params, self.moments = jax.tree.unflatten(tree, new)
+        self.params, self.moments, fixed = jax.tree.unflatten(tree, new)
+        self.frozen = nnx.merge_state(self.frozen, fixed)
         if self.mesh:
             self.params, self.moments = replicate((self.params, self.moments), self.mesh)
 

@@ -1,6 +1,6 @@
 """Prepares an NNX model for a method: HoRA from hora-jax, LoRA from qwix; says which variables are trained."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from hora_spec import HoraError
 
+from hora_bench.data.base import Batch
 from hora_bench.methods import Method
 from hora_bench.models.llama import Llama
 from hora_bench.models.split import split_nnx
@@ -15,7 +16,7 @@ from hora_bench.models.split import split_nnx
 Filter = Callable[[tuple[Any, ...], Any], bool]
 
 
-def prepare(model: Any, method: Method, *, seed: int) -> tuple[Any, Filter]:
+def prepare(model: Any, method: Method, *, seed: int, examples: Sequence[Batch] = ()) -> tuple[Any, Filter]:
     """The model with the method's parameters injected, and a filter of the trained variables.
 
     Parameters
@@ -26,6 +27,8 @@ def prepare(model: Any, method: Method, *, seed: int) -> tuple[Any, Filter]:
         Adapts Q and V of all layers.
     seed
         Of the initial values.
+    examples
+        Batches from which a method starts that starts from any. Without them, it has the sizes that it would have.
 
     Raises
     ------
@@ -50,13 +53,31 @@ def prepare(model: Any, method: Method, *, seed: int) -> tuple[Any, Filter]:
 
             targets = presets.llama() if language else presets.vit()
             plan = hora_jax.make_plan(model, method.spec, targets=targets)
-            adapted = HoraModel(model, plan, hora_jax.init(plan, seed=seed))
+            phi = hora_jax.init(plan, seed=seed)
+            if method.start and examples:
+                phi = started(model, plan, phi, method, examples, seed)
+            adapted = HoraModel(model, plan, phi)
             return adapted, lambda path, variable: isinstance(variable, HoraParam) or _in_head(path, variable)
         case "lora":
             return _qwix(
                 model, method, seed
             ), lambda path, variable: isinstance(variable, nnx.LoRAParam) or _in_head(path, variable)
     raise HoraError(f"{method.name} has no implementation on JAX")
+
+
+def started(model: Any, plan: Any, phi: Any, method: Method, examples: Sequence[Batch], seed: int) -> Any:
+    """The adapter with the A of all layers where the loss on the examples wants all heads to read."""
+    import hora_jax
+
+    from hora_bench.backends.jax import loss_of
+
+    graph, state = nnx.split(model)
+    asked = {key: value for key, value in method.start.items() if key != "batches"}
+
+    def loss(state: Any, batch: Any) -> jax.Array:
+        return loss_of(nnx.merge(graph, state), batch)
+
+    return hora_jax.joint_a(plan, loss, state, phi, examples, seed=seed, **asked)[0]
 
 
 def _qwix(model: Any, method: Method, seed: int) -> Any:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate
@@ -21,6 +21,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.profiler import ProfilerActivity, profile
 
+from hora_bench.backends import torch_starts
 from hora_bench.data.base import Batch
 from hora_bench.models.paths import PathDrop
 from hora_bench.recipe import Recipe
@@ -112,8 +113,8 @@ class TorchLearner:
 
     @property
     def total_params_count(self) -> int:
-        """Number of all values, trained and frozen; PEFT's spare copy of a module trained whole is left out."""
-        named = self.accelerator.unwrap_model(self.logits).named_parameters()
+        """Number of all values, trained, fixed and frozen; PEFT's spare copy of a module trained whole is left out."""
+        named = [*self.accelerator.unwrap_model(self.logits).named_parameters(), *self.fixed.items()]
         return sum(p.numel() for name, p in named if ".original_module." not in name)
 
     @property
@@ -143,12 +144,8 @@ class TorchLearner:
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Weighted mean cross-entropy, 0 where all weights are; the mean over processes is that of the whole batch."""
-        total = max(1.0, float(batch["weight"].sum()))
         local = self.local(batch)
-        each = nn.functional.cross_entropy(
-            self.logits(local).flatten(0, -2), local["label"].flatten().long(), reduction="none"
-        )
-        return (each * local["weight"].flatten()).sum() * (self.accelerator.num_processes / total)
+        return summed_loss(self.logits(local), local) * (self.accelerator.num_processes / total_weight(batch))
 
     @torch.no_grad()
     def outputs(self, batch: Batch) -> np.ndarray:
@@ -187,13 +184,14 @@ class TorchLearner:
         if not self.is_main:
             return ""
         model = self.accelerator.unwrap_model(self.logits).model
-        if hasattr(model, "peft_config"):
+        if hasattr(model, "peft_config") and not torch_starts.changes_base(model):
             sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
             given = {"state_dict": whole} if sharded else {}
             model.save_pretrained(directory, save_embedding_layers=False, **given)
             return "adapter of PEFT"
         save_file(whole, directory / "trained.safetensors")
-        return "trained parameters by their names in the model"
+        changed = ", whose base its start has changed" if hasattr(model, "peft_config") else ""
+        return f"trained parameters by their names in the model{changed}"
 
     def local(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Rows of a batch for this process, every n-th of n; rows are added so that all have equally many."""
@@ -233,9 +231,16 @@ class TorchLearner:
         """Largest memory allocated so far on an accelerator; 0 on CPU."""
         return torch.cuda.max_memory_allocated() if self.accelerator.device.type == "cuda" else 0
 
+    @property
+    def fixed(self) -> dict[str, torch.Tensor]:
+        """What an adapter holds beside its parameters, by name: an A that is not trained."""
+        module = self.accelerator.unwrap_model(self.logits).model
+        return {name: b for name, b in module.named_buffers() if ".hora_hyper." in name}
+
     def state(self) -> Arrays:
-        """Trained parameters and optimiser moments."""
+        """Trained parameters and optimiser moments, and the A that does not train: another start may differ in bits."""
         arrays = {f"param.{name}": _whole(p) for name, p in self.trained.items()}
+        arrays |= {f"fixed.{name}": _whole(b) for name, b in self.fixed.items()}
         for index, p in enumerate(self.trained.values()):
             moments = self.optimizer.optimizer.state.get(p, {})
             arrays |= {f"moment.{index}.{key}": _whole(value) for key, value in moments.items()}
@@ -244,6 +249,8 @@ class TorchLearner:
     def restore(self, state: Arrays) -> None:
         """Go back to an earlier `state`."""
         with torch.no_grad():
+            for name, buffer in self.fixed.items():
+                buffer.copy_(_like(state[f"fixed.{name}"], buffer))
             for index, (name, parameter) in enumerate(self.trained.items()):
                 parameter.copy_(_like(state[f"param.{name}"], parameter))
                 prefix = f"moment.{index}."
@@ -272,6 +279,27 @@ class TorchLearner:
             for hook in hooks:
                 hook.remove()
         return f"first in the output of {found[0]}" if found else "all parameters and all modules' outputs are finite"
+
+
+def summed_loss(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Weighted sum of the cross-entropies."""
+    each = nn.functional.cross_entropy(logits.flatten(0, -2), batch["label"].flatten().long(), reduction="none")
+    return (each * batch["weight"].flatten()).sum()
+
+
+def total_weight(batch: Mapping[str, Any]) -> float:
+    """What a sum of losses is divided by."""
+    return max(1.0, float(batch["weight"].sum()))
+
+
+def start_loss(autocast: torch.dtype | None) -> Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]:
+    """The loss of a whole batch as a function of the model: what a start from examples differentiates."""
+    return lambda model, batch: summed_loss(Logits(model, autocast)(batch), batch) / total_weight(batch)
+
+
+def placed(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
+    """All rows of a batch, on a device."""
+    return {name: torch.from_numpy(value).to(device) for name, value in batch.items()}
 
 
 def make_accelerator(device: str = "auto") -> Accelerator:

@@ -6,12 +6,13 @@ from typing import Any
 
 from hora_spec import HoraError
 
+from hora_bench.backends.torch_starts import Examples, Loss, eva_config, lora_ga_config
 from hora_bench.methods import Method
 from hora_bench.models.split import split_torch
 from hora_bench.torchvision_ops import declare_missing_ops
 
 
-def prepare(model: Any, method: Method, *, seed: int) -> Any:
+def prepare(model: Any, method: Method, *, seed: int, examples: Examples = (), loss: Loss | None = None) -> Any:
     """The model with the method's parameters injected and everything else frozen.
 
     Parameters
@@ -22,6 +23,9 @@ def prepare(model: Any, method: Method, *, seed: int) -> Any:
         Adapts Q and V of all layers, in the peers too: a fused qkv is split for them.
     seed
         Of the initial values.
+    examples, loss
+        Batches from which a method starts that starts from any, and ``loss(model, batch)``, a mean. Without them, it
+        has the sizes that it would have.
 
     Raises
     ------
@@ -31,6 +35,8 @@ def prepare(model: Any, method: Method, *, seed: int) -> Any:
     method.check_backend("torch")
     declare_missing_ops()
     import torch
+
+    from hora_bench.backends import torch_starts
 
     torch.manual_seed(seed)
     saved = ["head"] if hasattr(model, "head") else None
@@ -46,13 +52,22 @@ def prepare(model: Any, method: Method, *, seed: int) -> Any:
     if method.family == "hora":
         import hora_torch
 
-        options = {**method.options}
+        options = method.spec.to_dict()
         rank, alpha = options.pop("rank"), options.pop("alpha")
         config = hora_torch.HoraConfig(r=rank, hora_alpha=alpha, seed=seed, modules_to_save=saved, **options)
-        return _adapted(model, config)
+        adapted = _adapted(model, config)
+        if method.start and loss is not None:
+            torch_starts.joint(adapted, method.start, examples, loss)
+        return adapted
     targets = split_torch(model) or ["q_proj", "v_proj"]
     given = {"target_modules": targets, "modules_to_save": saved}
-    return _adapted(model, _peer(method, given, model, targets))
+    config = _peer(method, given, model, targets)
+    if method.family == "lora-ga" and loss is not None:
+        torch_starts.lora_ga(model, config, examples, loss)
+    adapted = _adapted(model, config)
+    if method.family == "eva" and loss is not None:
+        torch_starts.eva(adapted, examples, loss)
+    return adapted
 
 
 def _adapted(model: Any, config: Any) -> Any:
@@ -61,6 +76,7 @@ def _adapted(model: Any, config: Any) -> Any:
     abstract = next(model.parameters()).is_meta
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 reads a name that transformers 5 deprecates
+        warnings.filterwarnings("ignore", "lora with eva initialization", UserWarning)  # advice on memory
         return peft.get_peft_model(model, config, low_cpu_mem_usage=abstract)
 
 
@@ -69,10 +85,10 @@ def _peer(method: Method, given: dict[str, Any], model: Any, targets: list[str])
 
     options = method.options
     match method.family:
-        case "lora" | "dora":
-            dora = method.family == "dora"
+        case "lora" | "dora" | "eva" | "lora-ga":
+            form = {"dora": {"use_dora": True}, "eva": eva_config(), "lora-ga": lora_ga_config()}.get(method.family, {})
             rank = options["rank"]
-            return peft.LoraConfig(r=rank, lora_alpha=options["alpha"] or rank, use_dora=dora, **given)
+            return peft.LoraConfig(r=rank, lora_alpha=options["alpha"] or rank, **form, **given)
         case "vera":
             return peft.VeraConfig(r=options["rank"], **given)
         case "vblora":

@@ -1,25 +1,35 @@
 """``hora-bench methods`` and ``hora-bench schema``."""
 
 import json
+from typing import Final
 
+from hora_spec import LayerShape, count_params
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
 from hora_bench import store
-from hora_bench.methods import METHODS, find
+from hora_bench.methods import METHODS, Method, find
+
+DEPTH: Final = 12
+LAYER: Final = LayerShape.attention(embed_dim=384, num_heads=6)
 
 console = Console()
 
 
 def command() -> None:
     """Fine-tuning methods, who implements them on each backend, and their options."""
-    table = Table(
-        Column("method", no_wrap=True), "what it trains", "torch", "jax", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
+    columns = "what it trains", "preset", "parameters", "torch", "jax"
+    table = Table(Column("method", no_wrap=True), *columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for method in METHODS:
-        table.add_row(method.name, method.description, *(method.library.get(b, "") for b in ("torch", "jax")))
+        libraries = (method.library.get(backend, "") for backend in ("torch", "jax"))
+        table.add_row(method.name, method.description, method.preset, _count(method), *libraries)
     console.print(table)
+    console.print(
+        "Presets are those of hora_spec.PRESETS. Parameters: trained ones of Q and V in a ViT-S/14 (12 layers, 6 heads "
+        "of 64) with the options below; those of peers are counted by hora-bench run --dry-run.",
+        style="dim",
+    )
     console.print("Options and what they are when left out: --option key=value, repeatable", style="bold")
     for method in METHODS:
         usual = find("hora").options if method.family == "hora" and method.name != "hora" else {}
@@ -30,6 +40,13 @@ def command() -> None:
     console.print(
         "Every method adapts Q and V of all attention layers and trains the classification head.", style="dim"
     )
+
+
+def _count(method: Method) -> str:
+    """Trained parameters of one of HoRA's methods."""
+    if method.family != "hora":
+        return ""
+    return f"{DEPTH * count_params(method.spec, LAYER):,}"
 
 
 def schema() -> None:

@@ -19,6 +19,7 @@ HEADER = (
     "accuracy, %",
     "over LoRA, points",
     "could have seen",
+    "verdict",
     "seeds",
     "parameters",
     "labels",
@@ -46,10 +47,19 @@ def cells_of(row: Row) -> tuple[str, ...]:
         f"{row['mean_pct']}{interval}",
         shown(over),
         "" if over is None or over.detectable is None else f"{over.detectable}",
+        _word(row),
         str(row["seeds"]),
         f"{row['params_count']:,}" if "params_count" in row else "",
         str(row.get("labels_count", "")),
     )
+
+
+def _word(row: Row) -> str:
+    """What the difference from LoRA allows to say: nothing where the best rate is the last of its grid."""
+    over = row["over_lora"]
+    if over is None or over.low is None or is_lora(row):
+        return ""
+    return "not resolved" if row["rate_at_edge"] else over.word()
 
 
 def lines_of(result: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

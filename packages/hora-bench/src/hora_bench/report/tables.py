@@ -224,6 +224,9 @@ def _speed(result: Result) -> Iterator[Table]:
     yield from _records("Training steps", result["steps"], "backend method", f"{steps} first_step_s compile_s")
     yield from _records("Inference", result["inference"], "backend method form", "median_s over_frozen")
     yield from _records("Operations", result["operations"], "backend method operation", "median_s")
+    yield from _records(
+        "Starts of A from examples", result.get("starts", []), "backend method batches_count", "median_s over_step"
+    )
 
 
 def readable(count: float | None) -> str:

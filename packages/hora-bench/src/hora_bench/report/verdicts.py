@@ -25,6 +25,8 @@ UNTESTED: Final = "not measured"
 AHEAD: Final = 1.2
 NO_SLOWER: Final = 1.05
 SIGNIFICANT: Final = 0.05
+LEAKY: Final = "leaky_relu"
+NOTHING_COMMON: Final = 0.1  # mean cosine below which heads count as unlike
 WORDS: Final = ("better", "equal", "not resolved", "worse")
 
 
@@ -187,16 +189,44 @@ def _alike_heads(result: Result) -> Said:
     if pairs:
         above = sum(own > other for own, other in pairs)
         ours, theirs = (round(sum(values) / len(pairs), 2) + 0.0 for values in zip(*pairs, strict=True))
-        activation = result["setting"]["options"].get("activation", "leaky_relu")
+        activation = result["setting"]["options"].get("activation", LEAKY)
         reference = f"{theirs} with LoRA" if of["lora"] else "0 if heads had nothing in common"
+        cause = _why_alike(result, activation, theirs if of["lora"] else None)
         surprising = stats.binomtest(above, len(pairs), alternative="greater").pvalue < SIGNIFICANT
         yield (
             CONFIRMED if surprising else UNRESOLVED,
             (
                 f"mean cosine of two heads' updates {ours} with HoRA ({activation}), {reference}; higher in {above} of "
-                f"{len(pairs)} layers and projections; one task, one seed"
+                f"{len(pairs)} layers and projections; one task, one seed{cause}"
             ),
         )
+
+
+def _why_alike(result: Result, activation: str, free: float | None) -> str:
+    """What heads have in common where nothing is shared, and what a generator makes of them before any data."""
+    drawn = {one["parametrisation"]: one["mean_cosine_of_columns"] for one in result.get("start", [])}
+    compared = [name for name in dict.fromkeys((activation, LEAKY, "tanh")) if f"{name}, A direct" in drawn]
+    parts = []
+    if free is not None and free < NOTHING_COMMON:
+        parts.append(f"the data do not ask for it: LoRA's heads, which are free, end at {free}")
+    if compared:
+        found = ", ".join(f"{drawn[f'{name}, A direct']:.2f} with {name}" for name in compared)
+        parts.append(f"columns of a generator at random, before any data, have {found}")
+    return "".join(f"; {part}" for part in parts)
+
+
+def _joint(result: Result) -> Said:
+    """By paired differences of what starts from a joint A, each at a rate of its own."""
+    for lora, rows in _tuned(result):
+        for row in (row for row in rows if name_of(row).startswith("joint")):
+            edge = _edge(row, lora)
+            yield (
+                _unless(edge, _of_difference(row["over_lora"])),
+                (
+                    f"{name_of(row)} on {100 * row['fraction']:g} % of {row['task']}, {row['params_count']:,} trained "
+                    f"parameters, LoRA {lora['params_count']:,}: {_points(row['over_lora'])}{edge}"
+                ),
+            )
 
 
 def _recovery(result: Result) -> Said:
@@ -230,4 +260,5 @@ JUDGES: Final[tuple[tuple[str, tuple[str, ...], Callable[[Result], Said]], ...]]
     ("about 6 times LoRA's FLOPs", ("cost",), _macs),
     ("no cost at inference once merged", ("speed",), _merged_inference),
     ("sharing makes the heads' updates alike", ("similarity",), _alike_heads),
+    ("ours: a joint A, fixed, is more accurate than LoRA", COMPARISONS, _joint),
 )

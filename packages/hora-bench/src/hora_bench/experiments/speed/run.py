@@ -20,6 +20,7 @@ from hora_bench.sweep import Setting
 from .clock import CLOCKS, Clock, ratio, summary, take_turns
 from .operations import inference, operations
 from .random_text import NAME, RandomText
+from .starts import starts
 
 TORCH: Final = ("linear-probe", "lora", "dora", "vera", "mh-lora", "hora", "hora-residual", "hora-generated-a")
 JAX: Final = ("linear-probe", "lora", "mh-lora", "hora", "hora-residual", "hora-generated-a")
@@ -73,7 +74,7 @@ def speed(
     -------
     dict
         ``setting``; ``steps``, per contender time, ratios, throughput, memory and compilation; ``inference``, adapted
-        and merged; ``operations``, generation, merge and export; ``notes``.
+        and merged; ``operations``, generation, merge and export; ``starts``, of A from examples; ``notes``.
 
     Raises
     ------
@@ -87,11 +88,12 @@ def speed(
     batch = task.train_batch("train", np.arange(base.batch_size), np.random.default_rng(0))
     contenders = {backend: methods for backend, methods in (("torch", torch), ("jax", jax)) if methods}
     stepped = _count(2 * rounds * len(contenders), progress)
-    result: dict[str, Any] = {"steps": [], "inference": [], "operations": []}
+    result: dict[str, Any] = {"steps": [], "inference": [], "operations": [], "starts": []}
     for backend in contenders:
         check_device(backend, device)
     for backend, methods in contenders.items():
         asked = {name: vary(base, backend=backend, method=name, device=device) for name in methods}
+        result["starts"] += [{"backend": backend, **one} for one in starts(asked, task, batch, rounds, clock)]
         learners = {name: build(request, task) for name, request in asked.items()}
         result["steps"] += _steps(backend, learners, batch, rounds, clock, stepped)
         result["inference"] += _inference(backend, learners, batch, rounds, clock, stepped)
