@@ -19,6 +19,7 @@ from pages import chooser, commands, entries, errors, recipes, support  # noqa: 
 PAGES = ROOT / ".nox/pages"
 DOCS, RESULTS = ROOT / "docs", ROOT / "packages/hora-bench/results"
 PROJECT = {"CHANGELOG.md": "project/changelog.md", "CONTRIBUTING.md": "project/contributing.md"}
+BOX = b"<!-- here the site says what was measured -->"
 LINK = re.compile(r"(\[(?:[^\[\]]|\[[^\]]*\])*\])\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -46,6 +47,7 @@ def stage(folder: Path = PAGES) -> None:
     for file, place in where.items():
         content = file.read_bytes()
         contents[place] = relinked(content.decode(), file, where).encode() if file.suffix == ".md" else content
+    contents["index.md"] = contents["index.md"].replace(BOX, chooser.box(ROOT).encode())
     for place, content in contents.items():
         target = folder / place
         if not target.is_file() or target.read_bytes() != content:

@@ -123,3 +123,15 @@ def test_meta_a_loaded_module_is_seen(tmp_path):
     (tmp_path / "timm_stand_in.py").touch()
     assert {"offender", "timm_stand_in"} <= loaded_after_importing(["offender"], tmp_path)
     assert "timm_stand_in" not in loaded_after_importing(["json"], tmp_path)
+
+
+@pytest.mark.parametrize("package", ["hora_spec", "hora_torch", "hora_jax"])
+def test_text_files_name_their_encoding(package):
+    """Elsewhere than on Linux and macOS it is not UTF-8 by itself."""
+    for name, file in modules(package):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            function = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if function.rpartition(".")[2] in ("open", "read_text", "write_text") and function != "os.open":
+                binary = any(isinstance(mode, ast.Constant) and "b" in str(mode.value) for mode in node.args[1:2])
+                named = any(keyword.arg == "encoding" for keyword in node.keywords)
+                assert binary or named, f"{name}: {ast.unparse(node)}"

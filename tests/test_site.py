@@ -57,15 +57,42 @@ def test_a_recipe_is_short_and_says_what_it_is(script):
     assert len([line for line in text.split('"""', 2)[2].splitlines() if line.strip()]) <= 40
 
 
-def test_pages_in_the_navigation_exist_and_links_on_made_pages_lead_somewhere(tmp_path):
-    SITE.stage(tmp_path)
+def test_pages_in_the_navigation_exist_and_links_on_made_pages_lead_somewhere(staged):
     loader = type("Loader", (yaml.SafeLoader,), {})
     entries = yaml.load((ROOT / "mkdocs.yml").read_text(), loader)["nav"]
     for name in pages_of(entries):
-        assert (tmp_path / name).is_file(), name
+        assert (staged / name).is_file(), name
     for place in SITE.generated():
-        for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", (tmp_path / place).read_text()):
-            assert ((tmp_path / place).parent / target).exists(), f"{place} links to {target}"
+        for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", (staged / place).read_text()):
+            assert ((staged / place).parent / target).exists(), f"{place} links to {target}"
+
+
+ASKED = [
+    "install",
+    "fsdp",
+    "trl",
+    "qlora",
+    "quantised",
+    "maxtext",
+    "torch.compile",
+    "vllm",
+    "llama.cpp",
+    "qwix",
+    "peft",
+]
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_what_readers_search_for_is_in_a_heading(asked, staged):
+    headings = [line for page in staged.rglob("*.md") for line in page.read_text().splitlines() if line.startswith("#")]
+    assert any(asked in heading.lower() for heading in headings)
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pages")
+    SITE.stage(folder)
+    return folder
 
 
 def pages_of(entries) -> list[str]:
@@ -74,6 +101,10 @@ def pages_of(entries) -> list[str]:
     if isinstance(entries, dict):
         return [page for value in entries.values() for page in pages_of(value)]
     return [page for entry in entries for page in pages_of(entry)]
+
+
+def test_the_first_page_says_whether_to_use_it(staged):
+    assert SITE.chooser.box(ROOT) in (staged / "index.md").read_text()
 
 
 def test_staging_twice_touches_nothing_and_removes_what_is_gone(tmp_path):

@@ -19,7 +19,7 @@ COLUMNS = {
 }
 LEAD = """# What works
 
-Read from result files when this site is built; nothing here is typed. Each row links to the page that says more.
+Read from result files when this site is built. Each part links to the page that says more.
 ✓ was tried and holds, · cannot be seen on the model that was tried, – was not tried.
 
 - Sharding, offload and compilation depend on the layer and not on the family: see [Large models](../guide/scale.md).
