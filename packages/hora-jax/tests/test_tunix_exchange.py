@@ -19,9 +19,9 @@ SIZES = {
 TUNIX = {"num_layers": 2, "embed_dim": 16, "hidden_dim": 24, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4}
 CASES = {  # name in transformers, its settings; module and loader of tunix, and the same settings there
     "Qwen3": (
-        {"rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}},
+        {"rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0}},
         ("qwen3.model", "qwen3.params"),
-        {"vocab_size": 32, "rope_theta": 10_000, "norm_eps": 1e-6},
+        {"vocab_size": 32, "rope_theta": 1_000_000, "norm_eps": 1e-6},
     ),
     "Gemma3Text": (
         {"query_pre_attn_scalar": 4, "sliding_window": 8},
