@@ -155,10 +155,14 @@ def parity(session):
 @nox.session(python=False)
 def docs(session):
     """Build the documentation site strictly into site/ (``-- serve`` for a live preview)."""
+    built(session, *session.posargs)
+
+
+def built(session: nox.Session, *command: str) -> None:
+    """Stage the pages of the site, and build it or do with it what is asked."""
     tools = environment(session, "docs", groups=("docs",))
     run(session, tools, "python", ".ci/site.py", env=SITE_ENV)
-    command = session.posargs or ["build", "--strict", "--quiet"]
-    run(session, tools, "mkdocs", *command, env=SITE_ENV)
+    run(session, tools, "mkdocs", *(command or ("build", "--strict", "--quiet")), env=SITE_ENV)
 
 
 @nox.session(python=False)
@@ -178,9 +182,10 @@ def recipes(session):
 
 @nox.session(python=False)
 def docs_screens(session):
-    """Screenshots of every top page of site/, wide and narrow, light and dark, into results/screens/; fails on sideways
-    scrolling, console messages and requests to elsewhere.
+    """Build the site, and photograph every top page, wide and narrow, light and dark, into results/screens/; fails on
+    sideways scrolling, console messages and requests to elsewhere (``-- PAGE ...`` for some pages).
     """
+    built(session)
     tools = environment(session, "screens", groups=("screens",))
     run(session, tools, "python", ".ci/screens.py", *session.posargs)
 
