@@ -20,7 +20,9 @@ nox.options.error_on_missing_interpreters = True
 ROOT = Path(__file__).parent
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+SCOPES = ("spec", "all", "libraries", "jax_libraries")
 LIBRARY_TESTS = ("lifetime", "quantized", "quantized_merge", "quantized_training", "subclasses")
+JAX_LIBRARY_TESTS = ("libraries", "tunix", "tunix_exchange")
 PACKAGES = ("hora-spec", "hora-torch", "hora-jax", "hora-bench")
 SOURCES = tuple(f"packages/{name}/src" for name in PACKAGES)
 
@@ -55,12 +57,16 @@ def environment(session: nox.Session, name: str, *, packages=(), groups=(), cons
     stamp = folder / "installed.sha256"
     folder.parent.mkdir(exist_ok=True)
     with FileLock(f"{folder}.lock"):  # two sessions at once share environments, too
+        made_in = folder / "made-in.txt"
+        if made_in.exists() and made_in.read_text(encoding="utf-8") != str(folder):
+            shutil.rmtree(folder)  # moved or copied with the repository: it would run the sources of the old place
         if stamp.exists() and stamp.read_text() == digest.hexdigest():
             return binaries
 
         stamp.unlink(missing_ok=True)
         if not python.exists():
             session.run(sys.executable, "-m", "virtualenv", "--quiet", str(folder), external=True)
+            made_in.write_text(str(folder), encoding="utf-8")
         run(session, binaries, "python", *PIP_INSTALL, *(constraints() if constrained else ()), *requirements)
         stamp.write_text(digest.hexdigest())
     return binaries
@@ -79,19 +85,20 @@ def constraints() -> list[str]:
     return [f"--constraint={file}" for file in pins()]
 
 
-def beside(session: nox.Session, binaries: Path, group: str) -> Path:
+def beside(session: nox.Session, binaries: Path, group: str, *, constrained=True) -> Path:
     """Folder with the packages of a group alone, to be put on the path of an environment that has what they need.
 
-    They print when they are imported, and PEFT and Transformers import whatever they find.
+    They print when they are imported, and PEFT and Transformers import whatever they find; and none of them can hold
+    back what the environment has.
     """
-    folder = ROOT / ".nox" / f"{group}-{VERSION}"
+    folder = ROOT / ".nox" / f"{group}-{'' if constrained else 'newest-'}{VERSION}"
     requirements = nox.project.dependency_groups(PYPROJECT, group)
-    pinned = [file.read_bytes() for file in pins()]
+    pinned = [file.read_bytes() for file in pins()] if constrained else []
     digest = hashlib.sha256(repr((sys.version, requirements, pinned)).encode()).hexdigest()
     stamp = folder / "installed.sha256"
     with FileLock(f"{folder}.lock"):
         if not (stamp.exists() and stamp.read_text() == digest):
-            options = ("--no-deps", "--upgrade", f"--target={folder}", *constraints())
+            options = ("--no-deps", "--upgrade", f"--target={folder}", *(constraints() if constrained else ()))
             env = {"DISABLE_CUDA": "1"}  # else hqq compiles kernels
             run(session, binaries, "python", *PIP_INSTALL, *options, *requirements, env=env)
             stamp.write_text(digest)
@@ -109,13 +116,26 @@ def run(session: nox.Session, binaries: Path, command: str, *args: str, env=None
     session.run(str(binaries / command), *args, env={"PATH": path, **(env or {})}, external=True)
 
 
+SCHEMAS = {
+    "github-workflows": ".github/workflows/*.yml",
+    "dependabot": ".github/dependabot.yml",
+    "github-issue-forms": ".github/ISSUE_TEMPLATE/[a-b]*.yml",
+    "github-issue-config": ".github/ISSUE_TEMPLATE/config.yml",
+    "citation-file-format": "CITATION.cff",
+}
+
+
 @nox.session(python=False)
 def lint(session):
-    """Style, imports, docstrings (ruff) and spelling (codespell)."""
+    """Style, imports, docstrings (ruff), spelling (codespell), workflows and forms (zizmor, their schemas)."""
     tools = environment(session, "lint", groups=("lint",))
     run(session, tools, "ruff", "check", ".")
     run(session, tools, "ruff", "format", "--check", ".")
     run(session, tools, "codespell")
+    run(session, tools, "zizmor", "--offline", "--quiet", ".github")
+    for schema, files in SCHEMAS.items():
+        paths = map(str, sorted(ROOT.glob(files)))
+        run(session, tools, "check-jsonschema", f"--builtin-schema=vendor.{schema}", *paths)
 
 
 @nox.session(python=False)
@@ -135,10 +155,14 @@ def parity(session):
 @nox.session(python=False)
 def docs(session):
     """Build the documentation site strictly into site/ (``-- serve`` for a live preview)."""
+    built(session, *session.posargs)
+
+
+def built(session: nox.Session, *command: str) -> None:
+    """Stage the pages of the site, and build it or do with it what is asked."""
     tools = environment(session, "docs", groups=("docs",))
     run(session, tools, "python", ".ci/site.py", env=SITE_ENV)
-    command = session.posargs or ["build", "--strict", "--quiet"]
-    run(session, tools, "mkdocs", *command, env=SITE_ENV)
+    run(session, tools, "mkdocs", *(command or ("build", "--strict", "--quiet")), env=SITE_ENV)
 
 
 @nox.session(python=False)
@@ -158,18 +182,19 @@ def recipes(session):
 
 @nox.session(python=False)
 def docs_screens(session):
-    """Screenshots of every top page of site/, wide and narrow, light and dark, into results/screens/; fails on sideways
-    scrolling, console messages and requests to elsewhere.
+    """Build the site, and photograph every top page, wide and narrow, light and dark, into results/screens/; fails on
+    sideways scrolling, console messages and requests to elsewhere (``-- PAGE ...`` for some pages).
     """
+    built(session)
     tools = environment(session, "screens", groups=("screens",))
     run(session, tools, "python", ".ci/screens.py", *session.posargs)
 
 
 @nox.session(python=False)
-@nox.parametrize("scope", ["spec", "all", "libraries"], ids=["spec", "all", "libraries"])
+@nox.parametrize("scope", SCOPES, ids=SCOPES)
 def tests(session, scope):
     """Unit, golden, property and repository tests: hora-spec on its three dependencies, all packages, hora-torch beside
-    the quantisers and optimisers that its users bring along.
+    the quantisers and optimisers that its users bring along, hora-jax beside the libraries of models.
     """
     if scope == "spec":
         tools = environment(session, "spec", packages=("hora-spec",), groups=("test",))
@@ -179,6 +204,11 @@ def tests(session, scope):
         env = TEST_ENV | {"PYTHONPATH": str(beside(session, tools, "libraries"))}
         paths = [f"packages/hora-torch/tests/test_{name}.py" for name in LIBRARY_TESTS]
         run(session, tools, "pytest", *paths, *parallel(), *session.posargs, env=env)
+    elif scope == "jax_libraries":
+        tools = everything(session)
+        own = {"PYTHONPATH": str(beside(session, tools, "jax-libraries")), "HORA_TEST_LIBRARIES": "all"}
+        paths = [f"packages/hora-jax/tests/test_{name}.py" for name in JAX_LIBRARY_TESTS]
+        run(session, tools, "pytest", *paths, *parallel(), *session.posargs, env=TEST_ENV | own)
     else:
         tools = everything(session)
         paths = ("packages", "tests", "--ignore=tests/parity")
@@ -187,11 +217,15 @@ def tests(session, scope):
 
 @nox.session(python=False)
 def newest_jax(session):
-    """hora-spec and hora-jax on the newest JAX and NumPy that this Python can have."""
+    """hora-spec and hora-jax on the newest JAX and NumPy that this Python can have, beside the newest libraries."""
     packages = ("hora-spec", "hora-jax")
-    tools = environment(session, "newest-jax", packages=packages, groups=("test", "jax"), constrained=False)
+    groups = ("test", "jax", "jax-newest")
+    tools = environment(session, "newest-jax", packages=packages, groups=groups, constrained=False)
+    libraries = beside(session, tools, "jax-libraries", constrained=False)
+    path = (str(libraries), str(ROOT / "packages/hora-bench/src"))  # hora-bench's models need nothing else
+    env = TEST_ENV | {"PYTHONPATH": os.pathsep.join(path), "HORA_TEST_LIBRARIES": "all"}
     paths = [f"packages/{name}" for name in packages]
-    run(session, tools, "pytest", *paths, *parallel(), *session.posargs, env=TEST_ENV)
+    run(session, tools, "pytest", *paths, *parallel(), *session.posargs, env=env)
 
 
 @nox.session(python=False)
@@ -294,13 +328,71 @@ def bench(session, backend):
         run(session, tools, "python", str(script), *session.posargs)
 
 
+INSTALLATIONS = {  # what a user may ask for: its program in tests/smoke, and what it must not bring
+    "hora-spec": ("try_spec", ("torch", "jax", "hypothesis", "hora_torch", "hora_jax")),
+    "hora-torch": ("try_torch", ("jax", "timm", "torchvision", "hypothesis", "hora_jax", "hora_bench")),
+    "hora-jax": ("try_jax", ("torch", "flax", "optax", "hypothesis", "hora_torch", "hora_bench")),
+    "hora-jax[flax]": ("try_nnx", ("torch", "hypothesis", "hora_torch", "hora_bench")),
+    "hora-bench": ("try_bench", ("hypothesis",)),
+}
+
+
 @nox.session(python=False)
 def build(session):
-    """Source distributions and wheels of all four packages, checked, into dist/."""
+    """Source distributions and wheels into dist/, installed and tried in fresh environments, hora-spec's tests run from
+    its source distribution (``-- hora-jax`` for one); offline once the wheels of others are in .nox/wheels-*.
+    """
     tools = environment(session, "build", groups=("release",))
+    dist, wheels = ROOT / "dist", wheels_of_others(session, tools)
+    shutil.rmtree(dist, ignore_errors=True)
     for package in PACKAGES:
-        run(session, tools, "python", "-m", "build", "--outdir", "dist", f"packages/{package}")
-    run(session, tools, "twine", "check", "--strict", *map(str, sorted((ROOT / "dist").iterdir())))
+        run(session, tools, "python", "-m", "build", "--no-isolation", "--outdir", "dist", f"packages/{package}")
+    run(session, tools, "twine", "check", "--strict", *map(str, sorted(dist.iterdir())))
+
+    offers = ("--no-index", f"--find-links={wheels}", f"--find-links={dist}")
+    for requirement in session.posargs or INSTALLATIONS:
+        fresh = from_nothing(session, offers, requirement)
+        script, absent = INSTALLATIONS[requirement]
+        module = requirement.partition("[")[0].replace("-", "_")
+        run(session, fresh, "python", "-I", "tests/smoke/alone.py", module, *absent, env=TEST_ENV)
+        run(session, fresh, "python", "-I", f"tests/smoke/{script}.py", env=TEST_ENV)
+    if not session.posargs:
+        fresh = from_nothing(session, offers, "hora-spec", *nox.project.dependency_groups(PYPROJECT, "test"))
+        shutil.unpack_archive(next(dist.glob("hora_spec-*.tar.gz")), fresh.parent)
+        with session.chdir(next(fresh.parent.glob("hora_spec-*"))):
+            run(session, fresh, "pytest", "--quiet", "tests", env=TEST_ENV)
+    shutil.rmtree(ROOT / ".nox/fresh")
+
+
+def from_nothing(session: nox.Session, offers, *requirements: str) -> Path:
+    """Bin folder of an environment that is made anew and holds only what the requirements bring."""
+    folder = ROOT / ".nox/fresh"
+    shutil.rmtree(folder, ignore_errors=True)
+    session.run(sys.executable, "-m", "virtualenv", "--quiet", str(folder), external=True)
+    binaries = folder / ("Scripts" if os.name == "nt" else "bin")
+    run(session, binaries, "python", *PIP_INSTALL, *offers, *constraints(), *requirements)
+    run(session, binaries, "python", "-m", "pip", "check")
+    return binaries
+
+
+def wheels_of_others(session: nox.Session, tools: Path) -> Path:
+    """Folder with wheels of everything that the four packages and their tests ask for, at the pinned versions."""
+    folder = ROOT / f".nox/wheels-{VERSION}"
+    projects = [nox.project.load_toml(file)["project"] for file in sorted(ROOT.glob("packages/*/pyproject.toml"))]
+    asked = {line for project in projects for line in project["dependencies"]}
+    asked |= {
+        line for project in projects for extra in project.get("optional-dependencies", {}).values() for line in extra
+    }
+    asked |= {*nox.project.dependency_groups(PYPROJECT, "test")}
+    requirements = sorted(line for line in asked if not line.startswith("hora-"))
+    digest = hashlib.sha256(repr((sys.version, requirements, [file.read_bytes() for file in pins()])).encode())
+    stamp = folder / "complete.sha256"
+    if not (stamp.exists() and stamp.read_text() == digest.hexdigest()):
+        shutil.rmtree(folder, ignore_errors=True)
+        command = ("-m", "pip", "wheel", "--quiet", f"--wheel-dir={folder}")
+        run(session, tools, "python", *command, *constraints(), *requirements)
+        stamp.write_text(digest.hexdigest())
+    return folder
 
 
 def parallel() -> tuple[str, ...]:

@@ -1,6 +1,8 @@
 """Who may import whom: hora_spec stands on no framework, the backends never meet, hora_bench is at the end."""
 
 import ast
+import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -80,6 +82,22 @@ def test_importing_a_package_loads_no_forbidden_module(package):
     assert not loaded_after_importing(names) & FORBIDDEN[package]
 
 
+def test_importing_hora_jax_loads_little_beside_jax():
+    """Flax alone would cost two seconds, for people who do not use it."""
+    more = loaded_after_importing(["hora_jax"]) - loaded_after_importing(["jax"]) - sys.stdlib_module_names
+    assert more == {"hora_jax", "hora_spec", "einops", "jaxtyping", "safetensors"}
+
+
+@pytest.mark.parametrize("package", ["hora_spec", "hora_torch", "hora_jax"])
+def test_no_public_name_hides_a_module(package):
+    """`package.name` is the module that ``import package.name`` loads, or nothing."""
+    public = importlib.import_module(package)
+    own = [name.removeprefix(f"{package}.") for name, _ in modules(package) if name.count(".") == 1]
+    assert own
+    for name in own:
+        assert inspect.ismodule(getattr(public, name, inspect)), f"{package}.{name} is a module and something else"
+
+
 @pytest.mark.parametrize("package", FORBIDDEN)
 def test_sources_import_only_declared_dependencies(package):
     with (ROOT / "packages" / package.replace("_", "-") / "pyproject.toml").open("rb") as file:
@@ -105,3 +123,15 @@ def test_meta_a_loaded_module_is_seen(tmp_path):
     (tmp_path / "timm_stand_in.py").touch()
     assert {"offender", "timm_stand_in"} <= loaded_after_importing(["offender"], tmp_path)
     assert "timm_stand_in" not in loaded_after_importing(["json"], tmp_path)
+
+
+@pytest.mark.parametrize("package", ["hora_spec", "hora_torch", "hora_jax"])
+def test_text_files_name_their_encoding(package):
+    """Elsewhere than on Linux and macOS it is not UTF-8 by itself."""
+    for name, file in modules(package):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            function = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if function.rpartition(".")[2] in ("open", "read_text", "write_text") and function != "os.open":
+                binary = any(isinstance(mode, ast.Constant) and "b" in str(mode.value) for mode in node.args[1:2])
+                named = any(keyword.arg == "encoding" for keyword in node.keywords)
+                assert binary or named, f"{name}: {ast.unparse(node)}"

@@ -1,6 +1,7 @@
 """`run`, the start on a fresh machine: what it says where something is missing, and which torch it chooses."""
 
 import os
+import shutil
 import subprocess
 import sys
 from importlib.machinery import SourceFileLoader
@@ -113,6 +114,13 @@ class TestTorch:
         start.choose_torch("python", "--cpu")
         assert chosen(start) == "torch==2.13.0+cpu"
 
+    def test_a_choice_follows_the_release_that_is_pinned(self, start):
+        start.choose_torch("python", None)
+        start.CONSTRAINTS.write_text("torch==2.14.0\n")
+        self.builds.add("torch==2.14.0+cpu")
+        start.choose_torch("python", None)
+        assert chosen(start) == "torch==2.14.0+cpu"
+
     def test_a_cpu_build_that_nobody_offers_is_an_error_where_it_was_asked_for(self, start, capsys):
         self.builds = {"torch==2.13.0"}
         with pytest.raises(SystemExit):
@@ -148,6 +156,20 @@ def test_an_environment_is_made_once_and_again_where_it_was_torn(start, monkeypa
     start.start_environment()
     assert len(made) == 2
     start.CONSTRAINTS.write_text("torch==2.14.0\n")
+    start.start_environment()
+    assert len(made) == 4
+
+
+def test_an_environment_that_was_copied_with_the_repository_is_made_again(start, monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(start.subprocess, "run", lambda command, **_: made.append(command))
+    folder = start.NOX / f"start-{start.VERSION}"
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin/python").touch()
+    start.start_environment()
+    shutil.copytree(start.NOX, tmp_path / "copied/.nox")
+    monkeypatch.setattr(start, "NOX", tmp_path / "copied/.nox")
+    monkeypatch.setattr(start, "ROOT", tmp_path / "copied")
     start.start_environment()
     assert len(made) == 4
 

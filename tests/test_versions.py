@@ -14,7 +14,7 @@ PROJECTS = {
     file.parent.name: tomllib.loads(file.read_text())["project"]
     for file in sorted(ROOT.glob("packages/*/pyproject.toml"))
 }
-ONE_FOR_ALL = ("version", "requires-python", "license", "urls", "classifiers")
+ONE_FOR_ALL = ("version", "requires-python", "license", "license-files", "authors", "urls", "classifiers")
 
 
 def requirements(name: str) -> list[Requirement]:

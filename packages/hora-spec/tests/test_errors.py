@@ -3,11 +3,11 @@
 import ast
 from pathlib import Path
 
+import hora_spec
 import pytest
 from hora_spec import AdapterSpec, HoraError
 
-PACKAGES = Path(__file__).parents[2]
-FILES = sorted(PACKAGES.glob("hora-spec/src/hora_spec/*.py"))
+FILES = sorted(Path(hora_spec.__file__).parent.glob("*.py"))
 
 
 def test_e1_bad_input_is_a_value_error():

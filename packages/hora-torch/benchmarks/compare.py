@@ -17,29 +17,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from hora_bench.torchvision_ops import declare_missing_ops
 from torch import Tensor, nn
 
-
-def declare_torchvision_operators() -> Any:
-    """Let timm import torchvision beside a torch that its operators were not built for (torchvision 0.28)."""
-    found = find_spec("torchvision")
-    for library in [] if found is None else Path(found.origin).parent.glob("_C*.so"):
-        try:
-            torch.ops.load_library(library)
-        except OSError:
-            declared = torch.library.Library("torchvision", "FRAGMENT")
-            for name in ("nms", "qnms"):
-                declared.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            return declared
-    return None
-
-
-_TORCHVISION = declare_torchvision_operators()
+declare_missing_ops()  # timm imports torchvision, which may be of another kind than torch
 
 import peft  # noqa: E402
 import transformers  # noqa: E402

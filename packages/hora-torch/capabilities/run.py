@@ -1,12 +1,11 @@
 """Write docs/guide/capabilities.md: what HoRA and LoRA can do, found by trying."""
 
-import importlib
-import sys
 from pathlib import Path
 
+from hora_bench.torchvision_ops import declare_missing_ops
+
 ROOT = Path(__file__).parents[3]
-sys.path.insert(0, str(ROOT))
-importlib.import_module("conftest")  # prepares torchvision, which others import
+declare_missing_ops()
 
 from judge import REFUSALS, write  # noqa: E402
 

@@ -4,31 +4,15 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from hora_bench.torchvision_ops import declare_missing_ops
 
 FOLDER = Path(os.environ.get("HORA_CONFORMANCE_MODELS", "models"))
 
-
-def _declare_torchvision_operators() -> Any:
-    """As in the repository's conftest: torchvision beside a torch that its operators were not built for."""
-    found = find_spec("torchvision")
-    for library in [] if found is None else Path(found.origin).parent.glob("_C*.so"):
-        try:
-            torch.ops.load_library(library)
-        except OSError:
-            declared = torch.library.Library("torchvision", "FRAGMENT")
-            for name in ("nms", "qnms"):
-                declared.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            return declared
-    return None
-
-
-_TORCHVISION = _declare_torchvision_operators()
+declare_missing_ops()  # torchvision may be of another kind than torch
 
 from hora_torch import HoraConfig  # noqa: E402
 from models import local  # noqa: E402

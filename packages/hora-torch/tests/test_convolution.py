@@ -162,3 +162,18 @@ def test_parts_of_a_fused_convolution_are_adapted_on_their_own_rows(groups):
     agree(actual, torch.func.functional_call(base, {"weight": base.weight.detach() + delta}, (x,)).detach())
     model.merge_adapter()
     agree(model(x).detach(), actual)
+
+
+@pytest.mark.parametrize("name", ["2d", "strides", "groups of 2d"])
+def test_i7_a_start_of_inputs_is_that_of_the_linear_map_of_all_positions(name):
+    build, shape = CASES[name]
+    base, x = build(), torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    seen = x[(..., *(slice(None, None, step) for step in base.stride))].movedim(1, -1).reshape(-1, 6 // base.groups)
+    linear = nn.Linear(seen.shape[-1], base.out_channels)
+    found = []
+    for module, batch in ((base, x), (linear, seen)):
+        config = HoraConfig(r=2, sharing="a", a_source="fixed", target_modules=["0"])
+        model = peft.get_peft_model(nn.Sequential(module), config).eval()
+        start = hora_torch.joint_a(model, [batch], lambda model, x: model(x).square().sum(), of="inputs")
+        found += [torch.from_numpy(value) for params in start.params.values() for value in params.values()]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)

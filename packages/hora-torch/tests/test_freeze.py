@@ -82,6 +82,7 @@ def test_freezing_needs_a_known_adapter(model):
 
 def test_no_method_of_peft_trains_a_frozen_adapter(model):
     hora_torch.freeze(model)
+    assert not any(param.requires_grad for param in model.parameters())
     model.add_adapter("other", config(seed=3))
     for name in ("other", "default"):
         model.set_adapter(name)

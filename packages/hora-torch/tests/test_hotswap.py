@@ -68,6 +68,17 @@ def test_adapters_of_equal_layers_exchange_their_parameters(family, tmp_path):
     assert torch.equal(logits(loaded, family), logits(other, family))
 
 
+def test_an_adapter_that_awaits_its_values_may_get_them_by_a_swap(llama, tmp_path):
+    """A slot that a config describes, before any values were loaded."""
+    other = adapted(llama, 1)
+    other.save_pretrained(tmp_path)
+    config = HoraConfig.from_pretrained(tmp_path)
+    model = peft.get_peft_model(llama.model(), config).eval()
+    tensors, config = read(tmp_path)
+    swap(model, tensors, "default", config)
+    assert torch.equal(logits(model, llama), logits(other, llama))
+
+
 def test_nothing_is_left_of_what_was_swapped_before(llama, tmp_path):
     model, third = adapted(llama), adapted(llama, 2, r=1)
     hora_torch.freeze(model)

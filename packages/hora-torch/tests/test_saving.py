@@ -334,10 +334,9 @@ def test_f7_a_changed_layer_table_is_refused_by_the_config_itself(family, tmp_pa
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL and fork are POSIX")
 def test_f7_no_kill_while_peft_saves_leaves_a_pair_that_loads_wrong(tmp_path):
     rounds = settings.default.max_examples  # 25; 500 under the profile nightly
-    worker, root = Path(__file__).parent / "killed_saves.py", Path(__file__).parents[3]
-    code = "import conftest, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-c", code, str(worker), str(tmp_path), str(rounds)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
+    scripts = [str(Path(__file__).with_name(name)) for name in ("launched.py", "killed_saves.py")]
+    command = [sys.executable, *scripts, str(tmp_path), str(rounds)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
 

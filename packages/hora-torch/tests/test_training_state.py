@@ -85,13 +85,11 @@ def single():
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_two_processes_train_as_one(single, mode, tmp_path):
-    root = Path(__file__).parents[3]  # its conftest prepares torchvision
-    run = "import conftest, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     arguments = [str(WORKER), mode, str(tmp_path / "rendezvous"), str(tmp_path / "result")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", run, *arguments, str(rank), "2"],
+            [sys.executable, str(WORKER.with_name("launched.py")), *arguments, str(rank), "2"],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -86,6 +86,27 @@ def test_a_sum_has_the_heads_that_its_terms_were_told(families):
         torch.testing.assert_close(layer.get_delta_weight("sum"), 2 * layer.get_delta_weight("default"))
 
 
+def test_a_sum_is_of_the_same_base_and_task(families):
+    base = families["llama"].model()
+    base.name_or_path = "a/base"
+    model = peft.get_peft_model(base, HoraConfig(**SMALL, task_type="CAUSAL_LM"))
+    model.add_weighted_adapter(["default"], [2.0], "sum")
+    for key in ("base_model_name_or_path", "task_type"):
+        assert getattr(model.peft_config["sum"], key) == getattr(model.peft_config["default"], key) is not None
+
+
+def test_a_sum_that_cannot_be_injected_leaves_no_config(families, monkeypatch):
+    model = adapted(families["llama"])
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(model.base_model), "inject_adapter", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.add_weighted_adapter(["default"], [2.0], "sum")
+    assert list(model.peft_config) == ["default"]
+
+
 def test_a_sum_is_not_trained_and_leaves_the_active_adapter(families):
     model = adapted(families["llama"])
     before = {name for name, param in model.named_parameters() if param.requires_grad}

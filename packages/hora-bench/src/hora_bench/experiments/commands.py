@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from hora_bench.experiments.files import experiment_file
 from hora_bench.report.tables import plots, show
 from hora_bench.request import vary
 from hora_bench.seeds import seeds_of
@@ -22,7 +23,7 @@ from hora_bench.sweep import Sweep, read_setting
 
 File = Annotated[
     Path | None,
-    typer.Argument(help="Experiment file, one of experiments/*.toml or your own.", exists=True, dir_okay=False),
+    typer.Argument(help="A file of your own, or the name of one of this package.", parser=experiment_file),
 ]
 Quick = Annotated[bool, typer.Option("--quick", help="No file: a small setting on the embedded digits.")]
 Data = Annotated[Path | None, typer.Option(help="Folder of tasks.", exists=True)]

@@ -9,7 +9,7 @@ import peft
 import pytest
 from hora_spec import HoraError
 
-FROM_LORA = (Path(__file__).parents[3] / "docs/start/from-lora.md").read_text()
+FROM_LORA = (Path(__file__).parents[1] / "docs/start/from-lora.md").read_text()
 OURS = {field.name for field in dataclasses.fields(hora_torch.HoraConfig)}
 LORA = [field.name for field in dataclasses.fields(peft.LoraConfig)]
 

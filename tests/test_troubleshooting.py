@@ -8,7 +8,7 @@ import hora_torch
 import pytest
 from peft import mixed_model
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/guide/troubleshooting.md"
 QUOTED = re.findall(r"^## `(.*)`$", PAGE.read_text(), re.MULTILINE)
 ELSEWHERE = {  # where the messages of others are met

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[1]
 SPEC = ROOT / "docs" / "spec.md"
 SECTIONS = {
     "S": "Shapes",
