@@ -57,6 +57,7 @@ def by_torch(route: str, seed: int | None) -> Outputs:
         target_modules=list(NAMES),
         row_order={"qkv": "q k v"},
         num_heads=HEADS,
+        num_kv_heads=HEADS,
         hora_dropout=RATE,
         route=route,
     )
