@@ -273,8 +273,8 @@ def integrations(session):
 
 @nox.session(python=False)
 def serving(session):
-    """Servers on tiny models: llama.cpp, vLLM, ONNX Runtime, OpenVINO, MLX, node-llama-cpp; writes the table of
-    docs/guide/serving.md (``-- llama`` for one architecture).
+    """Servers on tiny models: llama.cpp, vLLM, ONNX Runtime, OpenVINO, MLX, node-llama-cpp, and the commands of
+    docs/guide/serving.md as written there; writes its table (``-- llama`` for one architecture).
     """
     tools = everything(session)
     vllm = environment(session, "serving-vllm", groups=("serving-vllm",), constrained=False)
@@ -291,6 +291,10 @@ def serving(session):
     shutil.rmtree(models, ignore_errors=True)
     run(session, tools, "python", "tests/serving/prepare.py", str(models), env=TEST_ENV)
     run(session, tools, "python", "tests/serving/run.py", str(models), *engines, "--", *session.posargs, env=TEST_ENV)
+    servers = [f"vLLM={vllm}", f"MLX={graphs}"]
+    if (program := shutil.which("llama-server")) is not None:  # else its earlier result stays
+        servers.append(f"llama.cpp={Path(program).parent}")
+    run(session, tools, "python", "tests/serving/commands.py", str(models / "guide"), *servers, env=TEST_ENV)
 
 
 @nox.session(python=False)
