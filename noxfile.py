@@ -343,7 +343,7 @@ def build(session):
         fresh = from_nothing(session, offers, "hora-spec", *nox.project.dependency_groups(PYPROJECT, "test"))
         shutil.unpack_archive(next(dist.glob("hora_spec-*.tar.gz")), fresh.parent)
         with session.chdir(next(fresh.parent.glob("hora_spec-*"))):
-            run(session, fresh, "pytest", "--quiet", "tests", env=TEST_ENV)
+            run(session, fresh, "pytest", "--quiet", "--import-mode=importlib", "tests", env=TEST_ENV)
     shutil.rmtree(ROOT / ".nox/fresh")
 
 
