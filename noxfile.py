@@ -20,7 +20,9 @@ nox.options.error_on_missing_interpreters = True
 ROOT = Path(__file__).parent
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+SCOPES = ("spec", "all", "libraries", "jax_libraries")
 LIBRARY_TESTS = ("lifetime", "quantized", "quantized_merge", "quantized_training", "subclasses")
+JAX_LIBRARY_TESTS = ("libraries", "tunix", "tunix_exchange")
 PACKAGES = ("hora-spec", "hora-torch", "hora-jax", "hora-bench")
 SOURCES = tuple(f"packages/{name}/src" for name in PACKAGES)
 
@@ -83,19 +85,20 @@ def constraints() -> list[str]:
     return [f"--constraint={file}" for file in pins()]
 
 
-def beside(session: nox.Session, binaries: Path, group: str) -> Path:
+def beside(session: nox.Session, binaries: Path, group: str, *, constrained=True) -> Path:
     """Folder with the packages of a group alone, to be put on the path of an environment that has what they need.
 
-    They print when they are imported, and PEFT and Transformers import whatever they find.
+    They print when they are imported, and PEFT and Transformers import whatever they find; and none of them can hold
+    back what the environment has.
     """
-    folder = ROOT / ".nox" / f"{group}-{VERSION}"
+    folder = ROOT / ".nox" / f"{group}-{'' if constrained else 'newest-'}{VERSION}"
     requirements = nox.project.dependency_groups(PYPROJECT, group)
-    pinned = [file.read_bytes() for file in pins()]
+    pinned = [file.read_bytes() for file in pins()] if constrained else []
     digest = hashlib.sha256(repr((sys.version, requirements, pinned)).encode()).hexdigest()
     stamp = folder / "installed.sha256"
     with FileLock(f"{folder}.lock"):
         if not (stamp.exists() and stamp.read_text() == digest):
-            options = ("--no-deps", "--upgrade", f"--target={folder}", *constraints())
+            options = ("--no-deps", "--upgrade", f"--target={folder}", *(constraints() if constrained else ()))
             env = {"DISABLE_CUDA": "1"}  # else hqq compiles kernels
             run(session, binaries, "python", *PIP_INSTALL, *options, *requirements, env=env)
             stamp.write_text(digest)
@@ -152,10 +155,14 @@ def parity(session):
 @nox.session(python=False)
 def docs(session):
     """Build the documentation site strictly into site/ (``-- serve`` for a live preview)."""
+    built(session, *session.posargs)
+
+
+def built(session: nox.Session, *command: str) -> None:
+    """Stage the pages of the site, and build it or do with it what is asked."""
     tools = environment(session, "docs", groups=("docs",))
     run(session, tools, "python", ".ci/site.py", env=SITE_ENV)
-    command = session.posargs or ["build", "--strict", "--quiet"]
-    run(session, tools, "mkdocs", *command, env=SITE_ENV)
+    run(session, tools, "mkdocs", *(command or ("build", "--strict", "--quiet")), env=SITE_ENV)
 
 
 @nox.session(python=False)
@@ -175,18 +182,19 @@ def recipes(session):
 
 @nox.session(python=False)
 def docs_screens(session):
-    """Screenshots of every top page of site/, wide and narrow, light and dark, into results/screens/; fails on sideways
-    scrolling, console messages and requests to elsewhere.
+    """Build the site, and photograph every top page, wide and narrow, light and dark, into results/screens/; fails on
+    sideways scrolling, console messages and requests to elsewhere (``-- PAGE ...`` for some pages).
     """
+    built(session)
     tools = environment(session, "screens", groups=("screens",))
     run(session, tools, "python", ".ci/screens.py", *session.posargs)
 
 
 @nox.session(python=False)
-@nox.parametrize("scope", ["spec", "all", "libraries"], ids=["spec", "all", "libraries"])
+@nox.parametrize("scope", SCOPES, ids=SCOPES)
 def tests(session, scope):
     """Unit, golden, property and repository tests: hora-spec on its three dependencies, all packages, hora-torch beside
-    the quantisers and optimisers that its users bring along.
+    the quantisers and optimisers that its users bring along, hora-jax beside the libraries of models.
     """
     if scope == "spec":
         tools = environment(session, "spec", packages=("hora-spec",), groups=("test",))
@@ -196,6 +204,11 @@ def tests(session, scope):
         env = TEST_ENV | {"PYTHONPATH": str(beside(session, tools, "libraries"))}
         paths = [f"packages/hora-torch/tests/test_{name}.py" for name in LIBRARY_TESTS]
         run(session, tools, "pytest", *paths, *parallel(), *session.posargs, env=env)
+    elif scope == "jax_libraries":
+        tools = everything(session)
+        own = {"PYTHONPATH": str(beside(session, tools, "jax-libraries")), "HORA_TEST_LIBRARIES": "all"}
+        paths = [f"packages/hora-jax/tests/test_{name}.py" for name in JAX_LIBRARY_TESTS]
+        run(session, tools, "pytest", *paths, *parallel(), *session.posargs, env=TEST_ENV | own)
     else:
         tools = everything(session)
         paths = ("packages", "tests", "--ignore=tests/parity")
@@ -204,11 +217,15 @@ def tests(session, scope):
 
 @nox.session(python=False)
 def newest_jax(session):
-    """hora-spec and hora-jax on the newest JAX and NumPy that this Python can have."""
+    """hora-spec and hora-jax on the newest JAX and NumPy that this Python can have, beside the newest libraries."""
     packages = ("hora-spec", "hora-jax")
-    tools = environment(session, "newest-jax", packages=packages, groups=("test", "jax"), constrained=False)
+    groups = ("test", "jax", "jax-newest")
+    tools = environment(session, "newest-jax", packages=packages, groups=groups, constrained=False)
+    libraries = beside(session, tools, "jax-libraries", constrained=False)
+    path = (str(libraries), str(ROOT / "packages/hora-bench/src"))  # hora-bench's models need nothing else
+    env = TEST_ENV | {"PYTHONPATH": os.pathsep.join(path), "HORA_TEST_LIBRARIES": "all"}
     paths = [f"packages/{name}" for name in packages]
-    run(session, tools, "pytest", *paths, *parallel(), *session.posargs, env=TEST_ENV)
+    run(session, tools, "pytest", *paths, *parallel(), *session.posargs, env=env)
 
 
 @nox.session(python=False)

@@ -18,7 +18,7 @@ from pages import chooser, commands, entries, errors, recipes, support  # noqa: 
 
 PAGES = ROOT / ".nox/pages"
 DOCS, RESULTS = ROOT / "docs", ROOT / "packages/hora-bench/results"
-PROJECT = {"CHANGELOG.md": "project/changelog.md", "CONTRIBUTING.md": "project/contributing.md"}
+PROJECT = {f"{name}.md": f"project/{name.lower()}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY")}
 BOX = b"<!-- here the site says what was measured -->"
 LINK = re.compile(r"(\[(?:[^\[\]]|\[[^\]]*\])*\])\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
 

@@ -1,6 +1,8 @@
 """Who may import whom: hora_spec stands on no framework, the backends never meet, hora_bench is at the end."""
 
 import ast
+import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -78,6 +80,22 @@ def test_importing_a_package_loads_no_forbidden_module(package):
     names = [name for name, _ in modules(package) if "__main__" not in name and MAY_IMPORT_HYPOTHESIS not in name]
     assert package in names
     assert not loaded_after_importing(names) & FORBIDDEN[package]
+
+
+def test_importing_hora_jax_loads_little_beside_jax():
+    """Flax alone would cost two seconds, for people who do not use it."""
+    more = loaded_after_importing(["hora_jax"]) - loaded_after_importing(["jax"]) - sys.stdlib_module_names
+    assert more == {"hora_jax", "hora_spec", "einops", "jaxtyping", "safetensors"}
+
+
+@pytest.mark.parametrize("package", ["hora_spec", "hora_torch", "hora_jax"])
+def test_no_public_name_hides_a_module(package):
+    """`package.name` is the module that ``import package.name`` loads, or nothing."""
+    public = importlib.import_module(package)
+    own = [name.removeprefix(f"{package}.") for name, _ in modules(package) if name.count(".") == 1]
+    assert own
+    for name in own:
+        assert inspect.ismodule(getattr(public, name, inspect)), f"{package}.{name} is a module and something else"
 
 
 @pytest.mark.parametrize("package", FORBIDDEN)

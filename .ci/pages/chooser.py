@@ -23,7 +23,7 @@ def box(root: Path) -> str:
     """Both tables."""
     lines = ["| HoRA beside LoRA, rank for rank | measured |", "|---|---|"]
     lines += [f"| {what} | {said} |" for what, said in _measured(root)]
-    lines += ["", "| the paper's claim | here |", "|---|---|"]
+    lines += ["", "| claim, of the paper unless it says ours | here |", "|---|---|"]
     lines += [f"| {claim} | {said} |" for claim, said in _verdicts(root)]
     return "\n".join([*lines, ""])
 

@@ -38,14 +38,14 @@ class Error(NamedTuple):
 
 
 def errors(root: Path) -> list[Error]:
-    """All errors of all packages, in the order of their modules and lines."""
-    found = []
+    """All errors of all packages, those of derived classes too, in the order of their modules."""
+    trees = {}
     for package in PACKAGES:
         source = root / f"packages/{package.replace('_', '-')}/src"
         for file in sorted((source / package).rglob("*.py")):
-            module = ".".join(file.relative_to(source).with_suffix("").parts)
-            found += [Error(module, text) for text in _messages(ast.parse(file.read_text()))]
-    return found
+            trees[".".join(file.relative_to(source).with_suffix("").parts)] = ast.parse(file.read_text())
+    names = {"HoraError", *(name for tree in trees.values() for name in _derived(tree))}
+    return [Error(module, text) for module, tree in trees.items() for text in _messages(tree, names)]
 
 
 def page(root: Path) -> str:
@@ -67,9 +67,15 @@ def page(root: Path) -> str:
     return "\n".join(lines)
 
 
-def _messages(tree: ast.Module) -> Iterator[str]:
+def _derived(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "HoraError" and node.args:
+        if isinstance(node, ast.ClassDef) and any(isinstance(b, ast.Name) and b.id == "HoraError" for b in node.bases):
+            yield node.name
+
+
+def _messages(tree: ast.Module, names: set[str]) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names and node.args:
             yield _text(node.args[0])
 
 

@@ -7,6 +7,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
+from importlib import import_module
 from typing import Any
 
 import jax
@@ -131,6 +132,14 @@ def tower() -> Tower:
 @pytest.fixture
 def x() -> jax.Array:
     return jax.random.normal(jax.random.key(1), (2, 5, 16))
+
+
+@pytest.fixture
+def library() -> Callable[[str], Any]:
+    """Import a library of users; where it is missing the test is skipped, but in the session that installs them all."""
+    if os.environ.get("HORA_TEST_LIBRARIES"):
+        return import_module
+    return lambda name: pytest.importorskip(name, reason=f"{name} is not installed", exc_type=ImportError)
 
 
 def perturbed(phi: Any, seed: int = 0) -> Any:

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from hora_jax import init, make_plan, merge, presets
 from hora_jax.nnx import HoraModel
-from hora_spec import HoraError, ProjectionShape
+from hora_spec import HoraError, ProjectionShape, Window
 
 TOKENS = np.arange(10).reshape(2, 5)
 IMAGES = np.linspace(-1, 1, 2 * 16 * 16 * 3, dtype="float32").reshape(2, 16, 16, 3)
@@ -107,44 +107,60 @@ def test_equinox_attention(method, perturbed, x):
     assert not jnp.allclose(merged(x[0]), net(x[0]))
 
 
-def test_tunix_llama(method, perturbed):
-    llama3 = pytest.importorskip("tunix.models.llama3.model", reason="tunix is not installed", exc_type=ImportError)
-    config = llama3.ModelConfig(
-        num_layers=2,
-        vocab_size=32,
-        embed_dim=16,
-        hidden_dim=24,
-        num_heads=4,
-        head_dim=4,
-        num_kv_heads=2,
-        rope_theta=10_000,
-        norm_eps=1e-5,
-        weight_tying=True,
-    )
-    base = llama3.Llama3(config, rngs=nnx.Rngs(0))
-    planned = make_plan(base, method, presets.tunix_llama())
-    assert [layer.name for layer in planned.layers] == [f"model.layers.{i}.self_attn" for i in range(2)]
-    model = HoraModel(base, planned, perturbed(init(planned)))
-    positions, mask = np.broadcast_to(np.arange(5), (2, 5)), jnp.tril(jnp.ones((2, 5, 5), bool))
-    close(model(TOKENS, positions, None, mask)[0], model.merged()(TOKENS, positions, None, mask)[0])
+def test_tunix_fused_weights_are_told_apart_and_named_as_in_a_model_that_also_sees(method):
+    """Without tunix: the names and shapes of its Gemma; test_tunix.py runs its models."""
+    shapes = {"q_einsum": (4, 16, 4), "kv_einsum": (2, 2, 16, 4)}
+    attention = {name: {"w": jax.ShapeDtypeStruct(shape, "float32")} for name, shape in shapes.items()}
+    planned = make_plan({"layers": [{"attn": attention}]}, method, presets.tunix(layers="model.language_model.layers"))
+    (layer,) = planned.layers
+    assert layer.name == "model.language_model.layers.0.self_attn"
+    assert [(s.projection, s.module, s.path) for s in layer.sites] == [
+        ("q", "q_proj", "layers.0.attn.q_einsum.w"),
+        ("v", "v_proj", "layers.0.attn.kv_einsum.w"),
+    ]
+    assert layer.sites[1].layout.window == Window(0, 1, 2)
 
 
-def test_jimm_vit(method, perturbed):
-    vit = pytest.importorskip("jimm.models.vit", reason="jimm is not installed", exc_type=ImportError)
-    base = vit.VisionTransformer(
-        num_classes=3,
-        img_size=16,
-        patch_size=8,
-        num_layers=2,
-        num_heads=4,
-        mlp_dim=24,
-        hidden_size=16,
-        dropout_rate=0.0,
-    )
-    planned = make_plan(base, method, presets.jimm_vit())
-    assert [name for layer in planned.layers for name in layer.names] == [f"vit.layers.{i}.attention" for i in range(2)]
-    model = HoraModel(base, planned, perturbed(init(planned)))
-    close(model(IMAGES), model.merged()(IMAGES))
+@pytest.mark.parametrize("block", [None, 2])
+def test_maxtext(method, block):
+    """Stacked along the second axis, a step of the scan being a layer or a block of two; or layer by layer."""
+    apart, stacked = jax.ShapeDtypeStruct((16, 4, 4), "float32"), jax.ShapeDtypeStruct((16, 3, 4, 4), "float32")
+    attention = {"self_attention": {name: {"kernel": stacked} for name in ("query", "key", "value")}}
+    params = {"params": {"decoder": {"layers": {f"layers_{i}": attention for i in range(2)} if block else attention}}}
+    planned = make_plan(params, method, presets.maxtext("qv", block=block))
+    names = [name for layer in planned.layers for name in layer.names]
+    depth = 3 * (block or 1)
+    assert sorted(names) == [f"params.decoder.layers_{i}.self_attention" for i in range(depth)]
+    assert {site.layout.pattern for layer in planned.layers for site in layer.sites} == {"d l h k"}
+
+    own = {"self_attention": {name: {"kernel": apart} for name in ("query", "value")}}
+    unrolled = {"params": {"decoder": {f"layers_{i}": own for i in range(depth)}}}
+    again = make_plan(unrolled, method, presets.maxtext("qv"))
+    assert sorted(layer.name for layer in again.layers) == sorted(names)
+
+
+def test_maxtext_with_layers_that_remain_after_the_scan(method):
+    own = {"self_attention": {name: {"kernel": jnp.zeros((16, 4, 4))} for name in ("query", "value")}}
+    stacked = jax.tree.map(lambda w: jnp.stack([w, w], 1), own)
+    params = {"decoder": {"layers": {"layers_0": stacked}, "layers_remainder": {"layers_0": own}}}
+    planned = make_plan(params, method, presets.maxtext(block=1))
+    names = {name for layer in planned.layers for name in layer.names}
+    assert names == {
+        "decoder.layers_0.self_attention",
+        "decoder.layers_1.self_attention",
+        "decoder.layers_remainder.layers_0.self_attention",
+    }
+
+
+def test_a_stack_has_one_axis_more():
+    assert [presets.equinox("q", stack_axis=axis)[0].layout for axis in (0, 1, 2, -1)] == [
+        "l (h k) d",
+        "(h k) l d",
+        "(h k) d l",
+        "(h k) d l",
+    ]
+    with pytest.raises(HoraError, match="has 3 axes, got stack_axis=3"):
+        presets.equinox("q", stack_axis=3)
 
 
 def test_projections_are_in_the_order_of_their_modules():

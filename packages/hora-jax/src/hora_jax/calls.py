@@ -1,6 +1,6 @@
 """Primitives that run other programs: each is called again around the program walked with views inside."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,7 @@ def _remat(walk: "Walk", eqn: JaxprEqn, ins: Sequence[Any]) -> Sequence[Any]:
 
 def _scan(walk: "Walk", eqn: JaxprEqn, ins: Sequence[Any]) -> Sequence[Any]:
     """A weight that is scanned over is sliced with those of its factors that have the axis."""
-    program, consts, carries = eqn.params["jaxpr"], eqn.params["num_consts"], eqn.params["num_carry"]
+    program, (consts, carries) = eqn.params["jaxpr"], _counts(eqn.params)
     before, init, xs = ins[:consts], ins[consts : consts + carries], ins[consts + carries :]
     kept = _kept(program, consts, carries)
     start = [None if k else walk.plain(v, eqn) for v, k in zip(init, kept, strict=True)]
@@ -63,6 +63,14 @@ def _scan(walk: "Walk", eqn: JaxprEqn, ins: Sequence[Any]) -> Sequence[Any]:
         *(v if k else c for v, c, k in zip(init, carry, kept, strict=True)),
         *(y if j is None else xs[j] for y, j in zip(ys, passed, strict=True)),
     ]
+
+
+def _counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many inputs of a scan are constants, and how many are carried; since JAX 0.12 they are trees."""
+    if "ft_in" in params:
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return params["num_consts"], params["num_carry"]
 
 
 def _sliced(value: Any) -> Any:

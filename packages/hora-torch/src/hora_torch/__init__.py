@@ -21,7 +21,7 @@ with explained():
     from hora_torch.model import HoraModel
     from hora_torch.planning import Plan, plan
     from hora_torch.registration import add_peft_type, register
-    from hora_torch.report import report
+    from hora_torch.reporting import report
     from hora_torch.verification import verify
 
 add_peft_type()

@@ -1,0 +1,25 @@
+"""Numbers in the README are those of committed result files."""
+
+import json
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1]
+
+
+def rows_of_each_row() -> list[str]:
+    results = json.loads((PACKAGE / "benchmarks/results/each-row-cpu.json").read_text())["results"]
+    by = {(r["rows"], r["seq"], r["variant"]): r for r in results}
+    lines = []
+    for rows, seq in dict.fromkeys((r["rows"], r["seq"]) for r in results):
+        base, one, each, merged = (by[rows, seq, variant] for variant in ("base", "one", "each", "merged"))
+        times = (f"{r['call_s'] / base['call_s']:.2f}" for r in (one, each, merged))
+        sizes = (f"{r['adapters_bytes'] / 2**20:.1f}" for r in (each, merged))
+        lines.append(f"| {rows} x {seq} | {' | '.join([*times, *sizes])} |")
+    return lines
+
+
+def test_the_readme_says_what_an_adapter_for_each_row_costs():
+    lines = rows_of_each_row()
+    assert len(lines) == 3
+    text = (PACKAGE / "README.md").read_text()
+    assert [line for line in lines if line not in text] == []
