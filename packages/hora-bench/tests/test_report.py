@@ -205,6 +205,17 @@ def test_alike_heads_say_what_the_generator_does_without_any_data():
     assert "do not ask for it" not in tanh  # of which no LoRA was trained
 
 
+def test_the_guide_says_of_a_joint_a_what_its_result_says():
+    path = RESULTS / "joint-sign-digits.json"
+    rows = {row["value"]: row["mean_pct"] for row in read_json(path)["result"]["rows"]}
+    (said,) = (one for one in verdicts([(path, read_json(path))]) if one.claim.startswith("ours"))
+    assert said.word == "not resolved"
+    assert "over a random A, fixed" in said.why
+    assert rows["random-fixed-a"] >= rows["joint"]
+    guide = " ".join((ROOT / "docs/guide/settings.md").read_text().split())
+    assert "on one task: not resolved, and a random A that is fixed did as well" in guide
+
+
 def test_every_claim_has_a_verdict_without_any_result():
     assert {verdict.word for verdict in verdicts([])} == {"not measured"}
     assert len(verdicts([])) == 11

@@ -5,6 +5,7 @@ import peft
 import peft.optimizers
 import pytest
 import torch
+import transformers
 from hora_spec import HoraError
 from hora_torch import HoraConfig
 
@@ -158,3 +159,13 @@ def test_knowing_hora_twice_is_harmless():
     names = peft.optimizers.loraplus.get_parameter_names
     hora_torch.lora_only.install()
     assert peft.optimizers.loraplus.get_parameter_names is names
+
+
+def test_gates_decay_by_the_trainer_s_groups_and_not_by_ours(families):
+    model = adapted(families["llama"], **METHODS["gated"])
+    gates = {name for name, _ in model.named_parameters() if ".gate." in name}
+    assert gates
+    assert gates <= set(transformers.Trainer.get_decay_parameter_names(None, model))
+    groups = hora_torch.param_groups(model, 1e-3, weight_decay=0.1)
+    ours = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert {ours[id(param)] for name, param in model.named_parameters() if name in gates} == {0.0}

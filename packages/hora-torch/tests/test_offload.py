@@ -62,6 +62,28 @@ def test_a_fixed_a_is_where_it_is_needed(families, offload):
     agree(evaluate(model, family.inputs()), expected)
 
 
+def start(model, family):
+    return hora_torch.joint_a(model, [family.inputs()], lambda model, batch: output(model(**batch)).square().mean())
+
+
+def test_i7_an_adapter_on_an_offloaded_base_starts_where_it_would_start_beside_it(families, offload):
+    family, fixed = families["llama"], {"sharing": "a", "a_source": "fixed", "init_weights": True}
+    expected = start(adapted(family, **fixed), family)
+    base = family.model()
+    offload(base)
+    found = start(peft.get_peft_model(base, config(**fixed)), family)
+    for name, own in expected.params.items():
+        for key, a in own.items():
+            torch.testing.assert_close(torch.tensor(found.params[name][key]), torch.tensor(a))
+
+
+def test_i7_an_adapter_that_is_offloaded_itself_is_refused(families):
+    model = adapted(families["llama"], sharing="a", a_source="fixed", init_weights=True)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(HoraError, match=r"before the model is offloaded \(spec I7\)"):
+        start(model, families["llama"])
+
+
 @pytest.mark.parametrize("name", ["llama", "vit"])
 def test_an_adapter_added_to_an_offloaded_model_starts_at_the_base(families, name, offload):
     family = families[name]

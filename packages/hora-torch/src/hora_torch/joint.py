@@ -118,6 +118,11 @@ def _check_untrained(
     model: nn.Module, hypernets: Iterable[HoraHypernet], layers: Sequence[HoraLayer], name: str
 ) -> None:
     for hypernet in hypernets:
+        if any(param.is_meta for param in hypernet.params().values()):
+            raise HoraError(
+                f"A starts where its values are, those of {hypernet.name!r} are not here: start it before the model is "
+                "offloaded (spec I7)"
+            )
         if any(bool(param.any()) for key, param in hypernet.params().items() if key.startswith(("b.", "b_out."))):
             raise HoraError(f"A starts before training, got a delta of {hypernet.name!r} that is not zero (spec I7)")
     if any(name not in layer.active_adapters or layer.disable_adapters or layer.merged for layer in layers):

@@ -78,8 +78,9 @@ class Trial:
         with ExitStack() as stack, torch.no_grad():
             for module in self.layers:
                 attached = module.hora_attached[self.name]
-                layer = self.hypernets[attached.leader or module].name
-                bases = {p: _tensor(probes[layer][p], module) for p in attached.sites}
+                hypernet = self.hypernets[attached.leader or module]
+                layer = hypernet.name
+                bases = {p: _tensor(probes[layer][p], module, hypernet) for p in attached.sites}
                 own = {p: sums.setdefault((layer, p), []) for p in bases}
                 stack.enter_context(_watched(module, bases, own, lambda: mask))
             for index, batch in enumerate(self.batches):
@@ -103,7 +104,7 @@ class Trial:
             for leader, hypernet in self.hypernets.items():
                 given = {}
                 for p, probe in probes[hypernet.name].items():
-                    leaves[hypernet.name, p], given[p] = factors(hypernet, p, _tensor(probe, leader))
+                    leaves[hypernet.name, p], given[p] = factors(hypernet, p, _tensor(probe, leader, hypernet))
                 probe = _Probe(hypernet.layer, leader.scaling[self.name], given)
                 stack.enter_context(_in_place_of(leader, self.name, probe))
             sums = self._summed(leaves)
@@ -216,9 +217,10 @@ def _tokens(x: Tensor, mask: Any) -> Tensor:
     return x.flatten(0, -2)
 
 
-def _tensor(array: np.ndarray, module: HoraLayer) -> Tensor:
-    """In float32, where the module computes."""
-    device = next(iter(module.get_base_layer().parameters())).device
+def _tensor(array: np.ndarray, module: HoraLayer, hypernet: HoraHypernet) -> Tensor:
+    """In float32, where the module computes; an offloaded weight does not tell, the adapter beside it does."""
+    held = (*module.get_base_layer().parameters(), *hypernet.params().values())
+    device = next(tensor.device for tensor in held if not tensor.is_meta)
     return torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(device)
 
 

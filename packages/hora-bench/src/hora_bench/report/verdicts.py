@@ -215,16 +215,23 @@ def _why_alike(result: Result, activation: str, free: float | None) -> str:
     return "".join(f"; {part}" for part in parts)
 
 
+def _paired(row: Row, other: Row) -> Difference:
+    return Difference.of(row["accuracies_pct"], other["accuracies_pct"])
+
+
 def _joint(result: Result) -> Said:
     """By paired differences of what starts from a joint A, each at a rate of its own."""
     for lora, rows in _tuned(result):
+        control = next((row for row in rows if name_of(row).startswith("random")), None)
         for row in (row for row in rows if name_of(row).startswith("joint")):
             edge = _edge(row, lora)
+            beside = "" if control is None else f"; over a random A, fixed, {_points(_paired(row, control))}"
             yield (
                 _unless(edge, _of_difference(row["over_lora"])),
                 (
                     f"{name_of(row)} on {100 * row['fraction']:g} % of {row['task']}, {row['params_count']:,} trained "
-                    f"parameters, LoRA {lora['params_count']:,}: {_points(row['over_lora'])}{edge}"
+                    f"parameters, LoRA {lora['params_count']:,}: {_points(row['over_lora'])}{beside}; lowest seeds "
+                    f"{min(row['accuracies_pct']):.1f} %, LoRA's {min(lora['accuracies_pct']):.1f} %{edge}"
                 ),
             )
 
