@@ -232,8 +232,6 @@ def newest_jax(session):
 def demo(session):
     """The main job: fine-tune a pretrained ViT with HoRA on torch and JAX, merge, export, and report."""
     tools = everything(session)
-    if not (ROOT / "packages/hora-bench/src/hora_bench/cli.py").exists():
-        session.error("hora-bench has no command line yet: the demo cannot run")
     run(session, tools, "hora-bench", "demo", *session.posargs)
 
 
@@ -273,8 +271,8 @@ def integrations(session):
 
 @nox.session(python=False)
 def serving(session):
-    """Servers on tiny models: llama.cpp, vLLM, ONNX Runtime, OpenVINO, MLX, node-llama-cpp; writes the table of
-    docs/guide/serving.md (``-- llama`` for one architecture).
+    """Servers on tiny models: llama.cpp, vLLM, ONNX Runtime, OpenVINO, MLX, node-llama-cpp, and the commands of
+    docs/guide/serving.md as written there; writes its table (``-- llama`` for one architecture).
     """
     tools = everything(session)
     vllm = environment(session, "serving-vllm", groups=("serving-vllm",), constrained=False)
@@ -291,6 +289,10 @@ def serving(session):
     shutil.rmtree(models, ignore_errors=True)
     run(session, tools, "python", "tests/serving/prepare.py", str(models), env=TEST_ENV)
     run(session, tools, "python", "tests/serving/run.py", str(models), *engines, "--", *session.posargs, env=TEST_ENV)
+    servers = [f"vLLM={vllm}", f"MLX={graphs}"]
+    if (program := shutil.which("llama-server")) is not None:  # else its earlier result stays
+        servers.append(f"llama.cpp={Path(program).parent}")
+    run(session, tools, "python", "tests/serving/commands.py", str(models / "guide"), *servers, env=TEST_ENV)
 
 
 @nox.session(python=False)
@@ -360,7 +362,7 @@ def build(session):
         fresh = from_nothing(session, offers, "hora-spec", *nox.project.dependency_groups(PYPROJECT, "test"))
         shutil.unpack_archive(next(dist.glob("hora_spec-*.tar.gz")), fresh.parent)
         with session.chdir(next(fresh.parent.glob("hora_spec-*"))):
-            run(session, fresh, "pytest", "--quiet", "tests", env=TEST_ENV)
+            run(session, fresh, "pytest", "--quiet", "--import-mode=importlib", "tests", env=TEST_ENV)
     shutil.rmtree(ROOT / ".nox/fresh")
 
 

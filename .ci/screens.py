@@ -78,16 +78,18 @@ def _faults(browser: Browser, origin: str) -> Iterator[str]:
             for address in top_pages():
                 heard.clear()
                 name = "home" if address == "." else address.replace("/", "-")
-                _look(page, f"{origin}/{address}/", SHOTS / f"{name}-{width}-{scheme}.png")
+                _look(page, f"{origin}/{address}/", width, SHOTS / f"{name}-{width}-{scheme}.png")
                 yield from (f"{name} at {width}, {scheme}: {text}" for text in [*heard, *page.evaluate(FAULTS)])
             context.close()
 
 
-def _look(page: Page, url: str, shot: Path) -> None:
+def _look(page: Page, url: str, width: int, shot: Path) -> None:
+    """One picture of a page in a window as high as the page, up to a bound."""
+    page.set_viewport_size({"width": width, "height": WIDTHS[width]})
     page.goto(url, wait_until="networkidle")
-    size = page.evaluate("() => [document.documentElement.clientWidth, document.documentElement.scrollHeight]")
-    clip = {"x": 0, "y": 0, "width": size[0], "height": min(size[1], TALLEST)}
-    page.screenshot(path=shot, full_page=True, clip=clip)
+    height = page.evaluate("() => document.documentElement.scrollHeight")
+    page.set_viewport_size({"width": width, "height": min(height, TALLEST)})
+    page.screenshot(path=shot, timeout=180_000)
 
 
 def _elsewhere(url: str, origin: str) -> list[str]:

@@ -104,7 +104,7 @@ def test_sources_import_only_declared_dependencies(package):
         project = tomllib.load(file)["project"]
     extras = project.get("optional-dependencies", {}).values()
     declared = [*project["dependencies"], *(line for extra in extras for line in extra)]
-    allowed = {re.split(r"[^\w.-]", requirement)[0].lower() for requirement in declared}
+    allowed = {re.split(r"[^\w.-]", requirement)[0].lower().replace("_", "-") for requirement in declared}
     for name, file in modules(package):
         needed = imports(file.read_text(), at_run_time=True) - set(sys.stdlib_module_names) - {package}
         needed = {DISTRIBUTIONS.get(module, module.replace("_", "-")) for module in needed}

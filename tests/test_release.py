@@ -87,6 +87,8 @@ def test_on_github_the_packages_must_say_where_they_come_from(main, checkout, mo
 def test_a_package_s_tests_run_without_the_repository(file):
     """They are in its source distribution; where they read a page, they are skipped with that reason."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
+    if any("allow_module_level=True" in ast.unparse(node) for node in tree.body if isinstance(node, ast.If)):
+        return
     above = {ast.unparse(node.targets[0]) for node in tree.body if isinstance(node, ast.Assign) and _above(node)}
     for node in tree.body:
         marked = "in_repository" in map(ast.unparse, getattr(node, "decorator_list", ()))

@@ -50,7 +50,7 @@ def _page(root: Path, script: Path, run: dict[str, Any] | None) -> str:
     code = text.split('"""', 2)[2].lstrip("\n")
     rest = "\n".join(doc.splitlines()[1:]).strip()
     lines = [f"# {title(script)}", "", rest, "", f'```python title="{place}"', code.rstrip(), "```", ""]
-    if run and run["sha256"] == digest(script):
+    if run and run["sha256"] == digest(script) and run["printed"].strip():
         lines += [
             f"Printed by `{run['command']}`, {run['seconds']:.0f} seconds on {run['machine']} ({run['versions']}):",
             "",

@@ -58,7 +58,8 @@ def by_mlx(directory):
     from mlx_lm.utils import load_model
 
     mx.set_default_device(mx.cpu)
-    model, _ = load_model(directory)
+    rotary = json.loads((directory / "config.json").read_text()).get("rope_parameters", {})
+    model, _ = load_model(directory, model_config={"rope_theta": rotary["rope_theta"]})  # 0.32 reads it there alone
     return lambda ids: np.array(model(mx.array(ids)))
 
 

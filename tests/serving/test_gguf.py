@@ -18,7 +18,7 @@ from hora_spec import (
 from hora_spec import param_shapes as shapes_of
 
 from .adapted import adapted, saved
-from .tiny import ARCHITECTURES, language_model, write_gguf
+from .tiny import ARCHITECTURES, language_model, rewritten, write_gguf
 
 BLOCK = "model.layers.{}.self_attn"
 
@@ -40,33 +40,6 @@ def adapter_of(*, heads=4, kv_heads=2, embed=64, block=BLOCK, layers=2, modules=
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return write_gguf(tmp_path_factory.mktemp("base") / "base.gguf", language_model())
-
-
-def rewritten(source, target, *, fields=None, dropped=(), quantised=None):
-    """A GGUF file with other fields, without some tensors, or quantised."""
-    reader = gguf.GGUFReader(source)
-    arch = (fields or {}).get("general.architecture", "llama")
-    writer = gguf.GGUFWriter(target, arch)
-    for name, field in reader.fields.items():
-        if not name.startswith(("GGUF.", "general.architecture")) and (fields or {}).get(name, True) is not None:
-            kind = field.types[0]
-            value = (fields or {}).get(name, field.contents())
-            writer.add_key_value(name, value, kind, field.types[-1] if len(field.types) > 1 else None)
-    for name, (value, kind) in ((k, v) for k, v in (fields or {}).items() if isinstance(v, tuple)):
-        writer.add_key_value(name, value, kind)
-    for tensor in reader.tensors:
-        if tensor.name in dropped:
-            continue
-        if quantised is not None and tensor.data.ndim == 2:
-            data = gguf.quants.quantize(np.array(tensor.data), quantised)
-            writer.add_tensor(tensor.name, data, raw_dtype=quantised)
-        else:
-            writer.add_tensor(tensor.name, np.array(tensor.data))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return target
 
 
 UINT = gguf.GGUFValueType.UINT32

@@ -4,11 +4,12 @@ from functools import partial
 
 import pytest
 import transformers
+from gguf import GGMLQuantizationType
 from hora_spec import HoraError, export_gguf, gguf_adapter, save_merged
 
 from .adapted import adapted, distance, log_probs, saved
 from .llama_cpp import LlamaCpp
-from .tiny import ARCHITECTURES, language_model, write_gguf
+from .tiny import ARCHITECTURES, language_model, rewritten, write_gguf
 
 BOUND = 1e-3
 """By how much an adapted model may be further from transformers than its base is."""
@@ -54,6 +55,21 @@ def test_f9_an_adapter_as_gguf_is_computed_alike(arch, sharing, bases, tmp_path)
     served = partial(LlamaCpp(file, [tmp_path / "hora.gguf"]).log_probs, scales={0: 1.0})
     assert distance(plain, partial(log_probs, model)) > FELT
     assert distance(served, partial(log_probs, model)) < floor + BOUND
+
+
+@pytest.mark.parametrize("kind", [GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0])
+def test_f9_an_adapter_on_a_base_of_fewer_bits_is_as_near_as_that_is(kind, bases, tmp_path, monkeypatch):
+    file, base, _ = bases("llama")
+    file = rewritten(file, tmp_path / "base.gguf", quantised=kind)
+    floor = distance(LlamaCpp(file).log_probs, partial(log_probs, language_model()))
+    model = adapted(language_model(), "llama", "full")
+    adapter = saved(model, tmp_path / "hora")
+    export_gguf(adapter, tmp_path / "hora.gguf", base=file, weights=base)
+    monkeypatch.setattr(gguf_adapter, "_ROTARY", {})
+    export_gguf(adapter, tmp_path / "wrong.gguf", base=file)
+    server = LlamaCpp(file, [tmp_path / "hora.gguf", tmp_path / "wrong.gguf"])
+    assert distance(partial(server.log_probs, scales={0: 1.0}), partial(log_probs, model)) < 3 * floor
+    assert distance(partial(server.log_probs, scales={1: 1.0}), partial(log_probs, model)) > 20 * floor
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)

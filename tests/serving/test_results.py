@@ -4,7 +4,8 @@ import json
 
 from hora_spec.gguf_adapter import ARCHITECTURES
 
-from .table import BEGIN, BOUND, ENGINES, FORMS, MANY, MANY_BEGIN, PAGE, RESULTS, filled
+from .guide import blocks
+from .table import BEGIN, BOUND, ENGINES, FORMS, MANY, MANY_BEGIN, METHODS, PAGE, RESULTS, SERVERS, filled
 
 RESULT = json.loads(RESULTS.read_text())
 CASES = {"base", "full", "a", "b", "none"}
@@ -28,7 +29,22 @@ def test_every_engine_computed_every_case_alike():
             assert max(row.values()) < BOUND
 
 
-def test_many_adapters_were_measured_on_both_methods():
+def test_the_commands_of_servers_were_run_as_the_guide_has_them_now():
+    """If not, run ``nox -s serving``."""
+    shown = {(block.heading, block.kind): block.lines for block in blocks()}
+    assert RESULT["commands"].keys() == SERVERS.keys()
+    for heading, kinds in SERVERS.items():
+        assert RESULT["commands"][heading].keys() == set(kinds)
+        for kind, entry in RESULT["commands"][heading].items():
+            assert entry["lines"] == shown[heading, kind]
+            assert entry["right"]
+            assert entry["version"]
+
+
+def test_many_adapters_were_measured_on_both_methods_and_the_control_is_lora():
     rows = json.loads(MANY.read_text())["rows"]
-    assert {row["adapters"] for row in rows} == {1, 8, 64}
-    assert {row["method"] for row in rows} == {"LoRA", "HoRA", "HoRA, cached", "HoRA, frozen"}
+    assert [(row["layers_count"], row["adapters_count"]) for row in rows] == [(30, 1), (30, 8), (30, 64)]
+    for row in rows:
+        for kind in ("one", "mixed"):
+            assert row[kind].keys() == METHODS.keys()
+        assert row["adapter_bytes"]["frozen"] == row["adapter_bytes"]["lora"] < row["adapter_bytes"]["hora"]

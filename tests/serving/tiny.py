@@ -78,6 +78,33 @@ def write_gguf(path: Path, model: Any) -> Path:
     return path
 
 
+def rewritten(source: Path, target: Path, *, fields: Any = None, dropped: Any = (), quantised: Any = None) -> Path:
+    """A GGUF file with other fields, without some tensors, or quantised."""
+    reader = gguf.GGUFReader(source)
+    arch = (fields or {}).get("general.architecture", "llama")
+    writer = gguf.GGUFWriter(target, arch)
+    for name, field in reader.fields.items():
+        if not name.startswith(("GGUF.", "general.architecture")) and (fields or {}).get(name, True) is not None:
+            kind = field.types[0]
+            value = (fields or {}).get(name, field.contents())
+            writer.add_key_value(name, value, kind, field.types[-1] if len(field.types) > 1 else None)
+    for name, (value, kind) in ((k, v) for k, v in (fields or {}).items() if isinstance(v, tuple)):
+        writer.add_key_value(name, value, kind)
+    for tensor in reader.tensors:
+        if tensor.name in dropped:
+            continue
+        if quantised is not None and tensor.data.ndim == 2:
+            data = gguf.quants.quantize(np.array(tensor.data), quantised)
+            writer.add_tensor(tensor.name, data, raw_dtype=quantised)
+        else:
+            writer.add_tensor(tensor.name, np.array(tensor.data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
 def writer_arch(arch: str) -> Any:
     """The member of gguf's enumeration that an architecture is."""
     return {name: member for member, name in gguf.MODEL_ARCH_NAMES.items()}[arch]

@@ -1,5 +1,10 @@
 """Tiny random models and made data: no test needs a network, an asset or pretrained weights."""
 
+# ruff: noqa: E402
+from hora_bench.torchvision_ops import declare_missing_ops
+
+declare_missing_ops()  # before timm
+
 import json
 
 import jax

@@ -205,6 +205,7 @@ def test_alike_heads_say_what_the_generator_does_without_any_data():
     assert "do not ask for it" not in tanh  # of which no LoRA was trained
 
 
+@in_repository
 def test_the_guide_says_of_a_joint_a_what_its_result_says():
     path = RESULTS / "joint-sign-digits.json"
     rows = {row["value"]: row["mean_pct"] for row in read_json(path)["result"]["rows"]}

@@ -18,6 +18,9 @@ from flax import nnx
 from hora_jax import functional
 from hora_spec import AdapterSpec, Factors, LayerShape, init_params
 from hora_spec.testing import Backend, LinearGrads
+from hora_spec.testing.profiles import use_fast
+
+use_fast()
 
 
 @pytest.fixture

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).parents[3] / "docs/guide/jax-libraries.md"
+ROOT = Path(__file__).parents[3]
+if not (ROOT / "noxfile.py").exists():
+    pytest.skip("the page is in the repository", allow_module_level=True)
+
+PAGE = ROOT / "docs/guide/jax-libraries.md"
 FENCE = re.compile(r'^```python title="([^"]*)"\n(.*?)^```', re.MULTILINE | re.DOTALL)
 IMPORT = re.compile(r"^ *(?:import|from) (\w+)", re.MULTILINE)
-
-
 RECIPES = dict(FENCE.findall(PAGE.read_text()))
 VERIFIED = [title for title, code in RECIPES.items() if "verified = " in code]
 

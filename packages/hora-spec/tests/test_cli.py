@@ -152,3 +152,10 @@ def test_the_module_runs(saved):
     assert (run.returncode, run.stderr) == (0, "")
     assert "blocks.1.attn" in run.stdout
     assert subprocess.run([sys.executable, "-m", "hora_spec"], capture_output=True).returncode == 2
+
+
+def test_f1_adapters_in_folders_are_named(saved, tmp_path, capsys):
+    (tmp_path / "all").mkdir()
+    saved.rename(tmp_path / "all/other")
+    assert main(["inspect", str(tmp_path / "all")]) == 2
+    assert "there are adapters in its folders other, name one of them" in capsys.readouterr().err

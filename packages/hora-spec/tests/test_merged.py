@@ -222,6 +222,21 @@ def test_m4_what_cannot_be_merged_is_refused_and_nothing_is_written(what, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
+def test_m4_models_in_folders_are_named(tmp_path):
+    (tmp_path / "snapshots").mkdir()
+    save_base(tmp_path / "snapshots/abc", base_tensors(adapter_of()))
+    with pytest.raises(HoraError, match=r"there are models in its folders snapshots.abc, name one of them"):
+        save_merged(adapter_of(), tmp_path, tmp_path / "out")
+
+
+def test_m4_a_base_with_an_adapter_in_its_directory_is_refused(tmp_path):
+    base = save_base(tmp_path / "base", base_tensors(adapter_of()))
+    (base / "adapter_config.json").write_text("{}")
+    with pytest.raises(HoraError, match=r"without an adapter in its directory, got adapter_config\.json"):
+        save_merged(adapter_of(), base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_m4_a_tensor_of_another_shape_is_refused(tmp_path):
     adapter = adapter_of()
     base = base_tensors(adapter)

@@ -16,10 +16,22 @@ from hora_spec import (
 from hora_spec.servers import SERVERS, vllm_rank
 
 HEADS, GROUPED = ProjectionShape(4, 2, 8), ProjectionShape(2, 2, 8)
-Q, V = Site("a.q_proj", "weight", (8, 8), Layout(), HEADS), Site("a.v_proj", "weight", (4, 8), Layout(), GROUPED)
+AT = "model.layers.0.self_attn"
+
+
+def q_of(module=f"{AT}.q_proj"):
+    return Site(module, "weight", (8, 8), Layout(), HEADS)
+
+
+def v_of(module=f"{AT}.v_proj"):
+    return Site(module, "weight", (4, 8), Layout(), GROUPED)
+
+
+Q, V = q_of(), v_of()
+SCORED = {"modules_to_save": ["classifier", "score"]}  # as PEFT writes it for classification
 SCORE = {"score.weight": np.ones((2, 8), np.float32)}
 HEAD = {"lm_head.weight": np.ones((2, 8), np.float32)}
-BIAS = {"a.q_proj.base_layer.bias": np.ones(8, np.float32)}
+BIAS = {f"{AT}.q_proj.base_layer.bias": np.ones(8, np.float32)}
 
 
 def adapter_of(*, sites=None, modules=None, config=None, rank=2, sharing="none"):
@@ -29,14 +41,15 @@ def adapter_of(*, sites=None, modules=None, config=None, rank=2, sharing="none")
     return Adapter({"a": AdapterLayer(spec, layer.sites, params)}, config or {}, modules or {})
 
 
-CONV1D = {"q": Site("a.q_proj", "weight", (8, 8), Layout("d (h k)"), HEADS), "v": V}
-CONVOLUTION = {"q": Site("a.conv", "weight", (8, 8, 1, 1), Layout("(h k) d 1 1"), HEADS)}
-IN_PROJ = {"q": Site("a", "in_proj_weight", (8, 8), Layout(), HEADS)}
+CONV1D = {"q": Site(f"{AT}.q_proj", "weight", (8, 8), Layout("d (h k)"), HEADS), "v": V}
+CONVOLUTION = {"q": Site(f"{AT}.conv", "weight", (8, 8, 1, 1), Layout("(h k) d 1 1"), HEADS)}
+IN_PROJ = {"q": Site(AT, "in_proj_weight", (8, 8), Layout(), HEADS)}
+WHOLE = dict.fromkeys(["sglang", "llama.cpp"], "trained whole")
 REFUSED = {
     "a rank": ({"rank": 129}, {"vllm": "ranks end at 512, got 516"}),
     "weights stored (in, out)": ({"sites": CONV1D}, {"vllm": "stored \\(in, out\\)"}),
-    "a convolution": ({"sites": CONVOLUTION}, dict.fromkeys(SERVERS, "got a convolution of a.conv")),
-    "a parameter of another name": ({"sites": IN_PROJ}, dict.fromkeys(SERVERS, "got in_proj_weight of a")),
+    "a convolution": ({"sites": CONVOLUTION}, dict.fromkeys(SERVERS, "got a convolution of .*conv")),
+    "a parameter of another name": ({"sites": IN_PROJ}, dict.fromkeys(SERVERS, "got in_proj_weight of .*self_attn")),
     "a head": (
         {"modules": HEAD},
         {"vllm": "got \\['lm_head'\\]", **dict.fromkeys(["sglang", "llama.cpp"], "lm_head")},
@@ -45,7 +58,23 @@ REFUSED = {
         {"modules": SCORE | {"b.classifier.weight": SCORE["score.weight"]}},
         {"vllm": "one of \\['classifier', 'score'\\]", **dict.fromkeys(["sglang", "llama.cpp"], "trained whole")},
     ),
-    "a head for classes": ({"modules": SCORE}, dict.fromkeys(["sglang", "llama.cpp"], "score.weight")),
+    "a head that no key names": (
+        {"modules": SCORE},
+        WHOLE | {"vllm": "of the config names, got \\[\\]"},
+    ),
+    "a head that has no tensor": ({"config": {"modules_to_save": ["lm_head"]}}, {"vllm": "got \\['lm_head'\\]"}),
+    "weights beside the layers": (
+        {"sites": {"q": q_of("h.0.q_proj"), "v": v_of("h.0.v_proj")}},
+        {"sglang": "passes over weights outside of layers.N without saying so, got h.0.q_proj"},
+    ),
+    "layers of two stacks": (
+        {"sites": {"q": Q, "v": V, "w": q_of("vision.layers.0.q_proj"), "x": v_of("vision.layers.0.v_proj")}},
+        {"sglang": "got those of \\['model.', 'vision.'\\]"},
+    ),
+    "a head for classes": (
+        {"modules": SCORE, "config": SCORED},
+        dict.fromkeys(["sglang", "llama.cpp"], "score.weight"),
+    ),
     "biases": ({"modules": BIAS, "config": {"bias": "all"}}, dict.fromkeys(SERVERS, "bias")),
     "q alone": ({"sites": {"q": Q}}, {"sglang": "needs q_proj and v_proj, got \\['q_proj'\\]"}),
     "v alone": ({"sites": {"v": V}}, {"sglang": "got \\['v_proj'\\]"}),

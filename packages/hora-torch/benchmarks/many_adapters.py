@@ -1,20 +1,18 @@
 """Many adapters on one base, HoRA beside PEFT's LoRA: time of a token and memory of an adapter.
 
-    python many_adapters.py [--counts 1 8 64] [--layers 30] [--repeats 15] [--rank 8] [--out many_adapters.json]
+    python many_adapters.py [--counts 1 8 64] [--layers 30] [--repeats 15] [--rank 8] [--json FILE]
 
 The model has the shape of SmolLM2-135M, or fewer layers of it. "one" is a batch of one adapter, switched before each
 token; "mixed" is a batch of eight samples that name their adapters, as many different ones as there are up to eight.
-Times are medians of processor milliseconds on one thread, sides in turns. HoRA is measured as trained, in
-`cached_factors`, and frozen.
+Times are of one thread, sides in turns, ratios to LoRA with an interval. HoRA is measured as trained, in
+`cached_factors`, and frozen; the control is a second LoRA: as far as its ratio is off 1, the machine is.
 """
 
 import argparse
 import itertools
 import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from hora_torch import HoraConfig, cached_factors, freeze
 from torch import nn
 
 BATCH = 8
-SIDES = ("LoRA", "HoRA", "HoRA, cached", "HoRA, frozen")
+SIDES = ("lora", "control", "hora", "cached", "frozen")
 
 
 def model_of(side: str, count: int, rank: int, layers: int) -> nn.Module:
@@ -38,14 +36,14 @@ def model_of(side: str, count: int, rank: int, layers: int) -> nn.Module:
     kinds = {"r": rank, "target_modules": list(targets)}
     configs = (
         peft.LoraConfig(lora_alpha=rank, init_lora_weights=False, **kinds)
-        if side == "LoRA"
+        if side in ("lora", "control")
         else HoraConfig(init_weights=False, seed=number, **kinds)
         for number in range(count)
     )
     model = peft.get_peft_model(base, next(configs), adapter_name="adapter0")
     for number, config in enumerate(configs, 1):
         model.add_adapter(f"adapter{number}", config)
-    if side == "HoRA, frozen":
+    if side == "frozen":
         for number in range(count):
             freeze(model, f"adapter{number}")
     return model.eval()
@@ -82,24 +80,17 @@ def tokens(model: nn.Module, count: int) -> dict[str, Callable[[], None]]:
 
 
 def rows(counts: list[int], repeats: int, rank: int, layers: int) -> Iterator[dict[str, Any]]:
-    """One measurement for each number of adapters and each method."""
+    """One measurement for each number of adapters: both kinds of batch, and the bytes of an adapter."""
     for count in counts:
         models = {side: model_of(side, count, rank, layers) for side in SIDES}
+        row: dict[str, Any] = {"layers_count": layers, "adapters_count": count, "repeats_count": repeats}
         with ExitStack() as scopes:
-            scopes.enter_context(cached_factors(models["HoRA, cached"]))
+            scopes.enter_context(cached_factors(models["cached"]))
             steps = {side: tokens(model, count) for side, model in models.items()}
-            times = {
-                kind: compare.medians({side: steps[side][kind] for side in SIDES}, repeats) for kind in ("one", "mixed")
-            }
-        for side, model in models.items():
-            yield {
-                "layers": layers,
-                "adapters": count,
-                "method": side,
-                "one_time_ms": round(1e3 * times["one"][side], 1),
-                "mixed_time_ms": round(1e3 * times["mixed"][side], 1),
-                "adapter_bytes": adapter_bytes(model, "adapter0"),
-            }
+            for kind in ("one", "mixed"):
+                compare.medians({side: steps[side][kind] for side in SIDES}, repeats)
+                row[kind] = compare.against_lora(compare.rounds)
+        yield row | {"adapter_bytes": {side: adapter_bytes(model, "adapter0") for side, model in models.items()}}
 
 
 def main() -> None:
@@ -109,22 +100,24 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--out", type=Path, help="JSON file in which these rows take the place of earlier ones")
+    parser.add_argument("--json", type=Path)
     options, _ = parser.parse_known_args()  # `nox -s bench` hands its options to all scripts
     torch.set_num_threads(1)
-    compare.clock = time.process_time
-    found = []
     for row in rows(options.counts, options.repeats, options.rank, options.layers):
-        found.append(row)
-        print(json.dumps(row), flush=True)
-    if options.out is not None:
-        kept = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
-        measured = {(row["layers"], row["adapters"]) for row in found}
-        found += [row for row in kept if (row["layers"], row["adapters"]) not in measured]
-        versions = {name: version(name) for name in ("torch", "peft", "transformers")}
-        ordered = sorted(found, key=lambda row: (-row["layers"], row["adapters"]))
-        results = {"rank": options.rank, "repeats": options.repeats, "versions": versions, "rows": ordered}
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+        if options.json:
+            store(row, options.json, options.rank)
+        shown = {side: [row[kind][side]["cpu"] for kind in ("one", "mixed")] for side in SIDES}
+        for side, (one, mixed) in shown.items():
+            times = "  ".join(f"{1e3 * of['median_s']:7.1f} ms, {of['ratio']:.2f} of LoRA" for of in (one, mixed))
+            print(f"{row['adapters_count']:3d} adapters  {side:8}{times}  {row['adapter_bytes'][side]} B", flush=True)
+
+
+def store(row: dict[str, Any], path: Path, rank: int) -> None:
+    """Put a row in the place of an earlier one of as many adapters on as many layers."""
+    earlier = json.loads(path.read_text())["rows"] if path.exists() else []
+    kept = {(one["layers_count"], one["adapters_count"]): one for one in (*earlier, row)}
+    results = compare.machine() | {"rank": rank, "rows": [kept[key] for key in sorted(kept)]}
+    path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from hora_spec.testing.profiles import use_fast
 from torch import Tensor, nn
+
+from . import launched  # noqa: F401, where torchvision is of another kind than torch
+
+use_fast()
 
 TEXT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION = {

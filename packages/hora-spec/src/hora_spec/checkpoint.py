@@ -80,8 +80,17 @@ def open_checkpoint(directory: Path) -> Checkpoint:
             return Checkpoint(directory, config, _sharded(index), index)
     raise HoraError(
         f"a checkpoint has {_STEMS[0]}.safetensors, or shards and {_STEMS[0]}.safetensors.index.json, got neither in "
-        f"{str(directory)!r}: save the model with save_pretrained, as safetensors (spec M4)"
+        f"{str(directory)!r}: {_advice(directory)} (spec M4)"
     )
+
+
+def _advice(directory: Path) -> str:
+    """What to do where there is no model: pipelines, and caches of a hub, hold models in folders."""
+    patterns = [f"{depth}/{stem}*.safetensors" for depth in ("*", "*/*") for stem in _STEMS]
+    found = {path.parent.relative_to(directory) for pattern in patterns for path in directory.glob(pattern)}
+    if places := sorted(map(str, found)):
+        return f"there are models in its folders {', '.join(places[:3])}, name one of them"
+    return "save the model with save_pretrained, as safetensors"
 
 
 def read_tensor(entry: Entry) -> bytearray:

@@ -64,7 +64,7 @@ def read_pair(directory: Path) -> tuple[dict[str, Any], list[Stored]]:
             raise _no_directory(directory) from error
         raise HoraError(
             f"an adapter directory holds {CONFIG} and {TENSORS}, {str(directory)!r} lacks "
-            f"{Path(error.filename).name}: save the adapter again, as safetensors (spec F1)"
+            f"{Path(error.filename).name}: {_advice(directory)} (spec F1)"
         ) from error
     except NotADirectoryError as error:
         raise _no_directory(directory) from error
@@ -249,6 +249,14 @@ def _config(text: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise HoraError(f"{path} must be a JSON object, got a {type(config).__name__} (spec F5)")
     return config
+
+
+def _advice(directory: Path) -> str:
+    """What to do where there is no adapter: PEFT saves one that has a name in a folder of that name."""
+    places = sorted(str(path.parent.relative_to(directory)) for path in directory.glob(f"*/{CONFIG}"))
+    if places:
+        return f"there are adapters in its folders {', '.join(places[:3])}, name one of them"
+    return "save the adapter again, as safetensors"
 
 
 def _no_directory(path: Path) -> HoraError:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ def export_gguf(
     ------
     HoraError
         If the base is of an architecture that was not tested, or has other tensors, shapes, heads or weights; if
-        llama.cpp takes no such adapter; or if `dtype` cannot hold a factor. Nothing has been written then.
+        llama.cpp takes no such adapter; if `dtype` cannot hold a factor; or if the disk is full. Nothing has been
+        written then.
 
     Notes
     -----
@@ -89,6 +91,7 @@ def export_gguf(
         _check_weights(gguf, file, Path(weights), modules, names, heads)
     with new_file(Path(path)) as target:
         _write(gguf, target, file.arch, next(iter(modules.values())).alpha, tensors)
+        _check_written(gguf, target, tensors)
     return list(names.values())
 
 
@@ -262,13 +265,29 @@ def _cosine(one: NDArray[Any], other: NDArray[Any]) -> float:
 
 
 def _write(gguf: Any, target: Path, arch: str, alpha: float, tensors: Mapping[str, NDArray[Any]]) -> None:
-    writer = gguf.GGUFWriter(target, arch)
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    for name, value in tensors.items():
-        writer.add_tensor(name, np.ascontiguousarray(value))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with closing(gguf.GGUFWriter(target, arch)) as writer:
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        for name, value in tensors.items():
+            writer.add_tensor(name, np.ascontiguousarray(value))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+
+
+def _check_written(gguf: Any, target: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
+    """Raise unless a file holds what was written: gguf 0.19 writes by `tofile`, which is silent on a full disk."""
+    try:
+        _, _, stored = _open(gguf, target)
+    except HoraError as error:
+        raise _incomplete(target) from error
+    if any(np.asarray(stored[name].data).tobytes() != value.tobytes() for name, value in tensors.items()):
+        raise _incomplete(target)
+
+
+def _incomplete(target: Path) -> HoraError:
+    return HoraError(
+        f"a file holds all that was written, {target.name!r} does not: the disk is full, or a quota reached; free "
+        "space and export again (spec F3)"
+    )

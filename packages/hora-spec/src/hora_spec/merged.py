@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from hora_spec import reference
 from hora_spec.adapter import Adapter, AdapterLayer, Site, check_adapter
 from hora_spec.checkpoint import Checkpoint, Entry, open_checkpoint, read_tensor, rewrite
+from hora_spec.directory import CONFIG
 from hora_spec.errors import HoraError
 from hora_spec.staging import new_directory
 
@@ -62,8 +63,8 @@ def save_merged(
     Raises
     ------
     HoraError
-        If the base is quantised, lacks a tensor or has another shape, ties a changed tensor to another one, or a sum is
-        not finite in its dtype. Nothing has been written then.
+        If the base is quantised, has an adapter in its directory, lacks a tensor or has another shape, ties a changed
+        tensor to another one, or a sum is not finite in its dtype. Nothing has been written then.
 
     Notes
     -----
@@ -74,6 +75,7 @@ def save_merged(
     check_adapter(adapter)
     checkpoint = open_checkpoint(Path(base))
     _check_full_precision(checkpoint)
+    _check_bare(checkpoint)
     changes = _changes(adapter, checkpoint, check)
     with new_directory(Path(out)) as directory:
         rewrite(checkpoint, directory, changes, progress)
@@ -133,6 +135,15 @@ def _check_full_precision(checkpoint: Checkpoint) -> None:
         raise HoraError(
             f"an adapter is merged into weights of 16 bits or more, got a {name} checkpoint: merge into the one it was "
             "made from and quantise the result, or serve the adapter as LoRA (spec M1)"
+        )
+
+
+def _check_bare(checkpoint: Checkpoint) -> None:
+    """Raise where `transformers` would load an adapter on top of the weights, from the base and from its copy."""
+    if (checkpoint.directory / CONFIG).exists():
+        raise HoraError(
+            f"a base is a model without an adapter in its directory, got {CONFIG} in {str(checkpoint.directory)!r}: "
+            "move the adapter elsewhere (spec M4)"
         )
 
 

@@ -1,5 +1,6 @@
 """What a server rejects or misreads in a LoRA adapter, said before one is written (spec F6)."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -55,12 +56,24 @@ def _vllm(modules: Modules, whole: Whole, config: Config) -> Iterator[str]:
     if config.get("bias", "none") != "none":
         yield f"it loads no biases, got bias={config['bias']!r}: merge"
     heads = {name.rpartition(".")[0].rpartition(".")[2] for name in whole}
-    if heads - _VLLM_HEADS or len(heads) > 1:
-        yield f"of modules trained whole it loads one of {sorted(_VLLM_HEADS)}, got {sorted(heads)}: merge"
+    named = {*(config.get("modules_to_save") or ())}
+    if (heads | named) - _VLLM_HEADS or len(heads) > 1:
+        yield f"of modules trained whole it loads one of {sorted(_VLLM_HEADS)}, got {sorted(heads | named)}: merge"
+    elif heads - named:
+        yield f"it loads heads that modules_to_save of the config names, got {sorted(named)}: name {sorted(heads)}"
+
+
+_SGLANG_LAYER = re.compile(r"(?P<stack>(.*\.)?)layers\.\d+\.")  # sglang.srt.layers.utils.common.get_layer_id
 
 
 def _sglang(modules: Modules, whole: Whole, config: Config) -> Iterator[str]:
     yield from _llama_cpp(modules, whole, config)
+    places = {path: _SGLANG_LAYER.match(path) for path in modules}
+    if outside := [path for path, place in places.items() if place is None]:
+        yield f"it passes over weights outside of layers.N without saying so, got {outside[0]}: merge"
+    stacks = {place["stack"] for place in places.values() if place is not None}
+    if len(stacks) > 1:
+        yield f"it tells layers apart by their number alone, got those of {sorted(stacks)}: merge"
     blocks: dict[str, set[str]] = {}
     for path in modules:
         block, _, name = path.rpartition(".")
@@ -92,4 +105,12 @@ SERVERS: Mapping[str, Callable[[Modules, Whole, Config], Iterator[str]]] = {
     "sglang": _sglang,
     "llama.cpp": _llama_cpp,
 }
-"""Servers whose limits are known: vLLM 0.32, SGLang 0.5.23 and llama.cpp of October 2026."""
+"""Servers whose limits are known, each read in its source.
+
+vLLM 0.32.0
+    ``config/lora.py`` (ranks), ``lora/peft_helper.py`` (biases, heads), ``lora/lora_model.py`` (one head, by name).
+SGLang 0.5.23
+    ``srt/lora/lora.py`` (layers by number, stacked q, k and v, one scaling), ``srt/layers/utils/common.py``.
+llama.cpp b11434
+    ``convert_lora_to_gguf.py`` (LoRA factors alone, one alpha), ``src/llama-adapter.cpp`` (alpha over each rank).
+"""

@@ -8,8 +8,9 @@ from hora_spec import HoraError
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hora_torch.layer import BASE, HoraLayer
+from hora_torch.layer import HoraLayer
 from hora_torch.linear import Branch, add_branches, has_hooks, low_rank_linear
+from hora_torch.mixed import add_by_sample
 from hora_torch.sharding import check_rows_alone, is_sharded, of_this_process
 
 
@@ -86,14 +87,11 @@ class HoraLinear(nn.Module, HoraLayer):
 
     def _mixed(self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         self._check_mixed(len(x), adapter_names)
-        result = self.base_layer(x, *args, **kwargs)
-        for name in dict.fromkeys(adapter_names):
-            if name == BASE or name not in self.hora_attached:
-                continue
-            index = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-            part = self._add(result[index], x[index], list(self._branches_of_call(name).values()))
-            result = result.index_copy(0, index, part)
-        return result
+
+        def add(name: str, result: Tensor, x: Tensor) -> Tensor:
+            return self._add(result, x, list(self._branches_of_call(name).values()))
+
+        return add_by_sample(self.base_layer(x, *args, **kwargs), x, adapter_names, self.hora_attached, add)
 
     def __repr__(self) -> str:
         return "hora." + super().__repr__()

@@ -8,8 +8,9 @@ import torch
 from hora_spec import HoraError
 from torch import Tensor, nn
 
-from hora_torch.layer import BASE, HoraLayer
+from hora_torch.layer import HoraLayer
 from hora_torch.linear import Branch, add_branches, has_hooks, low_rank_linear
+from hora_torch.mixed import add_by_sample
 
 _PARTS = ("q", "k", "v")
 
@@ -149,13 +150,13 @@ class HoraMultiheadAttention(nn.Module, HoraLayer):
         self._check_mixed(len(inputs[0]), adapter_names)
         result = []
         for part, x in zip(_PARTS, inputs, strict=True):
+
+            def add(name: str, y: Tensor, x: Tensor, part: str = part) -> Tensor:
+                return add_branches(y, x, [_alone(self._branches_of_call(name)[part])])
+
+            present = [name for name in names if part in self.hora_attached[name].sites]
             y = nn.functional.linear(x, *self._weight(part))
-            for name in names:
-                branch = self._branches_of_call(name).get(part) if name != BASE else None
-                if branch is not None:
-                    index = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-                    y = y.index_copy(0, index, add_branches(y[index], x[index], [_alone(branch)]))
-            result.append(y)
+            result.append(add_by_sample(y, x, adapter_names, present, add))
         return result
 
     def _weight(self, part: str) -> tuple[Tensor, Tensor | None]:

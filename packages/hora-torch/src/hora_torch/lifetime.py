@@ -41,6 +41,11 @@ class _Scope:
         """Those that will be needed, without a walk over the model."""
         return dict.fromkeys(() if self.reach is None else self.reach())
 
+    @cached_property
+    def ahead(self) -> list[HoraHypernet]:
+        """Those of them that nobody has looked at yet."""
+        return [*self.reached]
+
     def __enter__(self) -> Self:
         self._token = _SCOPE.set(self)
         return self
@@ -73,8 +78,10 @@ def kept(hypernet: HoraHypernet) -> dict[Any, Any] | None:
     store = _store(scope.kept, hypernet)
     if store is None or hypernet in store:
         return store
-    for other in (hypernet, *scope.reached):
-        if (own := _store(scope.kept, other)) == {} and (other is hypernet or other.at_hand):
+    store[hypernet] = hypernet(gained=False)
+    while hypernet in scope.reached and scope.ahead:  # once a call: adapters times layers are many
+        other = scope.ahead.pop()
+        if (own := _store(scope.kept, other)) == {} and other.at_hand:
             own[other] = other(gained=False)
     return store
 

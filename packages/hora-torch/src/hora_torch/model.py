@@ -1,7 +1,7 @@
 """``HoraModel``: HoRA as PEFT sees it."""
 
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -215,9 +215,9 @@ class HoraModel(BaseTuner):
                 if dtype is not None and dtype.is_floating_point:
                     module.hora_hyper[adapter_name].to(dtype)
 
-    def _needed(self) -> Iterator[HoraHypernet]:
-        """Hypernetworks of the active adapters, where they were planned."""
-        for name in self.active_adapters:
+    def _needed(self, names: Iterable[str] | None = None) -> Iterator[HoraHypernet]:
+        """Hypernetworks of the named, by default the active, adapters, where they were planned."""
+        for name in self.active_adapters if names is None else names:
             config = self.peft_config.get(name)
             for entry in (config and config.hora_layers) or ():
                 layer: nn.Module | None = self.model
@@ -253,7 +253,7 @@ class HoraModel(BaseTuner):
             if isinstance(module, (HoraLayer, AuxiliaryTrainingWrapper))
         ]
         try:
-            with during_call(self.model, self._needed):
+            with during_call(self.model, partial(self._needed, dict.fromkeys(names))):
                 yield
         finally:
             for handle in handles:
