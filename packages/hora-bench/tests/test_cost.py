@@ -2,8 +2,7 @@ from dataclasses import replace
 
 import pytest
 from hora_bench.experiments.cost.architectures import MODELS, Workload
-from hora_bench.experiments.cost.counted_by_torch import adapted, build, count_macs, trainable
-from hora_bench.experiments.cost.counted_by_xla import count_layer_macs
+from hora_bench.experiments.cost.counted import adapted, build, count_layer_macs, count_macs, trainable
 from hora_bench.experiments.cost.formulas import (
     Macs,
     Peer,

@@ -9,12 +9,11 @@ from zipfile import ZipFile
 import huggingface_hub
 import numpy as np
 import pytest
-from hora_bench.data.base import Score
+from hora_bench.data.base import Score, balanced, split_by_hash
 from hora_bench.data.catalog import find, load_task
 from hora_bench.data.digits import digits
 from hora_bench.data.folders import image_folder as read_folder
 from hora_bench.data.images import View, _rgb
-from hora_bench.data.splits import balanced, split_by_hash
 from hora_bench.models import load
 from hora_spec import HoraError
 from PIL import Image

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hora_bench.models import gguf_reference
+from hora_bench.offline import gguf_logits, needs
+from hora_spec import HoraError
 
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
 NAMES = {
@@ -62,7 +63,7 @@ def write_gguf(path, model, *, interleaved=True):
 def difference(path, model):
     with torch.no_grad():
         expected = model(torch.tensor([TOKENS])).logits[0].numpy()
-    return np.abs(gguf_reference.logits(path, TOKENS) - expected).max() / np.abs(expected).max()
+    return np.abs(gguf_logits(path, TOKENS) - expected).max() / np.abs(expected).max()
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -76,3 +77,9 @@ def test_a_wrong_rotary_layout_shows(tmp_path):
     model = tiny_llama(tied=True)
     write_gguf(tmp_path / "model.gguf", model, interleaved=False)
     assert difference(tmp_path / "model.gguf", model) > 1e-3
+
+
+def test_without_the_extra_the_package_to_install_is_named():
+    needs("gguf")
+    with pytest.raises(HoraError, match=r"got none installed: pip install hora-bench\[offline\]"):
+        needs("no_such_package")

@@ -130,8 +130,12 @@ def test_a_verdict_tells_its_power_and_an_edge_of_the_grid():
     assert found.word == "not resolved"  # though the whole interval is above LoRA
 
 
-def run_of(task, method, seed, accuracy, **groups):
-    asked = request(task=task, method=method, seed=seed, train_on="train+val", score_on="test")
+MODELS = {"commonsense": "/somewhere/llama-7b"}
+
+
+def run_of(task, method, seed, accuracy, *, changes=None, **groups):
+    usual = {"model": MODELS.get(task, "vit_base_patch16_224.augreg_in21k"), "score_on": "test"}
+    asked = request(task=task, method=method, seed=seed, train_on="train+val", **{**usual, **(changes or {})})
     return RunResult(
         schema_version=2,
         command="test",
@@ -219,7 +223,22 @@ def test_the_guide_says_of_a_joint_a_what_its_result_says():
 
 def test_every_claim_has_a_verdict_without_any_result():
     assert {verdict.word for verdict in verdicts([])} == {"not measured"}
-    assert len(verdicts([])) == 11
+    assert len(verdicts([])) == 12
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"model": "smollm2-135m"}, {"model": "llama-13b"}, {"limit": 200}, {"fraction": 0.1}, {"score_on": "val"}],
+)
+def test_runs_of_another_model_or_on_part_of_the_data_judge_no_claim_on_a_suite(changes):
+    groups = dict.fromkeys(members_of("commonsense"), 50.0)
+    runs = [
+        run_of("commonsense", method, seed, 50.0, changes=changes, **groups)
+        for method in ("lora", "hora")
+        for seed in range(3)
+    ]
+    said_of = {one.claim: one.word for one in verdicts([], runs) if one.claim.endswith("LLaMA-7B: 1.7 above LoRA")}
+    assert said_of == {"commonsense reasoning, LLaMA-7B: 1.7 above LoRA": "not measured"}
 
 
 def test_the_regression_with_more_trials_supersedes_the_other():

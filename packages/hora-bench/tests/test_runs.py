@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hora_bench import backends, methods, store
+from hora_bench import backends, methods, search, store
 from hora_bench import run as runs
 from hora_bench.cache import write_json
 from hora_bench.commands.run import parse_mesh
@@ -368,9 +368,7 @@ def test_scoring_goes_on_where_it_was(backend, scoring, llama_directory, records
 
 def test_the_search_chooses_on_validation_with_equal_budget(vit_directory, image_task, tmp_path):
     asked = request(vit_directory, steps=3)
-    best, trials = runs.tune(
-        asked, image_task, tmp_path, learning_rates=(1e-2, 1e-4), weight_decays=(0.0,), command="test"
-    )
+    best, trials = search.tune(asked, image_task, tmp_path, grid=[(1e-4, 0.0), (1e-2, 0.0)], command="test")
     assert [(trial.learning_rate, trial.weight_decay) for trial in trials] == [(1e-4, 0.0), (1e-2, 0.0)]
     assert best.learning_rate == max(trials, key=lambda trial: trial.accuracy_pct).learning_rate
     assert (best.train_on, best.score_on) == ("train+val", "test")

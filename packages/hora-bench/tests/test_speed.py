@@ -12,7 +12,7 @@ from hora_bench.experiments.speed.random_text import RandomText
 from hora_bench.experiments.speed.run import speed
 from hora_bench.experiments.speed.starts import starts
 from hora_bench.request import request, vary
-from hora_bench.sweep import Setting
+from hora_bench.setting import Setting
 from hora_spec import HoraError
 
 QWIX = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # qwix 0.1.8 calls what flax 0.12 deprecates

@@ -2,13 +2,15 @@
 
 import inspect
 import json
-import tomllib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hora_bench import methods, store, sweep
+from hora_bench.choices import Sweep
+from hora_bench.control import control
 from hora_bench.data.digits import digits
 from hora_bench.data.images import Examples, ImageTask
 from hora_bench.experiments.similarity.plot import plot as plot_similarity
@@ -16,12 +18,14 @@ from hora_bench.experiments.similarity.run import similarity
 from hora_bench.experiments.speed.run import speed
 from hora_bench.report.comparisons import plot
 from hora_bench.report.rows import rows_of
-from hora_bench.request import request, vary
-from hora_bench.run import edge_of, run
-from hora_bench.seeds import seeds_of
-from hora_bench.stats import chance_bound
+from hora_bench.report.tables import tables
+from hora_bench.report.verdicts import verdicts
+from hora_bench.request import request, seeds_of, vary
+from hora_bench.run import run
+from hora_bench.search import Grid, edge_of
+from hora_bench.setting import Setting, read_setting
+from hora_bench.stats import chance_bound, level_of_looks
 from hora_bench.store import Journal, Trial
-from hora_bench.sweep import Setting, Sweep, control, read_setting
 from hora_spec import HoraError
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -84,7 +88,7 @@ def test_every_choice_finds_its_own_rate_and_is_tested_once_per_seed(setting, tm
         references=["lora"],
         variants={"wide-residual": {"residual": True, "hidden_dim": 80}, "long-lora": {"method": "lora", "steps": 4}},
         factors={"steps": [4]},
-        search=[1e-3, 1e-2],
+        search=Grid.of([1e-3, 1e-2]),
         seeds=[0, 1],
         search_seeds=[0, 1],
     )
@@ -113,6 +117,192 @@ def test_every_choice_finds_its_own_rate_and_is_tested_once_per_seed(setting, tm
     tested = [store.read(path).request for path in tmp_path.glob("*.json")]
     assert len(tested) == 2 * len(rows)
     assert {(asked.train_on, asked.score_on) for asked in tested} == {("train+val", "test")}
+
+
+@pytest.fixture
+def scored(monkeypatch, setting):
+    """Runs whose accuracy is made up: by method, rank, rate and seed; what was asked for."""
+    seen = []
+    made = {"accuracy": lambda asked: 50.0}
+
+    def results(asked, seeds, task, out, *, command, trials=(), progress=None):
+        found = []
+        for seed in seeds:
+            one = asked.replace(seed=seed)
+            seen.append(one)
+            accuracy = made["accuracy"](one)
+            scores = None if accuracy is None else SimpleNamespace(accuracy_pct=accuracy, loss=1.0, total_count=1000)
+            name = f"{asked.method}-{seed}-{asked.learning_rate}"
+            if accuracy is not None:
+                rows = ({"right": bool(place < accuracy)} for place in range(100))
+                store.write_lines(out / name / "predictions.jsonl", rows)
+            result = SimpleNamespace(
+                scores=scores,
+                request=one,
+                loss=[1.0],
+                trained_params_count=1,
+                labels_count=2,
+                name=name,
+            )
+            found.append(result if scores else None)
+        return found
+
+    monkeypatch.setattr("hora_bench.sweep.results", results)
+    monkeypatch.setattr("hora_bench.search.results", results)
+    return setting, seen, made
+
+
+def noisy(asked, gain):
+    """Fifty and a gain for what is no LoRA, with noise of the seed that both share and a little of its own."""
+    shared = np.random.default_rng(asked.seed).normal(0, 4)
+    own = np.random.default_rng([asked.seed, sum(asked.method.encode())]).normal(0, 1.0)
+    return 50 + shared + own + (0 if asked.method == "lora" else gain)
+
+
+@pytest.mark.parametrize(("gain", "word", "fewer"), [(8.0, "better", True), (-8.0, "worse", True), (0.5, None, False)])
+def test_a_race_stops_what_is_settled_and_goes_on_with_what_is_not(gain, word, fewer, scored, tmp_path):
+    setting, seen, made = scored
+    made["accuracy"] = lambda asked: noisy(asked, gain)
+    asked = Sweep(methods=["hora"], references=["lora"], search=Grid.of([1e-3]), seeds=range(12), race=4, margin=0.2)
+    found = sweep.sweep(setting, tmp_path, asked)
+    hora, lora = found["rows"]
+    assert len(hora["accuracies_pct"]) == len(lora["accuracies_pct"]) == (4 if fewer else 12)
+    assert hora["word"] == (word or "not resolved")
+    assert hora["over_lora_pct"]["level"] == level_of_looks(3) == pytest.approx(1 - 0.05 / 3, abs=1e-6)
+    low, high = hora["over_lora_pct"]["of_other_examples_pct"]
+    assert low < hora["over_lora_pct"]["mean_pct"] < high
+    assert hora["over_lora_pct"]["seeds_count"] == len(hora["accuracies_pct"])
+    assert any("confirm it with fresh seeds" in note for note in found["notes"])
+    assert {one.seed for one in seen if one.score_on == "test"} == set(range(4 if fewer else 12))
+
+
+def test_lora_runs_on_while_any_choice_needs_it_and_the_settled_ones_stop(scored, tmp_path):
+    setting, _, made = scored
+    made["accuracy"] = lambda asked: noisy(asked, 8.0 if asked.method == "hora" else 0.0)
+    asked = Sweep(
+        methods=["hora", "mh-lora"], references=["lora"], search=Grid.of([1e-3]), seeds=range(8), race=4, margin=0.01
+    )
+    lengths = {row["value"]: len(row["accuracies_pct"]) for row in sweep.sweep(setting, tmp_path, asked)["rows"]}
+    assert lengths == {"hora": 4, "mh-lora": 8, "lora": 8}
+
+
+def test_a_race_between_equals_is_called_in_one_of_twenty(scored, tmp_path, monkeypatch):
+    setting, _, made = scored
+    monkeypatch.setattr("hora_bench.sweep.two_way_interval", lambda *_: (0.0, 0.0, 0.0))
+    monkeypatch.setattr(Setting, "load", lambda *_: None)
+    wrong = []
+    for trial in range(60):
+        made["accuracy"] = lambda asked, trial=trial: noisy(asked.replace(seed=1000 * trial + asked.seed), 0.0)
+        asked = Sweep(
+            methods=["hora"], references=["lora"], search=Grid.of([1e-3]), seeds=range(20), race=4, margin=0.01
+        )
+        wrong.append(sweep.sweep(setting, tmp_path, asked)["rows"][0]["word"] != "not resolved")
+    assert np.mean(wrong) <= 0.12  # looking five times at 95 % each is wrong in one of seven
+
+
+def test_rates_are_searched_with_equal_trials_by_the_mean_of_three_seeds(scored, tmp_path):
+    setting, seen, made = scored
+    peaks = {"hora": 6.4e-2, "lora": 2e-3}
+    made["accuracy"] = lambda asked: 80 - abs(np.log2(asked.learning_rate / peaks[asked.method])) + 0.1 * asked.seed
+    asked = Sweep.of(
+        {
+            "methods": ["hora"],
+            "references": ["lora"],
+            "search": {"rates": [1e-3, 2e-3, 4e-3]},
+            "seeds": "0-4",
+            "margin": 0.5,
+        }
+    )
+    found = sweep.sweep(setting, tmp_path, asked)
+    hora, lora = found["rows"]
+    assert (hora["learning_rate"], hora["rate_at_edge"], lora["rate_at_edge"]) == (6.4e-2, None, None)
+    counts = {name: sum(trial["value"] == name for trial in found["search"]) for name in peaks}
+    assert counts["hora"] == counts["lora"] == 3 * 8
+    assert {one.seed for one in seen if one.score_on == "val"} == {0, 1, 2}
+    assert found["setting"]["margin_pct"] == 0.5
+    assert hora["word"] == "equal"
+
+
+def test_a_best_rate_at_the_edge_resolves_nothing(scored, tmp_path):
+    setting, _, made = scored
+    made["accuracy"] = lambda asked: noisy(asked, 8.0) + 1e5 * asked.learning_rate * (asked.score_on == "val")
+    seen = []
+    asked = Sweep(methods=["hora"], references=["lora"], search=Grid.of([1e-5, 2e-5]), seeds=range(6))
+    row = sweep.sweep(setting, tmp_path, asked, progress=lambda *counts: seen.append(counts))["rows"][0]
+    assert row["over_lora_pct"]["low_pct"] > 0
+    assert (row["rate_at_edge"], row["word"]) == ("highest", "not resolved")
+    assert seen == [(2, 4), (3, 4), (4, 4)]
+
+
+def test_a_run_that_diverged_counts_as_guessing_and_is_told(scored, tmp_path):
+    setting, _, made = scored
+    made["accuracy"] = lambda asked: None if (asked.method, asked.seed) == ("hora", 1) else 60.0
+    asked = Sweep(methods=["hora"], references=["lora"], seeds=[0, 1, 2])
+    found = sweep.sweep(setting, tmp_path, asked)
+    row = found["rows"][0]
+    counts = np.unique(setting.load("digits").labels("test"), return_counts=True)[1]
+    assert row["diverged_count"] == 1
+    assert row["accuracies_pct"] == [60.0, 100 * counts.max() / counts.sum(), 60.0]
+    assert "A run that diverged counts as guessing." in found["notes"]
+
+
+@pytest.mark.parametrize(
+    ("vary", "message"),
+    [
+        ({"race": 1, "seeds": "0-3"}, "two seeds or more at a time"),
+        ({"race": 4, "seeds": "0-3"}, "of more, got race 4 of 4"),
+        ({"race": 2.5, "seeds": "0-3"}, "got race 2.5"),
+        ({"margin": 0}, "a margin is a positive number"),
+        ({"margin": "1"}, "a margin is a positive number"),
+        ({"search": {"rates": [1e-3]}}, "a search that goes on"),
+        ({"search": {"rates": []}}, "a search that goes on"),
+        ({"search": 3}, "search of what is varied is a list or a table, got 3"),
+        ({"methods": "lora"}, "methods of what is varied is a list, got 'lora'"),
+        ({"factors": ["residual"]}, "factors of what is varied is a table"),
+        ({"factors": {"residual": True}}, "residual in factors is a list, got True"),
+        ({"variants": {"wide": 3}}, "wide in variants is a table, got 3"),
+        ({"controls": {"torch": "lora"}}, "torch in controls is a list"),
+        ({"seeds": 3}, "seeds of what is varied is a list, or text"),
+        ({"factors": {"seed": [1, 2]}}, "cannot be varied, got seed"),
+        ({"factors": {"learning_rate": [1.0]}, "search": [1e-3]}, "cannot be varied, got learning_rate"),
+        ({"variants": {"x": {"score_on": "val"}}, "search": [1e-3]}, "cannot be varied, got score_on"),
+    ],
+)
+def test_a_race_a_margin_and_a_search_that_cannot_be_are_refused(vary, message):
+    with pytest.raises(HoraError, match=message):
+        Sweep.of(vary)
+
+
+def test_a_race_against_nobody_is_refused_before_anything_runs(scored, tmp_path):
+    setting, seen, _ = scored
+    with pytest.raises(HoraError, match="a race is against LoRA, got none"):
+        sweep.sweep(setting, tmp_path, Sweep(methods=["hora"], seeds=range(4), race=2))
+    assert not seen
+
+
+def test_what_is_varied_reaches_the_data_too(scored, tmp_path, monkeypatch):
+    setting, _, _ = scored
+    wanted = []
+    load = Setting.load
+
+    def loaded(self, task, asked=None):
+        wanted.append((asked.image_size_px, asked.limit))
+        return load(self, task, asked)
+
+    monkeypatch.setattr(Setting, "load", loaded)
+    sweep.sweep(setting, tmp_path, Sweep(factors={"image_size_px": [64], "limit": [20], "residual": [True]}))
+    assert sorted(wanted, key=str) == [(32, 20), (32, None), (64, None)]
+
+
+def test_a_screen_runs_in_a_sweep_and_judges_no_claim(setting, tmp_path):
+    screened = replace(setting, base=vary(setting.base, last_blocks=1))
+    asked = Sweep.of({"methods": ["hora"], "references": ["lora"], "search": [1e-3], "seeds": "0-1"})
+    found = json.loads(json.dumps(sweep.sweep(screened, tmp_path, asked)))
+    assert found["notes"][0].startswith("Screen, a proxy: the last 1 blocks alone")
+    (table,) = tables("sweep", found)
+    assert table.title == "Screen, a proxy: test accuracy"
+    said = verdicts([(Path("r.json"), {"experiment": "sweep", "result": found})])
+    assert not [one for one in said if one.file]
 
 
 def test_a_curve_counts_the_labels_that_tuning_looked_at(setting, tmp_path):
@@ -259,9 +449,3 @@ def test_labels_that_leak_are_seen(shades, tmp_path, monkeypatch):
     monkeypatch.setattr(ImageTask, "shuffled", lambda task: task)
     (row,) = control(shades, tmp_path, {"torch": ["lora"]})
     assert not row["at_chance"]
-
-
-def test_the_experiment_names_every_method():
-    controls = tomllib.loads((EXPERIMENTS / "control-digits.toml").read_text())["vary"]["controls"]
-    named = [(method, backend) for backend, names in controls.items() for method in names]
-    assert sorted(named) == sorted(EVERYWHERE)

@@ -3,9 +3,8 @@ from functools import cache, partial
 
 import numpy as np
 import pytest
-from hora_bench.experiments.theory import run
-from hora_bench.experiments.theory.fit import fit, losses
-from hora_bench.experiments.theory.identify import identify
+from hora_bench.experiments.theory import rates
+from hora_bench.experiments.theory.identify import fit, identify, losses
 from hora_bench.experiments.theory.model import (
     SHARINGS,
     Factors,
@@ -15,8 +14,7 @@ from hora_bench.experiments.theory.model import (
     predict,
 )
 from hora_bench.experiments.theory.plot import plot
-from hora_bench.experiments.theory.rates import GRIDS, LOSSES, Grid, gates, measure, slope_difference, summarise
-from hora_bench.experiments.theory.run import theory
+from hora_bench.experiments.theory.rates import GRIDS, LOSSES, Grid, gates, measure, slope_difference, summarise, theory
 from hora_bench.store import Journal
 from scipy.optimize import check_grad
 
@@ -151,9 +149,9 @@ def measured(monkeypatch):
         rng = np.random.default_rng([heads, len(sharing), trial, seed])
         return {name: rng.uniform(1, 2, len(sizes)).tolist() for name in LOSSES} | {"starts": 2, "unreached": 0}
 
-    monkeypatch.setitem(run.GRIDS, "quick", Grid(sizes=(60, 120), trials=2))
-    monkeypatch.setattr(run, "measure", measure)
-    monkeypatch.setattr(run, "identify", cache(partial(identify, fits=1)))
+    monkeypatch.setitem(rates.GRIDS, "quick", Grid(sizes=(60, 120), trials=2))
+    monkeypatch.setattr(rates, "measure", measure)
+    monkeypatch.setattr(rates, "identify", cache(partial(identify, fits=1)))
     return asked
 
 

@@ -33,23 +33,31 @@ def examine(family: Family) -> dict[str, Any]:
     lora = {"lora": _answer(lambda: _lora(base, None)), "lora_named": _answer(lambda: _lora(base, targets))}
     answers = {"built": OK, "model": type(base).__name__, **lora}
     trials: list[Trial] = []
-    asked = {"named": list(targets)} if family.settings else {"default": None, "named": list(targets)}
-    answers["default"] = "none"
-    for key, names in asked.items():
-        answers[key], layers, model = _inject(base, names, family.settings)
+    answers["named"] = "none"
+    asked: dict[str, Mapping[str, Any]] = {"told": family.told} if family.told else {}
+    asked |= {"default": {}, "named": {"target_modules": list(targets)}} if targets else {"default": {}}
+    for key, settings in asked.items():
+        answers[key], layers, model = _inject(base, settings)
         if layers:
-            asked = Question(family, base, inputs, layers)
+            question = Question(family, base, inputs, layers)
             answers |= {
                 f"{key}_adapts": summary(layers),
-                f"{key}_rows": _answer(lambda asked=asked: rows_and_heads(asked)),
+                f"{key}_rows": _answer(lambda question=question: rows_and_heads(question)),
             }
         if model is not None:
-            trials.append(Trial(family, base, inputs, expected, layers, model))
+            trials.append(Trial(family, base, inputs, expected, settings, layers, model))
         elif answers[key].startswith("error") and answers["lora_named"].startswith("error"):
             answers[key] = f"refused: PEFT fails itself, {answers[key].removeprefix('error: ')}"
+    if trials and trials[0].settings:
+        answers["line"] = line(trials[0].settings)
     if answers["default"] == OK and (left_out := plan(base, HoraConfig(**SETTINGS)).left_out):
         answers["left_out"] = {"modules": len(left_out), "why": next(iter(left_out.values()))[:300]}
     return answers | {name: _answer(lambda check=check: check(trials[0])) for name, check in CHECKS.items() if trials}
+
+
+def line(settings: Mapping[str, Any]) -> str:
+    """The config with these arguments as a user writes it."""
+    return f"HoraConfig({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
 
 
 def _answer(check: Callable[[], str | None]) -> str:
@@ -75,15 +83,11 @@ def _lora(base: nn.Module, targets: tuple[str, ...] | None) -> str:
     return OK
 
 
-def _inject(
-    base: nn.Module, targets: list[str] | None, settings: Mapping[str, Any]
-) -> tuple[str, Layers, PeftModel | None]:
+def _inject(base: nn.Module, settings: Mapping[str, Any]) -> tuple[str, Layers, PeftModel | None]:
     """An answer, the planned sites and the adapted model, as far as it comes."""
-    if targets == []:
-        return "none", {}, None
     layers: Layers = {}
     try:
-        config = HoraConfig(**SETTINGS, **settings, target_modules=targets, init_weights=False)
+        config = HoraConfig(**SETTINGS, **settings, init_weights=False)
         layers = {layer.name: layer.sites for layer in plan(base, config).layers}
         model = get_peft_model(copy.deepcopy(base), config).eval()
         recorded = {name: sites for name, _, sites in map(layer_from_json, model.peft_config["default"].hora_layers)}
@@ -102,6 +106,7 @@ class Trial:
     base: nn.Module
     inputs: Mapping[str, Any]
     expected: Tensor
+    settings: Mapping[str, Any]
     layers: Layers
     _model: PeftModel = field(repr=False)
 
@@ -144,8 +149,7 @@ class Trial:
 
 
 def _start(trial: Trial) -> str | None:
-    config = HoraConfig(**SETTINGS, **trial.family.settings, target_modules=trial.config.target_modules)
-    model = get_peft_model(trial.fresh(), config).eval()
+    model = get_peft_model(trial.fresh(), HoraConfig(**SETTINGS, **trial.settings)).eval()
     return None if _distance(trial.run(model), trial.expected) == 0 else trial.differs(trial.run(model), trial.expected)
 
 

@@ -20,8 +20,8 @@ class Family:
     """Names that a user would give for q and v."""
     heads: Heads = field(default_factory=dict)
     """True ``(heads, head_dim)`` of the projections over all layers, read in the source; empty where not read."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """What a user would tell the config beside the targets, which alone are asked for then."""
+    told: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the config with which the family is adapted where the default does not do."""
     unlike_attention: str = ""
     """Why gradients do not tell rows and heads, where they do not: heads are mixed, channels attend ..."""
 
@@ -88,7 +88,7 @@ _USUAL = frozenset(
 )
 
 
-_RARE = frozenset(("kv_b_proj", "in_proj_qkv", "in_proj_qkvz", "qkv_opreact", "queries_keys_values.linear"))
+_RARE = frozenset(("kv_b_proj", "in_proj_qkv", "in_proj_qkvz", "qkv_opreact", "in_proj", "queries_keys_values.linear"))
 
 
 def usual_targets(model: nn.Module) -> tuple[str, ...]:

@@ -70,7 +70,7 @@ class Interleaved(SelfAttention):
 
 
 def _told(order: str) -> dict[str, Any]:
-    return {"row_order": {"to_qkv": order}, "num_heads": 4, "num_kv_heads": 4}
+    return {"target_modules": ["to_qkv"], "row_order": {"to_qkv": order}, "num_heads": 4, "num_kv_heads": 4}
 
 
 def unet(**settings: Any) -> nn.Module:
@@ -176,11 +176,9 @@ def families() -> dict[str, Callable[[], Family]]:
         "torch.nn: MultiheadAttention, kdim and vdim": Family(
             Cross, lambda _: {"x": X, "k": noise(2, 5, 20), "v": noise(2, 5, 24)}, ("attention",), HEADS
         ),
-        "own: to_qkv": Family(SelfAttention, lambda _: {"x": X}, ("to_qkv",)),
-        "own: to_qkv, order told": Family(SelfAttention, lambda _: {"x": X}, ("to_qkv",), settings=_told("q k v")),
-        "own: to_qkv, rows interleaved": Family(Interleaved, lambda _: {"x": X}, ("to_qkv",)),
-        "own: to_qkv, rows interleaved, order told": Family(
-            Interleaved, lambda _: {"x": X}, ("to_qkv",), settings=_told("[head][q k v]")
+        "own: to_qkv": Family(SelfAttention, lambda _: {"x": X}, ("to_qkv",), HEADS, _told("q k v")),
+        "own: to_qkv, rows interleaved": Family(
+            Interleaved, lambda _: {"x": X}, ("to_qkv",), HEADS, _told("[head][q k v]")
         ),
         "diffusers: UNet2DConditionModel": Family(unet, lambda _: IMAGE, ("to_q", "to_v")),
         "diffusers: UNet2DConditionModel, fused": Family(fused_unet, lambda _: IMAGE, ("to_qkv", "to_kv", "to_q")),

@@ -23,6 +23,11 @@ SECTIONS = {
     "torch.nn, diffusers and one's own": lambda name: ": " in name and not name.startswith("timm: "),
 }
 
+KEYS = ("told", "default", "named")
+"""The ways in which a family is tried, the first that works is shown."""
+
+_ASKED = (*KEYS, *(f"{key}_rows" for key in KEYS), *CHECKS)
+
 RED = '<span style="color: #c00">**{}**</span>'
 
 
@@ -54,7 +59,8 @@ every check and writes this page.
 
 def _legend() -> str:
     lines = [
-        "`q 4x8` is four heads of width eight. **Rows** says whether each adapted row belongs to the projection and",
+        "`q 4x8` is four heads of width eight; the default of `HoraConfig` finds them but where the row shows the line",
+        "that does. **Rows** says whether each adapted row belongs to the projection and",
         "the head that it is said to belong to: found from gradients alone, by which rows reach which columns of the",
         "attention's output. ✓ holds, · cannot be seen on this model, and",
         RED.format("WRONG") + " is what must never be. A refusal is an error that says what to do; ⚠ is an alarm of",
@@ -66,16 +72,18 @@ def _legend() -> str:
 
 
 def _summary(built: Mapping[str, Row], seen: Mapping[str, Row]) -> Iterable[str]:
-    default = [name for name, row in seen.items() if _answer(row, "default") == "ok"]
-    named = [name for name, row in seen.items() if name not in default and _answer(row, "named") == "ok"]
+    default = [name for name, row in seen.items() if _key(row) == "default"]
+    told = [name for name, row in seen.items() if _key(row) in ("told", "named")]
+    refused = {name: _lora(row) for name, row in seen.items() if _key(row) is None}
     wrong = {name: found for name, row in seen.items() if (found := faults(row))}
     yield "| | families |"
     yield "|---|---|"
     yield f"| built | {len(built)} |"
     yield f"| with attention or targets of LoRA | {len(seen)} |"
     yield f"| adapted by default | {len(default)} |"
-    yield f"| adapted where targets are named | {len(named)} |"
-    yield f"| refused, with the reason | {len(seen) - len(default) - len(named)} |"
+    yield f"| adapted with the line that the row shows | {len(told)} |"
+    yield f"| refused with the reason, as PEFT's LoRA is | {sum(lora == 'no' for lora in refused.values())} |"
+    yield f"| refused with the reason, where LoRA works | {sum(lora != 'no' for lora in refused.values())} |"
     yield f"| {RED.format('WRONG') if wrong else 'wrong'} | {len(wrong)} |"
     yield ""
     yield from (f"- {RED.format(name)}: {'; '.join(found)}" for name, found in wrong.items())
@@ -87,13 +95,20 @@ def _header() -> list[str]:
 
 
 def _line(name: str, row: Row) -> str:
-    key = next((key for key in ("default", "named") if f"{key}_adapts" in row), None)
+    key = next((key for key in KEYS if f"{key}_adapts" in row), None)
     if key is None:
         cells = ["refused"] + [""] * (1 + len(CHECKS))
     else:
-        adapts = row[f"{key}_adapts"] + (" (named)" if key == "named" else "")
+        adapts = row[f"{key}_adapts"] + (f" with `{row['line']}`" if "line" in row else "")
         cells = [adapts, _mark(_answer(row, f"{key}_rows")), *(_mark(_answer(row, check)) for check in CHECKS)]
     return f"| {name} | {_lora(row)} | {' | '.join(cells)} | {_remarks(row)} |"
+
+
+def _key(row: Row) -> str | None:
+    """Which of the ways works: what is injected may refuse to run."""
+    if _answer(row, "start").startswith("refused"):
+        return None
+    return next((key for key in KEYS if f"{key}_adapts" in row and _answer(row, key) == "ok"), None)
 
 
 def _lora(row: Row) -> str:
@@ -110,8 +125,7 @@ def _mark(answer: str) -> str:
 
 
 def _remarks(row: Row) -> str:
-    keys = ("default", "named", "default_rows", "named_rows", *CHECKS)
-    found = [_answer(row, key) for key in keys if key in row and row[key] != "none"]
+    found = [_answer(row, key) for key in _ASKED if key in row and row[key] != "none"]
     texts = [text.removeprefix("unseen: ").removeprefix("refused: ") for text in found if text != "ok"]
     if "left_out" in row:
         texts.append(f"left out: {row['left_out']['modules']}, {row['left_out']['why']}")
@@ -125,13 +139,17 @@ def _short(text: str) -> str:
 
 def faults(row: Row) -> list[str]:
     """What must not be."""
-    keys = ("default", "named", "default_rows", "named_rows", *CHECKS)
-    found = [(key, _answer(row, key)) for key in keys if key in row]
+    found = [(key, _answer(row, key)) for key in _ASKED if key in row]
     return [f"{key}, {_short(text)}" for key, text in found if text.startswith(("WRONG", "error"))]
 
 
 def _is_attention(row: Row) -> bool:
-    return "default_adapts" in row or _answer(row, "named") != "none" or _answer(row, "lora") == "ok"
+    return (
+        "told_adapts" in row
+        or "default_adapts" in row
+        or _answer(row, "named") != "none"
+        or _answer(row, "lora") == "ok"
+    )
 
 
 def _answer(row: Row, key: str) -> str:

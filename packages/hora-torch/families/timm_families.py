@@ -77,6 +77,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "vit_small_patch16_dinov3": VIT,
     "vit_dpwee_patch16_reg1_gap_256": VIT,
     "vit_little_patch16_reg1_gap_256": VIT,
+    "vit_pwee_patch16_reg1_gap_256": VIT,
     "vit_tiny_patch16_224": VIT,
     "vitamin_small_224": {"size": 64, "img_size": 64},
     "volo_d1_224": {"size": 64, "img_size": 64},

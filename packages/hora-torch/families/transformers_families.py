@@ -217,23 +217,31 @@ def _packed_image(config: Any) -> dict[str, Any]:
     return {"input_ids": tokens, "mm_token_type_ids": (tokens == config.image_token_id).int()} | image
 
 
-_STATE_SPACE = (("in_proj",), {"fused_projections": ("x", "b", "c")})
-TOLD: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+_STATE_SPACE = {"target_modules": ["in_proj"], "fused_projections": ("x", "b", "c")}
+TOLD: dict[str, dict[str, Any]] = {
     "bamba, state space": _STATE_SPACE,
     "falcon_h1, state space": _STATE_SPACE,
     "granitemoehybrid, state space": _STATE_SPACE,
     "mamba2": _STATE_SPACE,
     "nemotron_h, state space": _STATE_SPACE,
     "zamba2, state space": _STATE_SPACE,
-    "qwen3_next, linear attention": (("in_proj_qkvz",), {"fused_projections": ("q", "v")}),
-    "qwen3_5_text, linear attention": (("in_proj_qkv",), {"fused_projections": ("q", "v")}),
-    "qwen4_exp_text": (("in_proj_qkv",), {"fused_projections": ("q", "v")}),
+    "aria, with its projector": {"target_modules": ["q_proj", "v_proj", "multihead_attn"]},
+    "deepseek_v4, keys that are values": {"target_modules": ["self_attn.q_b_proj", "self_attn.kv_proj"]},
+    "llama, all linear maps": {"target_modules": "all-linear"},
+    "qwen3_5_text, linear attention": {"target_modules": ["in_proj_qkv"]},
+    "qwen3_next, linear attention": {"target_modules": ["in_proj_qkvz"]},
+    "qwen4_exp_text": {"target_modules": ["in_proj_qkv"]},
+    "reformer, queries that are keys": {"target_modules": ["query", "query_key", "value"]},
+    "rwkv": {"target_modules": ["key", "value", "receptance", "output"]},
+    "squeezebert": {"target_modules": ["query", "value"]},
+    "wavlm": {"target_modules": "all-linear"},
 }
-"""Targets and settings of families that are adapted where they are named; a variant has the name of its model first."""
+"""How families are adapted where the default does not do; a variant has the name of its model first."""
 
 
 UNLIKE_ATTENTION: dict[str, tuple[str, Heads]] = {
     "convbert": ("a convolution joins the heads of q", {"q": {(2, 8)}, "v": {(2, 8)}}),
+    "deepseek_v4": ("its output projection reads heads in groups", {"q": {(4, 12)}, "kv": {(1, 12)}}),
     "diffllama": ("two heads of v make one of the output", {"q": {(4, 12)}, "v": {(2, 12)}}),
     "jetmoe": ("its output projection is a mixture of experts", {"v": {(2, 6)}}),
     "yoso": ("its output is normalised head by head", {"q": {(4, 8)}, "v": {(4, 8)}}),
@@ -260,7 +268,6 @@ def _family(name: str, model_type: str, overrides: dict[str, Any]) -> Family:
     if name in NOT_COMPARABLE:
         raise ValueError(NOT_COMPARABLE[name])
     inputs = overrides.get("inputs") or INPUTS.get(model_type, inputs_of)
-    unlike, heads = UNLIKE_ATTENTION.get(name, ("", {}))
+    unlike, heads = UNLIKE_ATTENTION.get(model_type, ("", {}))
     build = partial(tiny, model_type, **{**overrides, "inputs": inputs})
-    targets, settings = TOLD.get(name, ((), {}))
-    return Family(build, inputs, targets, heads=heads, settings=settings, unlike_attention=unlike)
+    return Family(build, inputs, heads=heads, told=TOLD.get(name, {}), unlike_attention=unlike)

@@ -124,3 +124,26 @@ def test_a_sum_and_the_reference_know_maps_without_heads(families, tmp_path):
         one, two = (hora_spec.reference.delta(x[name].spec, x[name].shape, x[name].params) for x in layers)
         for p in layer.sites:
             torch.testing.assert_close(torch.tensor(two[p]), 2 * torch.tensor(one[p]), rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_of_an_output_projection_are_said_to_be_no_heads_of_the_attention(families):
+    plan = hora_torch.plan(
+        families["llama"].model(), HoraConfig(r=2, target_modules=["q_proj", "o_proj"], num_heads={"o_proj": 8})
+    )
+    assert "blocks of output rows, which are heads of no attention" in plan.layers[0].sources["o_proj"]
+    assert "blocks of output rows" not in plan.layers[0].sources["q"]
+
+
+def first_step(width, along_input, seed):
+    """How far the first step of Adam at rate one moves an output, in a map of `width` by `width` and rank 8."""
+    generator = torch.Generator().manual_seed(seed)
+    x, grad = torch.randn(2, width, generator=generator)
+    a = (2 * torch.rand(8, width, generator=generator) - 1) / width**0.5
+    after, before = a.T @ (torch.outer(a @ grad, x).sign() @ x), torch.outer(grad, a @ x).sign() @ (a @ x)
+    return float((after if along_input else before).square().mean().sqrt())  # of a^T b x, or b a x
+
+
+@pytest.mark.parametrize(("along_input", "growth"), [(False, 1.0), (True, 4.0)])
+def test_heads_along_the_input_would_move_the_first_step_with_the_width(along_input, growth):
+    small, large = (sum(first_step(width, along_input, seed) for seed in range(40)) for width in (64, 1024))
+    assert abs(large / small / growth - 1) < 0.2

@@ -16,7 +16,7 @@ QUESTION = "adapts the rows of its heads"
 class Plain(nn.Module):
     """Softmax attention with a fused weight; the other kinds change one thing."""
 
-    rows, of_v = 3 * EMBED, EMBED
+    rows, of_v, of_gates, order = 3 * EMBED, EMBED, 0, "q k v"
 
     def __init__(self):
         super().__init__()
@@ -68,6 +68,35 @@ class NormedContext(Plain):
 
     def attend(self, q, k, v):
         return F.normalize(super().attend(q, k, v), dim=-1)
+
+
+class GatedContext(Plain):
+    """As the linear attention of Qwen3-Next: beside values that are normalised a gate acts on one column alone."""
+
+    rows, of_gates, order = 4 * EMBED, EMBED, "q:4*4 k:4*4 v:4*4 z:4*4"
+
+    def forward(self, x):
+        q, k, v, z = (y.unflatten(-1, (HEADS, WIDTH)).transpose(1, 2) for y in self.qkv(x).chunk(4, -1))
+        return self.out[0](self.gated(self.attend(q, k, v), z).transpose(1, 2).flatten(2))
+
+    def gated(self, context, z):
+        return F.normalize(context, dim=-1) * F.silu(z)
+
+
+class NormGated(nn.RMSNorm):
+    def forward(self, x, gate):
+        return super().forward(x) * F.silu(gate)
+
+
+class GatedByNorm(GatedContext):
+    """By a module, which is looked past."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = NormGated(WIDTH)
+
+    def gated(self, context, z):
+        return self.norm(context, z)
 
 
 class MaskingValues(Plain):
@@ -193,7 +222,7 @@ class Apart(Gated):
         return self.q_proj(x).sum(), self.v_proj(x)
 
 
-SEEN = (Plain, Grouped, NormedValues, Joint)
+SEEN = (GatedByNorm, Plain, Grouped, NormedValues, Joint)
 UNTOLD = {
     NormedByFunction: "values are normalised",
     NormedContext: "values are normalised",
@@ -206,6 +235,7 @@ UNTOLD = {
     ConvolvedQueries: "on its own position alone",
     SingleKey: "more than one key",
     Gated: "gates beside values",
+    GatedContext: "at its own position, as that of a gate",
     Apart: "nothing in it is seen to depend on all",
 }
 
@@ -217,7 +247,9 @@ def of_heads_of(role, factor):
 OTHER_ROWS = {
     "k for v": lambda kind: shifted({"q": 0, "v": -kind.of_v}),
     "k for q": lambda kind: shifted({"q": EMBED, "v": 0}),
-    "q and v swapped": lambda kind: shifted({"q": kind.rows - EMBED, "v": kind.of_v - kind.rows}),
+    "q and v swapped": lambda kind: shifted(
+        {"q": kind.rows - kind.of_gates - EMBED, "v": kind.of_v - kind.rows + kind.of_gates}
+    ),
     "half a head off": lambda kind: shifted({"q": 2, "v": 0}),
     "half a head off in v": lambda kind: shifted({"q": 0, "v": -2}),
 }
@@ -246,7 +278,7 @@ def answer(kind, change=None):
     if issubclass(kind, Gated):
         config = small(target_modules=["q_proj", "v_proj"], num_heads=HEADS)
     else:
-        config = small(target_modules=["qkv"], row_order={"qkv": "q k v"})
+        config = small(target_modules=["qkv"], row_order={"qkv": kind.order})
     model = peft.get_peft_model(nn.Sequential(kind()), config)
     if change is not None:
         with_sites(model, change)

@@ -6,8 +6,10 @@ import os
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+from hora_torch import HoraConfig
 
 ROOT = Path(__file__).parents[3]
 FOLDER = Path(__file__).parents[1] / "families"
@@ -66,13 +68,40 @@ def test_a_family_with_other_rows_or_without_heads_is_refused(name):
     assert not load("table").faults(row)
 
 
-@pytest.mark.parametrize(
-    "name", ["mamba2", "qwen3_next, linear attention", "own: to_qkv, rows interleaved, order told"]
-)
-def test_a_family_is_adapted_where_it_is_told_how(name):
+TOLD = [
+    "deepseek_v4, keys that are values",
+    "mamba2",
+    "own: to_qkv",
+    "own: to_qkv, rows interleaved",
+    "qwen3_next, linear attention",
+    "reformer, queries that are keys",
+    "rwkv",
+    "wavlm",
+]
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_a_family_is_adapted_with_the_line_that_the_page_shows(name):
     row = load("battery").examine(load("catalogue").FAMILIES[name]())
     assert not load("table").faults(row)
-    assert row["named"] == row["effect"] == row["merged"] == row["exported"] == "ok"
+    assert row["told"] == row["effect"] == row["merged"] == row["exported"] == "ok"
+    assert not row.get("verified", "ok").startswith("alarm")
+    assert eval(row["line"], {"HoraConfig": HoraConfig}).target_modules
+
+
+def test_a_line_is_the_config_that_was_tried():
+    config = load("catalogue").FAMILIES["own: to_qkv"]().told
+    line = load("battery").line(config)
+    assert eval(line, {"HoraConfig": HoraConfig}) == HoraConfig(**config)
+    assert "row_order={'to_qkv': 'q k v'}" in line
+
+
+def test_lora_is_not_trained_either_where_an_attention_reads_weights_past_their_modules():
+    wavlm = load("catalogue").FAMILIES["wavlm"]()
+    model = wavlm.model()
+    inputs = wavlm.inputs(model)
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    assert not load("family").outputs(lora, inputs).requires_grad
 
 
 Q, K, V = (("model.layers.1.self_attn." + name + "_proj.weight") for name in "qkv")

@@ -2,6 +2,7 @@
 
 import copy
 
+import hora_torch
 import peft
 import pytest
 import torch
@@ -172,7 +173,7 @@ def test_timm_eva_is_left_as_it_was(families):
     assert type(base_module(attention.qkv)) is nn.Linear
 
 
-def test_rows_that_no_order_describes_are_refused():
+def test_queries_that_are_keys_are_adapted_where_they_are_named():
     """Reformer's hashing attention makes queries and keys of the same rows."""
     import transformers
 
@@ -180,5 +181,7 @@ def test_rows_that_no_order_describes_are_refused():
         attn_layers=["lsh"], num_attention_heads=2, attention_head_size=8, hidden_size=16
     )
     model = transformers.models.reformer.modeling_reformer.LSHSelfAttention(config)
-    with pytest.raises(HoraError, match="q and k in one"):
-        peft.get_peft_model(model, HoraConfig(target_modules=["query_key"]))
+    (layer,) = hora_torch.plan(model, HoraConfig(target_modules=["query_key", "value"])).layers
+    assert {p: site.projection.num_heads for p, site in layer.sites.items()} == {"qk": 2, "v": 2}
+    left_out = hora_torch.plan(model, HoraConfig()).left_out
+    assert "keys that are queries or values" in left_out["."]

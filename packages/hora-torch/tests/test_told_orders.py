@@ -5,7 +5,7 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from hora_spec import HoraError, load_adapter, to_lora
+from hora_spec import HoraError, ProjectionShape, load_adapter, to_lora
 from hora_torch import HoraConfig
 from torch import nn
 
@@ -167,6 +167,31 @@ def test_an_order_for_a_class_that_is_known_is_refused():
     model = tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**sizes, intermediate_size=8))
     with pytest.raises(HoraError, match=r"whose rows come as \[head\]\[q k v\]"):
         hora_torch.plan(model, HoraConfig(row_order={"query_key_value": "q k v"}))
+
+
+def test_rows_without_heads_are_told_to_be_one_map_that_shares_nothing():
+    rows, split, _, counts = TOLD["by head"]
+    plan = hora_torch.plan(base(rows, split), told("everything:1", **counts))
+    assert [(layer.name, layer.alone) for layer in plan.layers] == [("0.mixed", True)]
+    assert str(plan.layers[0].shape["everything"]) == str(ProjectionShape(1, rows, 16))
+
+
+def test_rows_may_be_told_together_and_as_one_of_several_numbers():
+    rows, split, _, _ = TOLD["plain"]
+    sizes = [HEADS * WIDTH, KV_HEADS * WIDTH]
+    model = base(rows, split, sizes=sizes, n=HEADS)
+    plan = hora_torch.plan(model, told(f"q:n/sizes.0 k:{KV_HEADS}/sizes.1 v:{KV_HEADS}/sizes.1"))
+    assert str(plan.layers[0].shape) == str(hora_torch.plan(model, told("q k v", **GROUPED)).layers[0].shape)
+    assert "attention.sizes.0=32" in plan.layers[0].sources["q"]
+    with pytest.raises(HoraError, match=r"got 'sizes\.2'"):
+        hora_torch.plan(model, told("q:n/sizes.2 k:4*4 v:4*4"))
+
+
+def test_queries_cannot_be_told_away_by_another_name():
+    sizes = {"vocab_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, intermediate_size=8))
+    with pytest.raises(HoraError, match="num_attention_heads=2: correct one of them"):
+        hora_torch.plan(model, HoraConfig(target_modules=["q_proj"], row_order={"q_proj": "everything:1"}))
 
 
 def test_state_spaces_and_linear_attention_are_reported_and_adapted_where_they_are_named():

@@ -7,13 +7,13 @@ from hora_bench.assets import Asset, Debian, Hub, HubArchive, Wheel
 
 
 def _vit(source: Path, target: Path) -> dict[str, float]:
-    from hora_bench.models.convert import vit_from_onnx
+    from hora_bench.offline import vit_from_onnx
 
     return vit_from_onnx(source, target)
 
 
 def _llama(source: Path, target: Path) -> dict[str, float]:
-    from hora_bench.models.convert import llama_from_gguf
+    from hora_bench.offline import llama_from_gguf
 
     return llama_from_gguf(source, target)
 

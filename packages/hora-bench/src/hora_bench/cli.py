@@ -8,11 +8,8 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.text import Text
 
-from hora_bench.commands import assets, methods, run, show
+from hora_bench.commands import experiments, lists, run, show
 from hora_bench.demo import command as demo
-from hora_bench.experiments import commands as experiments
-from hora_bench.experiments.cost import command as cost
-from hora_bench.experiments.theory import command as theory
 from hora_bench.store import first_error
 
 TOUR = """
@@ -26,13 +23,13 @@ START, WORK, PAPER = "Start here", "Fine-tune and compare", "The paper's experim
 
 app = typer.Typer(help=TOUR, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 app.command("demo", rich_help_panel=START)(demo.command)
-app.add_typer(assets.app, name="assets", rich_help_panel=START)
+app.add_typer(lists.app, name="assets", rich_help_panel=START)
 app.command("run", rich_help_panel=WORK)(run.command)
 app.command("show", rich_help_panel=WORK)(show.command)
-app.command("methods", rich_help_panel=WORK)(methods.command)
-app.command("schema", rich_help_panel=WORK)(methods.schema)
-app.command("cost", rich_help_panel=PAPER)(cost.command)
-app.command("theory", rich_help_panel=PAPER)(theory.command)
+app.command("methods", rich_help_panel=WORK)(lists.show_methods)
+app.command("schema", rich_help_panel=WORK)(lists.schema)
+app.command("cost", rich_help_panel=PAPER)(experiments.cost)
+app.command("theory", rich_help_panel=PAPER)(experiments.theory)
 app.command("sweep", rich_help_panel=PAPER)(experiments.sweep)
 for former in ("ablate", "sample-efficiency"):  # what result files of earlier versions name
     app.command(former, hidden=True)(experiments.sweep)

@@ -1,5 +1,8 @@
 """What a run is asked for, and what it is applied to: together they are its name."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from functools import cache
 from hashlib import file_digest, sha256
 from pathlib import Path
@@ -16,6 +19,7 @@ from hora_bench.versions import code_sha256, versions
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 FINAL: Final[dict[str, Any]] = {"train_on": "train+val", "score_on": "test"}
 NAME_LENGTH: Final = 120
+MOST_SEEDS: Final = 10_000
 WEIGHTS: Final = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 
@@ -46,6 +50,7 @@ class Request(Record):
     schedule: Schedule = "cosine"
     clip_norm: Finite | None = Field(default=None, gt=0)
     drop_path: Finite = Field(default=0.0, ge=0, lt=1)
+    last_blocks: int | None = Field(default=None, ge=1)
     train_on: Literal["train", "train+val"] = "train"
     score_on: Literal["val", "test"] = "val"
     scoring: Literal["accuracy", "log-likelihood", "generation"] = "accuracy"
@@ -72,9 +77,27 @@ class Request(Record):
             raise HoraError(f"beams are torch's, for answers that are generated, got {got}: leave --beams out")
         if self.image_size_px is None and self.drop_path:
             raise HoraError(f"drop path belongs to vision transformers, got {self.drop_path} for text: leave it out")
+        if self.last_blocks is not None:
+            self._screened()
         if self.backend == "jax" and self.image_size_px is not None and self.dtype != "float32":
             raise HoraError(f"on JAX image models are trained in float32, got --dtype {self.dtype}: leave it out")
         return self
+
+    @property
+    def proxy(self) -> str:
+        """What a screen is instead of a run; nothing for a run."""
+        if self.last_blocks is None:
+            return ""
+        return f"screen, a proxy: the last {self.last_blocks} blocks alone, on cached outputs of the frozen ones"
+
+    def _screened(self) -> None:
+        """Refuse what a screen cannot do as a full run would."""
+        usual = {"backend": "torch", "drop_path": 0.0, "clip_norm": None, "dtype": "float32"}
+        for name, value in usual.items():
+            if getattr(self, name) != value:
+                raise HoraError(f"a screen (last_blocks) has {name} {value}, got {getattr(self, name)}: leave it out")
+        if self.image_size_px is None:
+            raise HoraError("a screen (last_blocks) is of a vision transformer, got text: leave last_blocks out")
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated anew."""
@@ -96,7 +119,7 @@ class Inputs(Record):
     versions: dict[str, str]
 
     @classmethod
-    def of(cls, request: Request, task: Task) -> "Inputs":
+    def of(cls, request: Request, task: Task) -> Inputs:
         """Of a run on the data of `task`, with the code that is installed now."""
         return cls(
             data_sha256=task.fingerprint(),
@@ -173,3 +196,31 @@ def _kept(base: Request, method: str) -> dict[str, Any]:
     """Options of `base` that another method has too, and does not set by its nature."""
     usual, own = methods.find(base.method).options, methods.find(method).options
     return {key: value for key, value in base.options.items() if key in own and own[key] == usual.get(key)}
+
+
+def seeds_of(given: Any) -> tuple[int, ...]:
+    """Seeds as a list, or as text such as ``0-19`` or ``0,3,7``.
+
+    Raises
+    ------
+    HoraError
+        The text is no such list, or a seed comes twice.
+
+    Examples
+    --------
+    >>> seeds_of("0-3,7")
+    (0, 1, 2, 3, 7)
+    """
+    if not isinstance(given, str):
+        seeds = tuple(given) if isinstance(given, Sequence) else ()
+    else:
+        ends = [part.strip().partition("-") for part in given.split(",")]
+        if not all(low.isdecimal() and (high.isdecimal() or not dash) for low, dash, high in ends):
+            raise HoraError(f"seeds are whole numbers and ranges of them, got {given!r}: write 0-19 or 0,1,2")
+        ranges = [range(int(low), int(high or low) + 1) for low, _, high in ends]
+        if sum(map(len, ranges)) > MOST_SEEDS:
+            raise HoraError(f"so many seeds are run that there is time for, at most {MOST_SEEDS}, got {given}: fewer")
+        seeds = tuple(seed for part in ranges for seed in part)
+    if not seeds or len(set(seeds)) != len(seeds) or not all(type(seed) is int and 0 <= seed < 2**31 for seed in seeds):
+        raise HoraError(f"seeds are different whole numbers, got {given!r}: write 0-19 or 0,1,2")
+    return seeds

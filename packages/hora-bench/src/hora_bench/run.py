@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import psutil
-from hora_spec import HoraError
 
 from hora_bench import backends, store
 from hora_bench.cache import new_directory, remove_leftovers
@@ -18,14 +18,13 @@ from hora_bench.data.prompts import prompts, responses
 from hora_bench.models import load
 from hora_bench.recipe import subset
 from hora_bench.request import Inputs, Request, name_of
-from hora_bench.store import RunResult, Scores, Trial
+from hora_bench.store import PREDICTIONS, RunResult, Scores, Trial
 from hora_bench.training import EVERY_S, Checkpoint, DivergedError, Learner, fit, predict
 from hora_bench.versions import machine
 
 Progress = Callable[[str, int, int, float], None]
 EVAL_BATCH = {"images": 50, "text": 32}
 NEW_TOKENS = 32
-PREDICTIONS = "predictions.jsonl"
 
 
 def silent(stage: str, done: int, total: int, loss: float) -> None:
@@ -78,6 +77,11 @@ def run(
         Nothing can be written to `out`, the loss is not a number, data is unreadable, or the request does not fit the
         backend.
     """
+    if request.last_blocks is not None:
+        (found,) = results(request, [request.seed], task, out, command=command, trials=trials, progress=progress)
+        if found is None:
+            raise DivergedError(f"the loss must be finite, got none at rate {request.learning_rate:g}: lower it")
+        return found
     inputs = Inputs.of(request, task)
     name = name_of(request, inputs)
     path, files = out / f"{name}.json", out / name
@@ -106,25 +110,17 @@ def run(
     )
     start = time.perf_counter()
     judged = _judged(learner, task, request, checkpoint, progress)
-    score = Score.of(judged)
     watch.look()
-    unreadable = task.unreadable(request.train_on, members)
-    unreadable |= task.unreadable(request.score_on, np.arange(task.size(request.score_on)))
-    result = RunResult(
-        schema_version=store.SCHEMA_VERSION,
+    result = result_of(
+        request,
+        inputs,
+        task,
         command=command,
-        request=request,
-        inputs=inputs,
-        data=task.description(),
-        weights=load.source(request.model),
-        trained_params_count=learner.params_count,
-        total_params_count=learner.total_params_count,
-        train_count=len(members),
-        labels_count=_labels_count(request, task, members, trials),
-        scores=Scores(**asdict(score)),
+        trials=trials,
+        members=members,
+        judged=judged,
         loss=curve.loss,
-        unreadable_images=unreadable,
-        trials=list(trials),
+        counts=(learner.params_count, learner.total_params_count),
         files=_save(learner, judged, files),
         measured=store.Measured(
             train_time_s=float(np.sum(curve.seconds)),
@@ -143,7 +139,57 @@ def run(
     return result
 
 
-def _labels_count(request: Request, task: Task, members: np.ndarray, trials: Sequence[Trial]) -> int:
+def result_of(
+    request: Request,
+    inputs: Inputs,
+    task: Task,
+    *,
+    command: str,
+    trials: Sequence[Trial],
+    members: np.ndarray,
+    judged: Sequence[Judged],
+    loss: list[float],
+    counts: tuple[int, int],
+    files: dict[str, str],
+    measured: store.Measured,
+) -> RunResult:
+    """The record of a run.
+
+    Parameters
+    ----------
+    request, inputs, task, command, trials
+        What was asked, of what, by whom, after which search.
+    members, judged, loss
+        Numbers of the training examples, every scored example, the loss of every step.
+    counts
+        Of trained values and of all.
+    files, measured
+        What was saved, and what the machine took for it.
+    """
+    unreadable = task.unreadable(request.train_on, members)
+    unreadable |= task.unreadable(request.score_on, np.arange(task.size(request.score_on)))
+    screened = {} if request.last_blocks is None else {"proxy": request.proxy}
+    return RunResult(
+        schema_version=store.SCHEMA_VERSION,
+        command=command,
+        request=request,
+        inputs=inputs,
+        data={**screened, **task.description()},
+        weights=load.source(request.model),
+        trained_params_count=counts[0],
+        total_params_count=counts[1],
+        train_count=len(members),
+        labels_count=labels_count(request, task, members, trials),
+        scores=Scores(**asdict(Score.of(judged))),
+        loss=loss,
+        unreadable_images=unreadable,
+        trials=list(trials),
+        files=files,
+        measured=measured,
+    )
+
+
+def labels_count(request: Request, task: Task, members: np.ndarray, trials: Sequence[Trial]) -> int:
     """Labels that anything was learned or chosen from: of training, and of validation where rates were searched."""
     used = set(members.tolist())
     for seed in {trial.seed for trial in trials}:
@@ -187,88 +233,39 @@ def _save(learner: Learner, judged: Sequence[Judged], directory: Path) -> dict[s
     return saved
 
 
-def tune(
+def results(
     request: Request,
+    seeds: Sequence[int],
     task: Task,
     out: Path,
     *,
-    learning_rates: Sequence[float],
-    weight_decays: Sequence[float],
     command: str,
-    seeds: Sequence[int] | None = None,
+    trials: Sequence[Trial] = (),
     progress: Progress = silent,
-) -> tuple[Request, list[Trial]]:
-    """Choose learning rate and weight decay on the validation split; the same grid for every method.
+) -> list[RunResult | None]:
+    """The same request with several seeds: side by side where it is a screen, else one after the other.
 
     Parameters
     ----------
-    request, task, out, command, progress
-        As for `run`; trials are kept in the folder ``trials`` of `out`.
-    learning_rates, weight_decays
-        The grid.
+    request, task, out, command, trials, progress
+        As for `run`.
     seeds
-        A setting is judged by its mean accuracy over these; default the request's.
+        In place of the request's.
 
     Returns
     -------
-    tuple
-        The request with the best rates, to be trained on train and val together and tested once, and all trials.
-        A setting that diverges with any seed counts as a trial without accuracy. Ties go to the lower rate.
-
-    Raises
-    ------
-    HoraError
-        Every setting diverged.
+    list of RunResult or None
+        One for each seed; None for one whose loss was not finite.
     """
-    trials: list[Trial] = []
-    for rate in sorted(learning_rates):
-        for decay in sorted(weight_decays):
-            for seed in [request.seed] if seeds is None else seeds:
-                changes = {
-                    "learning_rate": rate,
-                    "weight_decay": decay,
-                    "train_on": "train",
-                    "score_on": "val",
-                    "seed": seed,
-                }
-                asked = request.replace(**changes)
-                trials.append(_trial(asked, task, out / "trials", command=command, progress=progress))
-    means = {setting: found for setting in _settings(trials) if (found := _mean(trials, setting)) is not None}
-    if not means:
-        raise HoraError(f"one learning rate must converge, got none of {learning_rates}: pass lower ones to --tune-lr")
-    rate, decay = max(means, key=lambda setting: means[setting])
-    return request.replace(learning_rate=rate, weight_decay=decay), trials
+    asked = [request.replace(seed=seed) for seed in seeds]
+    if request.last_blocks is not None:
+        from hora_bench.screen import screen
+
+        return screen(asked, task, out, command=command, trials=trials, progress=progress)
+    return [_unless_diverged(one, task, out, command=command, trials=trials, progress=progress) for one in asked]
 
 
-def _trial(asked: Request, task: Task, out: Path, *, command: str, progress: Progress) -> Trial:
-    setting = {"learning_rate": asked.learning_rate, "weight_decay": asked.weight_decay, "seed": asked.seed}
-    stage = f"lr {asked.learning_rate:g} wd {asked.weight_decay:g}: "
-    try:
-        found = run(asked, task, out, command=command, progress=lambda kind, *rest: progress(stage + kind, *rest))
-    except DivergedError:
-        return Trial(**setting, accuracy_pct=None, final_loss=None, file=None)
-    return Trial(
-        **setting,
-        accuracy_pct=found.scores.accuracy_pct,
-        loss=found.scores.loss,
-        final_loss=found.loss[-1],
-        file=f"trials/{found.name}.json",
-    )
-
-
-def _settings(trials: Sequence[Trial]) -> list[tuple[float, float]]:
-    return list(dict.fromkeys((trial.learning_rate, trial.weight_decay) for trial in trials))
-
-
-def _mean(trials: Sequence[Trial], setting: tuple[float, float]) -> float | None:
-    found = [trial.accuracy_pct for trial in trials if (trial.learning_rate, trial.weight_decay) == setting]
-    reached = [accuracy for accuracy in found if accuracy is not None]
-    return float(np.mean(reached)) if len(reached) == len(found) else None
-
-
-def edge_of(trials: Sequence[Trial], rate: float) -> str | None:
-    """``"lowest"`` or ``"highest"`` where the best rate is the last of the grid that way: a better may lie beyond."""
-    rates = sorted({trial.learning_rate for trial in trials})
-    if len(rates) < 2 or rate not in (rates[0], rates[-1]):
-        return None
-    return "lowest" if rate == rates[0] else "highest"
+def _unless_diverged(request: Request, task: Task, out: Path, **kept: Any) -> RunResult | None:
+    with suppress(DivergedError):
+        return run(request, task, out, **kept)
+    return None

@@ -26,11 +26,13 @@ class Difference:
     Attributes
     ----------
     mean, low, high
-        Mean over seeds and its 95 % interval, Student's t; one seed has none.
+        Mean over seeds and its interval, Student's t; one seed has none.
     seeds
         So many were paired.
     detectable
         The true difference that so many seeds would have shown in four of five such experiments; None for one seed.
+    level
+        Of the interval.
     """
 
     mean: float
@@ -38,33 +40,36 @@ class Difference:
     high: float | None
     seeds: int
     detectable: float | None
+    level: float = LEVEL
 
     @classmethod
-    def of(cls, accuracies_pct: Sequence[float], reference_pct: Sequence[float]) -> Difference:
+    def of(cls, accuracies_pct: Sequence[float], reference_pct: Sequence[float], *, level: float = LEVEL) -> Difference:
         """Of accuracies, one per seed and in the same order: what both share, subset and order of the data, cancels.
 
         Examples
         --------
         >>> Difference.of([91.0, 93.0, 92.0], [90.0, 91.0, 92.0])
-        Difference(mean=1.0, low=-1.48, high=3.48, seeds=3, detectable=3.09)
+        Difference(mean=1.0, low=-1.48, high=3.48, seeds=3, detectable=3.09, level=0.95)
         """
         differences = np.subtract(accuracies_pct, reference_pct)
         mean, seeds = float(differences.mean()), len(differences)
         if seeds == 1:
-            return cls(round(mean, 2), None, None, 1, None)
-        half = float(stats.t.ppf((1 + LEVEL) / 2, seeds - 1) * stats.sem(differences))
-        return cls.stored(round(mean, 2), round(mean - half, 2), round(mean + half, 2), seeds)
+            return cls(round(mean, 2), None, None, 1, None, level)
+        half = float(stats.t.ppf((1 + level) / 2, seeds - 1) * stats.sem(differences))
+        return cls.stored(round(mean, 2), round(mean - half, 2), round(mean + half, 2), seeds, level)
 
     @classmethod
-    def stored(cls, mean: float, low: float | None, high: float | None, seeds: int) -> Difference:
+    def stored(cls, mean: float, low: float | None, high: float | None, seeds: int, level: float = LEVEL) -> Difference:
         """Of a mean with its interval, as files have it."""
         if low is None or high is None:
-            return cls(mean, None, None, seeds, None)
-        half, powers = (high - low) / 2, stats.t.ppf([(1 + LEVEL) / 2, POWER], seeds - 1)
-        return cls(mean, low, high, seeds, round(half * float(1 + powers[1] / powers[0]), 2))
+            return cls(mean, None, None, seeds, None, level)
+        half, powers = (high - low) / 2, stats.t.ppf([(1 + level) / 2, POWER], seeds - 1)
+        return cls(mean, low, high, seeds, round(half * float(1 + powers[1] / powers[0]), 2), level)
 
     def word(self, margin: float = MARGIN) -> Word:
         """What the interval allows to say; equal is within `margin`, which is stated before anything is measured.
+
+        An interval that is no wider than the margin always says something: that is when a race stops.
 
         Examples
         --------
@@ -76,6 +81,19 @@ class Difference:
         if -margin <= self.low and self.high <= margin:
             return "equal"
         return "better" if self.low > 0 else "worse" if self.high < 0 else "not resolved"
+
+
+def level_of_looks(looks: int) -> float:
+    """Level of each interval of a race that may stop at any of several looks, so that all hold with `LEVEL`.
+
+    Bonferroni: looks at the same seeds depend on each other, which makes it conservative.
+
+    Examples
+    --------
+    >>> level_of_looks(1), level_of_looks(5)
+    (0.95, 0.99)
+    """
+    return round(1 - (1 - LEVEL) / looks, 6)
 
 
 def mean_interval(accuracies_pct: Sequence[float], examples: int) -> dict[str, float]:

@@ -17,6 +17,7 @@ from hora_bench.request import Inputs, Record, Request, name_of
 from hora_bench.versions import machine, versions
 
 SCHEMA_VERSION = 2
+PREDICTIONS = "predictions.jsonl"
 
 
 class Scores(Record):
@@ -147,6 +148,12 @@ def is_result(path: Path) -> bool:
     return isinstance(content, dict) and "schema_version" in content and "request" in content
 
 
+def right(directory: Path, result: RunResult) -> list[bool]:
+    """Whether each example of a run was right, from the predictions beside its result file in `directory`."""
+    lines = (directory / result.name / PREDICTIONS).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["right"] for line in lines]
+
+
 def schema() -> dict[str, Any]:
     """JSON Schema of a result file."""
     return RunResult.model_json_schema()
@@ -162,6 +169,13 @@ def check_writable(directory: Path) -> None:
     except OSError as error:
         why = os.strerror(error.errno or 0).lower()
         raise HoraError(f"{directory} must be a directory that can be written to, got {why!r}: pass another") from error
+
+
+def check_file(path: Path) -> None:
+    """Raise HoraError where a file of results could not be written, before hours are spent on what goes there."""
+    if path.is_dir():
+        raise HoraError(f"{path} must be a file, got a directory: add a name, such as {path / 'result.json'}")
+    check_writable(path.parent)
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:

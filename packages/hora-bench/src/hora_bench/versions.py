@@ -29,7 +29,17 @@ PACKAGES: Final = (
     "optax",
     "qwix",
 )
-RUNS: Final = ("data", "models", "backends", "methods.py", "recipe.py", "training.py", "run.py")  # of this package
+# of this package
+RUNS: Final = (
+    "data",
+    "models",
+    "backends",
+    "methods.py",
+    "recipe.py",
+    "training.py",
+    "run.py",
+    "screen.py",
+)
 
 
 def versions() -> dict[str, str]:

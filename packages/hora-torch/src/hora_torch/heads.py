@@ -15,7 +15,7 @@ from hora_spec import HoraError
 from torch import nn
 
 from hora_torch.config import HoraConfig
-from hora_torch.order import Order, Unfit
+from hora_torch.order import Order
 from hora_torch.roles import FUSED, ROLE_OF, ROLES, identifier, matches
 from hora_torch.row_order import row_order
 
@@ -23,7 +23,7 @@ _COUNT_NAMES = {
     "q": ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads"),
     "kv": ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv", "kv_heads"),
 }
-_WIDTH_NAMES = ("head_dim", "attention_head_size", "key_value_proj_dim", "d_kv", "head_size")
+_WIDTH_NAMES = ("head_dim", "attention_head_size", "key_value_proj_dim", "d_kv", "head_size", "dim_head", "dim_heads")
 _OWN_NAMES = {  # count and width of one role alone, in linear and latent attention; they go before the others
     "q": ("num_k_heads", "qk_head_dim", "head_k_dim"),
     "k": ("num_k_heads", "qk_head_dim", "head_k_dim"),
@@ -98,8 +98,7 @@ class Attention:
         Raises
         ------
         UnknownRowsError
-            If the rows come in no order that can be described, or the child is called as if it held several
-            projections and nothing says how.
+            If the child is called as if it held several projections and nothing says how.
         """
         path, kind = self._child(own), type(self.module).__name__
         said = next((order for key, order in (self.config.row_order or {}).items() if matches(key, path)), None)
@@ -109,16 +108,12 @@ class Attention:
                 f"a row_order is for classes that are not known, got {said!r} for {path!r} of {kind}, whose rows come "
                 f"as {known}: leave it out of row_order"
             )
-        if isinstance(known, Unfit):
-            raise UnknownRowsError(
-                f"a weight is adapted when each head has its own rows, got {known} in {path!r} of {kind}: leave it out "
-                "of target_modules"
-            )
         if said is None and known is None and own in FUSED and own not in ROLE_OF:
             raise UnknownRowsError(
                 f"the order of fused rows is known per attention class, {kind} is not known and the name {path!r} "
                 f'proves nothing: pass HoraConfig(row_order={{"{own}": "q k v"}}) if it is all of q, then k, then v, '
-                '"[head][q k v]" if each head has its own q, k and v, or leave it out of target_modules'
+                f'"[head][q k v]" if each head has its own q, k and v, "{identifier(own)}:1" if it is to be one map, '
+                "or leave it out of target_modules"
             )
         return Order.parse(said) if said else known
 
@@ -139,6 +134,7 @@ class Attention:
         if role is None and not self._counts(own, None):
             return [Rows(identifier(own), 1, width, 0, width, 1, "a map without heads has one", alone=True)]
         heads, source = self._separate(own, role, width)
+        source += "" if role else ": blocks of output rows, which are heads of no attention"
         return [Rows(role or identifier(own), heads, width // heads, 0, width, 1, source)]
 
     def _told(self, own: str, order: Order) -> list[Rows]:
@@ -146,18 +142,24 @@ class Attention:
         rows, sizes = self.widths[own], []
         for part in order.parts:
             heads, *factors = [self._number(own, factor) for factor in part.factors]
-            sizes.append((heads, prod(factors) if factors else rows // heads))
+            together = rows if part.rows is None else self._number(own, part.rows)
+            sizes.append((heads, prod(factors) if factors else together // heads))
         blocks = 1 if order.blocks is None else self._number(own, order.blocks)
         self._check_said(own, order, sizes)
-        names = [name for part in order.parts for name in part.factors if not name.isdigit()]
+        names = [name for part in order.parts for name in part.numbers if not name.isdigit()]
         source = ", ".join(dict.fromkeys(str(self._attribute(own, name)) for name in names)) or f"row_order {order}"
         return self._placed(own, order, sizes, blocks, source)
 
     def _check_said(self, own: str, order: Order, sizes: Sequence[tuple[int, int]]) -> None:
-        """Raise if the user, or the attention itself, says another number of heads than the order."""
+        """Raise if the user, or the attention itself, says another number of heads than the order.
+
+        Also its config, where the order calls all rows of what is called a query, key or value by another name.
+        """
         for part, (heads, _) in zip(order.parts, sizes, strict=True):
-            levels = (_USER, _ATTENTION) if self._is_said(own) else (_USER,)
-            said = [fact for fact in self._counts(own, part.name) if fact.level in levels] if part.name in ROLES else []
+            lone = ROLE_OF.get(own) if len(order.parts) == 1 else None
+            role = part.name if part.name in ROLES else lone
+            last = (_MODEL - 1 if lone else _ATTENTION) if self._is_said(own) else _USER
+            said = [fact for fact in self._counts(own, role) if fact.level <= last] if role else []
             if said and all(fact.value != heads for fact in said):
                 raise HoraError(
                     f"the heads of {part.name} in {self._child(own)!r} are one number, got {heads} from the order "
@@ -189,7 +191,7 @@ class Attention:
         start, result = 0, []
         for name, (heads, width) in zip(order.names, sizes, strict=True):
             stop = start + heads // blocks * width
-            result.append(Rows(name, heads, width, start, stop, blocks, source))
+            result.append(Rows(name, heads, width, start, stop, blocks, source, order.is_one_map))
             start = stop
         return result
 
@@ -320,10 +322,14 @@ class Attention:
 
 def _attribute(holder: Any, name: str) -> Any:
     """What `holder` calls `name`, if it says: a config of transformers 5.23 raises where its layers differ."""
+    name, _, index = name.partition(".")
     try:
-        return getattr(holder, name, None)
+        value = getattr(holder, name, None)
     except RuntimeError:
         return None
+    if not index:
+        return value
+    return value[int(index)] if isinstance(value, (list, tuple)) and int(index) < len(value) else None
 
 
 def _quotient(number: int, divisor: int) -> int | None:

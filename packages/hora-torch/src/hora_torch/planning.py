@@ -228,8 +228,9 @@ def _new_plan(model: nn.Module, names: Iterable[str], config: HoraConfig, *, nam
             left_out[layer] = str(error)
             uncertain |= {layer} if isinstance(error, DisagreeError) else set()
     if not named:
-        reasons = ((_layer_name(model, name), where_named(model, name)) for name, _ in _modules(model))
-        left_out |= {layer: reason for layer, reason in reasons if reason and layer not in found}
+        adapted = {place.site.module for places in found.values() for place in places}
+        others = [name for name, _ in _modules(model) if name not in adapted]
+        left_out |= {_layer_name(model, name): reason for name in others if (reason := where_named(model, name))}
     held = {place.role for places in found.values() for place in places} | set(ROLES)
     if found and (strange := [part for part in config.fused_projections if part not in held]):
         raise HoraError(f"fused_projections names parts of the targets, got {strange}, which none of them holds")

@@ -69,6 +69,7 @@ class Probe:
         self._outputs, self._context = record.outputs(), context
         self._weights = torch.randn(context.shape[:-1], generator=torch.Generator().manual_seed(0)).to(context)
         self._used: dict[int, Masks] = {}
+        self._counted: dict[int, list[Masks]] = {}
 
     @property
     def width(self) -> int:
@@ -81,7 +82,7 @@ class Probe:
         Raises
         ------
         UntoldError
-            If it does not depend on wide rows, or on more than one narrow row.
+            If it does not depend on wide rows, or on more than one narrow row, or on one that carries nothing.
         """
         own = self._reached(index)
         beside = [self._reached(other) for other in (index - 1, index + 1) if 0 <= other < self.width]
@@ -92,6 +93,8 @@ class Probe:
             raise UntoldError("no row acts on a whole head, as queries do that have more than one key")
         if _count(narrow) > 1:
             raise UntoldError("more rows than one act on one column alone, as gates beside values do")
+        if _count(narrow) and not any(bool((rows & self._carried(index)[name]).any()) for name, rows in narrow.items()):
+            raise UntoldError("the row that acts on one column alone is read at its own position, as that of a gate is")
         return wide, narrow
 
     def local(self, index: int) -> Masks:
@@ -104,11 +107,9 @@ class Probe:
         """
         wide, _ = self.column(index)
         local = {name: torch.zeros_like(rows) for name, rows in wide.items()}
-        flat = self._context[..., index].flatten()
-        for position in sorted({len(flat) - 1, len(flat) // 2, len(flat) // 4}):  # some may be padding
-            for name, grad in self._gradients(flat[position]):
-                positions = (grad.flatten(0, -2) != 0).sum(0)
-                local[name] |= (positions == 1) & wide[name]
+        for positions in self._positions(index):
+            if any(bool((count > 1).any()) for count in positions.values()):  # else it sees itself alone
+                local = {name: rows | (positions[name] == 1) & wide[name] for name, rows in local.items()}
         if not _count(local):
             raise UntoldError("no row acts on its own position alone, as queries do that no others are mixed into")
         self._check_coupling(index, wide, local)
@@ -127,6 +128,23 @@ class Probe:
             raise UntoldError(f"it cannot be differentiated twice, try attn_implementation='eager': {error}") from error
         if any(bool((wide[own] & ~coupled[own]).any()) for own in wide):
             raise UntoldError("its rows do not share one softmax: attentions are added, or channels attend to channels")
+
+    def _carried(self, index: int) -> Masks:
+        """Rows that act on another position than their own."""
+        seen = self._positions(index)
+        return {name: torch.stack([positions[name] > 1 for positions in seen]).any(0) for name in seen[0]}
+
+    def _positions(self, index: int) -> list[Masks]:
+        """From how many positions each row acts on a column, at some positions of it."""
+        if index not in self._counted:
+            flat = self._context[..., index].flatten()
+            self._counted[index] = []
+            for position in sorted({len(flat) - 1, len(flat) // 2, len(flat) // 4}):  # some may be padding
+                counts = {name: torch.zeros(leaf.shape[-1], dtype=torch.long) for name, leaf in self._outputs}
+                for name, grad in self._gradients(flat[position]):
+                    counts[name] += (grad.flatten(0, -2) != 0).sum(0).cpu()
+                self._counted[index].append(counts)
+        return self._counted[index]
 
     def _reached(self, index: int) -> Masks:
         if index not in self._used:
@@ -159,7 +177,7 @@ def probes(record: Record) -> Generator[Probe, None, None]:
 
 def _is_norm(module: nn.Module) -> bool:
     plain = not [*module.children()] and all(param.ndim < 2 for param in module.parameters())
-    return plain and type(module).__name__.endswith("Norm")
+    return plain and "Norm" in type(module).__name__  # some say what else they do, as RMSNormGated
 
 
 def _forgets(record: Record) -> Callable[..., None]:

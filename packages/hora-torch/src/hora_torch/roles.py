@@ -20,6 +20,11 @@ def matches(key: str, module: str) -> bool:
     return re.match(rf"(.*\.)?({key})$", module) is not None
 
 
+def kind(part: str) -> str:
+    """What a part of a fused weight is: ``q2``, the queries of a second map, is a ``q``."""
+    return part.rstrip("0123456789")
+
+
 def identifier(name: str) -> str:
     """A module name as the name of a projection."""
     name = re.sub(r"\W", "_", name)

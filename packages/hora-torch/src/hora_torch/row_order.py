@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from hora_torch.order import Order, Unfit
+from hora_torch.order import Order
 
 
 class By(NamedTuple):
@@ -22,7 +22,7 @@ class By(NamedTuple):
     false: "Known"
 
 
-Known = str | Unfit | By | None
+Known = str | By | None
 
 _QKV: Mapping[str, Known] = {"qkv": "q k v"}
 _KV: Mapping[str, Known] = {"kv": "k v"}
@@ -32,6 +32,7 @@ _HEAD_FIRST: Mapping[str, Known] = {"query_key_value": "[head][q k v]"}
 _FALCON: Mapping[str, Known] = {
     "query_key_value": By("new_decoder_architecture", "[group][q k v]", By("multi_query", "q k v", "[head][q k v]"))
 }
+_NO_HEADS: Mapping[str, Known] = {"key": "key:1", "value": "value:1"}
 _LATENT_QUERY = "q:num_heads*qk_head_dim"
 _LATENT: Mapping[str, Known] = {
     "q_proj": _LATENT_QUERY,
@@ -51,12 +52,13 @@ _STATE_SPACE: Mapping[str, Known] = {
     "dt:num_heads*1"
 }
 _TWO_MAPS = "q:num_heads*2*head_dim k:num_heads*2*head_dim v:num_heads*2*head_dim"  # which share a head
-_TWICE = Unfit("q and k of two maps one after the other")
+_TWICE = "q:heads*dim_heads q2:heads*dim_heads k:heads*dim_heads k2:heads*dim_heads v:heads*dim_heads"  # maps
+_BESIDE_AN_MLP = "mlp:1*in_split.0 q:num_heads/in_split.1 k:num_heads/in_split.2 v:num_heads/in_split.3"
 _FUSED_LATER: Mapping[str, Known] = {"to_qkv": "q k v", "to_kv": "k v", "to_added_qkv": "q k v", "to_added_kv": "k v"}
 
 _TRANSFORMERS: Mapping[str, Mapping[str, Known]] = {
     # separate projections, whose rows a MultiheadAttention mixes before it splits them into heads
-    "aria.modeling_aria.AriaCrossAttention": {f"{p}_proj": Unfit("rows of no head") for p in "qkv"},
+    "aria.modeling_aria.AriaCrossAttention": {f"{p}_proj": f"{p}_proj:1" for p in "qkv"},
     "axk1.modeling_axk1.AXK1Attention": _LATENT,
     "axk2.modeling_axk2.AXK2Attention": {
         **_LATENT,
@@ -80,13 +82,20 @@ _TRANSFORMERS: Mapping[str, Mapping[str, Known]] = {
     "deepseek_v2.modeling_deepseek_v2.DeepseekV2Attention": _LATENT,
     "deepseek_v3.modeling_deepseek_v3.DeepseekV3Attention": _LATENT,
     "deepseek_v32.modeling_deepseek_v32.DeepseekV32Attention": _LATENT,
+    "deepseek_v4.modeling_deepseek_v4.DeepseekV4Attention": {
+        "q_b_proj": "q:num_heads*head_dim",
+        "kv_proj": "kv:1*head_dim",
+    },
+    **{
+        f"deepseek_v4.modeling_deepseek_v4.DeepseekV4{cls}": {"kv_proj": "kv_proj:1"}
+        for cls in ("CSACompressor", "HCACompressor", "Indexer")
+    },
     "dots3_note.modeling_dots3_note.Dots3NoteTextAttention": _LATENT,
     "dots3_note.modeling_dots3_note.Dots3NoteVisionAttention": _QKV,
     "ernie4_5_vl_moe.modeling_ernie4_5_vl_moe.Ernie4_5_VLMoeVisionAttention": _QKV,
     "esm.modeling_esmfold.EsmFoldInvariantPointAttention": {
         "linear_q": "q:num_heads*hidden_dim",
         "linear_kv": "[num_heads][k:num_heads*hidden_dim v:num_heads*hidden_dim]",
-        "linear_kv_points": Unfit("a coordinate of all heads after the other"),
     },
     "esm.modeling_esmfold.EsmFoldSelfAttention": {"proj": "[head][q k v]"},
     "evolla.modeling_evolla.EvollaSequenceCompressorAttention": _TO_KV,
@@ -164,7 +173,9 @@ _TRANSFORMERS: Mapping[str, Mapping[str, Known]] = {
     "qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeVisionAttention": _QKV,
     "qwen4_exp.modeling_qwen4_exp.Qwen4ExpTextAttention": _GATED,
     "qwen4_exp.modeling_qwen4_exp.Qwen4ExpVisionAttention": _QKV,
-    "reformer.modeling_reformer.LSHSelfAttention": {"query_key": Unfit("q and k in one")},
+    "reformer.modeling_reformer.LSHSelfAttention": {"query_key": "qk:num_attention_heads*attention_head_size"},
+    "rwkv.modeling_rwkv.RwkvFeedForward": _NO_HEADS,
+    "rwkv.modeling_rwkv.RwkvSelfAttention": _NO_HEADS,
     "sam.modeling_sam.SamVisionAttention": _QKV,
     "sam.modeling_sam.SamVisionSdpaAttention": _QKV,
     "sam2.modeling_sam2.Sam2MultiScaleAttention": _QKV,
@@ -178,7 +189,7 @@ _TRANSFORMERS: Mapping[str, Mapping[str, Known]] = {
     "vitdet.modeling_vitdet.VitDetAttention": _QKV,
     "xlstm.modeling_xlstm.xLSTMLayer": {
         **{p: f"{p}:num_heads" for p in "qkv"},
-        "qkv_opreact": Unfit("q, k, v and a gate of widths that no attribute tells"),
+        "qkv_opreact": "q:num_heads/qk_dim k:num_heads/qk_dim v:num_heads/v_dim gate:num_heads/v_dim",
     },
     "youtu.modeling_youtu.YoutuAttention": _LATENT,
 }
@@ -226,8 +237,10 @@ _TIMM: Mapping[str, Mapping[str, Known]] = {
         "q.ln.linear": "q:num_heads*key_dim",
         "kv.linear": "[num_heads][k:num_heads*key_dim v:num_heads*val_dim]",
     },
+    "models.maxxvit.Attention2d": {"qkv": By("head_first", "[head][q k v]", "q k v")},
     "models.maxxvit.AttentionCl": {"qkv": By("head_first", "[head][q k v]", "q k v")},
     "models.metaformer.Attention": _QKV,
+    "models.mobilevit.LinearSelfAttention": {"qkv_proj": "score:1*1 k:1*embed_dim v:1*embed_dim"},
     "models.mvitv2.MultiScaleAttention": _QKV,
     "models.nest.Attention": _QKV,
     "models.pvt_v2.Attention": _KV,
@@ -239,10 +252,11 @@ _TIMM: Mapping[str, Mapping[str, Known]] = {
     "models.twins.GlobalSubSampleAttn": _KV,
     "models.twins.LocallyGroupedAttn": _QKV,
     "models.vision_transformer.Attention": _QKV,  # until timm 1.0.20
-    "models.vision_transformer.DiffParallelScalingBlock": {"in_proj": Unfit("rows of an MLP before q, k and v")},
-    "models.vision_transformer.ParallelScalingBlock": {"in_proj": Unfit("rows of an MLP before q, k and v")},
+    "models.vision_transformer.DiffParallelScalingBlock": {"in_proj": _BESIDE_AN_MLP},
+    "models.vision_transformer.ParallelScalingBlock": {"in_proj": _BESIDE_AN_MLP},
     "models.vision_transformer_relpos.RelPosAttention": _QKV,
     "models.vision_transformer_sam.Attention": _QKV,
+    "models.visformer.Attention": _QKV,
     "models.volo.Attention": _QKV,
     "models.volo.ClassAttention": _KV,
     "models.xcit.XCA": _QKV,
@@ -270,7 +284,8 @@ _DIFFUSERS: Mapping[str, Mapping[str, Known]] = {
     "transformers.transformer_sana_wm.MultiHeadCrossAttention": {"kv_linear": "k v"},
     "transformers.transformer_skyreels_v2.SkyReelsV2Attention": _FUSED_LATER,
     "transformers.transformer_stable_audio3.StableAudio3CrossAttention": {
-        "to_kv": By("use_differential", Unfit("k of two maps"), "k v")
+        "to_q": By("use_differential", "q:heads*dim_heads q2:heads*dim_heads", None),
+        "to_kv": By("use_differential", "k:heads*dim_heads k2:heads*dim_heads v:heads*dim_heads", "k v"),
     },
     "transformers.transformer_stable_audio3.StableAudio3SelfAttention": {
         "to_qkv": By("use_differential", _TWICE, "q k v")
@@ -307,7 +322,7 @@ Texts as `Order` reads them.
 _WHERE_NAMED = {f"transformers.models.{name}" for name in _LINEAR_OR_STATE_SPACE}
 
 
-def row_order(attention: nn.Module, own: str) -> Order | Unfit | None:
+def row_order(attention: nn.Module, own: str) -> Order | None:
     """Order in which the output rows of a linear map belong to projections.
 
     Parameters
@@ -319,8 +334,8 @@ def row_order(attention: nn.Module, own: str) -> Order | Unfit | None:
 
     Returns
     -------
-    Order, Unfit or None
-        `Unfit` where the rows come in a way that no order describes, None where the class is unknown.
+    Order or None
+        None where the class is unknown.
 
     Examples
     --------

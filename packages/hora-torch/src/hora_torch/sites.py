@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from hora_torch.config import HoraConfig
 from hora_torch.heads import Attention, Rows, UnknownRowsError
-from hora_torch.order import Order
-from hora_torch.roles import FUSED, ROLE_OF, identifier
+from hora_torch.roles import FUSED, ROLE_OF, identifier, kind
 from hora_torch.row_order import is_where_named, row_order
 from hora_torch.sharding import check_rows_alone, is_sharded
 from hora_torch.targets import CONVOLUTIONS, base_module, is_supported, out_in, stored_form
 
 _MULTIHEAD_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_SHARED = {"qk", "kv"}  # one projection that is both
 _OF_MULTIHEAD = "the shape of nn.MultiheadAttention"
 
 
@@ -66,11 +66,12 @@ def find_sites(model: nn.Module, name: str, config: HoraConfig) -> Iterator[Foun
         )
     owner, own = attention_of(model, name)
     rows = _attention(model, owner, own, config).rows(own)
-    chosen = [part for part in rows if part.role in config.fused_projections]
+    wanted = config.fused_projections
+    chosen = [part for part in rows if part.role in wanted or kind(part.role) in wanted]
     if len(rows) == 1:
         chosen = rows
-    elif own in ROLE_OF:  # beside a gate
-        chosen = [part for part in rows if part.role == ROLE_OF[own]]
+    elif own in ROLE_OF:  # beside a gate, or twice
+        chosen = [part for part in rows if kind(part.role) == ROLE_OF[own]]
     if not chosen:
         raise UnknownRowsError(
             f"a fused weight holds one of fused_projections, {config.fused_projections}, got {name!r} with "
@@ -104,27 +105,31 @@ def is_candidate(model: nn.Module, name: str) -> bool:
         return True
     parent_name, _, own = name.rpartition(".")
     parent = base_module(model.get_submodule(parent_name))
-    if not is_supported(module) or isinstance(parent, nn.MultiheadAttention) or isinstance(module, CONVOLUTIONS):
+    if not is_supported(module) or isinstance(parent, nn.MultiheadAttention):
         return False
-    if ROLE_OF.get(own) in ("q", "v") or own in FUSED:
-        return True
-    owner, own = attention_of(model, name)
+    owner, inner = attention_of(model, name)
     attention = base_module(model.get_submodule(owner))
-    order = row_order(attention, own)
-    return isinstance(order, Order) and bool({"q", "v"} & set(order.names)) and not is_where_named(attention)
+    order = row_order(attention, inner)
+    if order is not None:
+        return bool({"q", "v"} & set(map(kind, order.names))) and not is_where_named(attention)
+    return not isinstance(module, CONVOLUTIONS) and (ROLE_OF.get(own) in ("q", "v") or own in FUSED)
 
 
 def where_named(model: nn.Module, name: str) -> str | None:
-    """Why a module is adapted where it is named alone, if that is so: it has heads, but not those of an attention."""
+    """Why a module is adapted where it is named alone, if that is so: its heads are not those of queries or values."""
     owner, own = attention_of(model, name)
     attention = base_module(model.get_submodule(owner))
     order = row_order(attention, own)
-    if not isinstance(order, Order) or not is_where_named(attention):
+    if order is None or not (is_where_named(attention) or order.is_one_map or _SHARED & set(order.names)):
         return None
+    what = f"{own!r} of {type(attention).__name__}"
+    if not is_where_named(attention):
+        holds = "rows of no head" if order.is_one_map else "keys that are queries or values, too"
+        return f"what is neither q nor v is adapted where it is named, {what} holds {holds}: add it to target_modules"
     parts = ", ".join(part for part in order.names if part not in ("z", "dt"))
     return (
-        f"heads of linear attention and state spaces are adapted where they are named, {own!r} of "
-        f"{type(attention).__name__} holds {parts}: add it to target_modules, and what is wanted to fused_projections"
+        f"heads of linear attention and state spaces are adapted where they are named, {what} holds {parts}: add it to "
+        "target_modules, and what is wanted to fused_projections"
     )
 
 
@@ -154,7 +159,7 @@ def targets_of(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
 def _names(attention: nn.Module, own: str) -> set[str]:
     """Names that the projections of a module may have in a layer."""
     order, child = row_order(attention, own), identifier(own.rpartition(".")[2])
-    parts = set(order.names) if isinstance(order, Order) else {ROLE_OF[own]} if own in ROLE_OF else set()
+    parts = set(order.names) if order is not None else {ROLE_OF[own]} if own in ROLE_OF else set()
     return {child, *parts, *(f"{child}_{part}" for part in parts)}
 
 
@@ -181,7 +186,7 @@ def _roles(attention: nn.Module, own: str) -> set[str]:
     if own in ROLE_OF:
         return {ROLE_OF[own]}
     order = row_order(attention, own) if own in FUSED else None
-    return set(order.names) if isinstance(order, Order) else set()
+    return set(order.names) if order is not None else set()
 
 
 def check_recorded(model: nn.Module, site: Site) -> None:

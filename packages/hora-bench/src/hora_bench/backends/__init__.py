@@ -20,6 +20,8 @@ def build(request: Request, task: Any) -> Learner:
     HoraError
         The backend does not reach the device, or lacks the method, or the model does not fit.
     """
+    if request.last_blocks is not None:
+        raise HoraError(f"a screen is for runs and sweeps, got last_blocks {request.last_blocks}: leave it out")
     check_device(request.backend, request.device)
     method = methods.find(request.method).configured(request.options)
     head, size = None, request.image_size_px or 224

@@ -11,7 +11,7 @@ from hora_spec import HoraError
 from hora_bench.data.base import Batch
 from hora_bench.methods import Method
 from hora_bench.models.llama import Llama
-from hora_bench.models.split import split_nnx
+from hora_bench.models.surgery import split_nnx
 
 Filter = Callable[[tuple[Any, ...], Any], bool]
 

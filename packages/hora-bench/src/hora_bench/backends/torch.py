@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from hora_bench.backends import torch_starts
 from hora_bench.data.base import Batch
-from hora_bench.models.paths import PathDrop
+from hora_bench.models.surgery import PathDrop
 from hora_bench.recipe import Recipe
 from hora_bench.training import Arrays
 

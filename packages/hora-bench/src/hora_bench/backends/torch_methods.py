@@ -8,7 +8,7 @@ from hora_spec import HoraError
 
 from hora_bench.backends.torch_starts import Examples, Loss, eva_config, lora_ga_config
 from hora_bench.methods import Method
-from hora_bench.models.split import split_torch
+from hora_bench.models.surgery import split_torch
 from hora_bench.torchvision_ops import declare_missing_ops
 
 

@@ -20,7 +20,7 @@ from hora_bench.data.catalog import FAMILIES, Named, find, load_task
 console = Console()
 TASKS = ", ".join(FAMILIES)
 PLANNED = {"task", "data", "backend", "model", "method", "option", "batch_size", "image_size", "dtype", "mesh"}
-PLANNED |= {"config", "dry_run", "remat", "scan"}  # what a plan of one step depends on
+PLANNED |= {"config", "dry_run", "remat", "seed", "seeds", "tune", "tune_lr", "tune_wd"}  # what a plan depends on
 
 
 def _configure(context: typer.Context, name: str | None) -> str | None:
@@ -47,7 +47,7 @@ def command(
     model: Annotated[
         str | None, typer.Option(help="Asset, directory, timm name or hub name; default the protocol's.")
     ] = None,
-    method: Annotated[str, typer.Option(help="See hora-bench methods.")] = "hora",
+    method: Annotated[str, typer.Option(help="See hora-bench methods; several, one run each: hora,lora.")] = "hora",
     option: Annotated[list[str] | None, typer.Option(help="Option of the method, key=value; repeatable.")] = None,
     fraction: Annotated[float, typer.Option(min=0.0, max=1.0, help="Stratified part of the training data.")] = 1.0,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many examples of every split.")] = None,
@@ -90,14 +90,15 @@ def command(
     named = find(task, data)
     _refuse_idle(context, given, named[0].family.kind)
     given["seeds"] = _seeds(seed, seeds)
+    each = [(one, {**given, "method": name}) for name in _methods(method) for one in named]
+    for one, own in each:  # before the first of them takes hours
+        _request(one, own, task=one.name, scoring=_unread(one, own), steps=(1, 0))
+    for one, own in each:
+        (_plan if dry_run else _runs)(one, own)
+    if len(each) > 1:
+        console.print(_told(each) if dry_run else f"{len(each)} tasks and methods done: hora-bench show {out}")
     if dry_run:
-        for one in named:
-            _plan(one, given)
         return
-    for one in named:
-        _runs(one, given)
-    if len(named) > 1:
-        console.print(f"{len(named)} tasks done: hora-bench show {out}")
     if backend == "torch":
         from hora_bench.backends.torch import exit_if_launched
 
@@ -130,14 +131,38 @@ def _refuse_idle(context: typer.Context, given: dict[str, Any], kind: str) -> No
         raise HoraError(f"--epochs is a positive number, got {given['epochs']}: write 10")
 
 
+def _methods(given: str) -> list[str]:
+    names = given.split(",")
+    if len(set(names)) < len(names):
+        raise HoraError(f"--method names each method once, got {given!r}: drop one")
+    return names
+
+
+def _unread(named: Named, given: dict[str, Any]) -> str:
+    """How a task is scored, before its data is read."""
+    return "accuracy" if named.family.kind == "images" else given["scoring"] or "log-likelihood"
+
+
+def _told(each: list[tuple[Named, dict[str, Any]]]) -> str:
+    """How many runs a whole command makes."""
+    seeds, searched = len(each[0][1]["seeds"]), sum(len(_grid(named, given)) for named, given in each)
+    trials = f", and {searched * seeds} trials before them" if searched else ""
+    return f"in all {len(each) * seeds} runs of such steps{trials}"
+
+
+def _grid(named: Named, given: dict[str, Any]) -> list[tuple[float, float]]:
+    """Rates and decays that are searched."""
+    if not given["tune"]:
+        return []
+    protocol = named.family.protocol
+    rates = _numbers("--tune-lr", given["tune_lr"]) or protocol.tune_learning_rates
+    decays = _numbers("--tune-wd", given["tune_wd"]) or protocol.tune_weight_decays
+    return [(rate, decay) for rate in sorted(rates) for decay in sorted(decays)]
+
+
 def _runs(named: Named, given: dict[str, Any]) -> None:
     """Every seed of one task."""
-    from hora_bench import methods
-    from hora_bench.request import Request
-
-    protocol = _protocol(named, given)
-    method = methods.find(given["method"]).configured(_ranked(given, protocol.rank))
-    size = _image_size(named, given)
+    protocol, size = _protocol(named, given), _image_size(named, given)
     task = load_task(
         named.name,
         data=given["data"],
@@ -146,41 +171,48 @@ def _runs(named: Named, given: dict[str, Any]) -> None:
         scoring=given["scoring"],
         limit=given["limit"],
     )
-    steps, warmup = protocol.steps(task.size("train+val"), given["epochs"], given["steps"])
-    base = Request(
-        task=task.name,
+    steps = protocol.steps(task.size("train+val"), given["epochs"], given["steps"])
+    scoring = "accuracy" if task.kind == "images" else task.scoring
+    base = _request(named, given, task=task.name, scoring=scoring, steps=steps)
+    for seed in given["seeds"]:
+        _run(named, base.replace(seed=seed), task, given)
+
+
+def _request(named: Named, given: dict[str, Any], *, task: str, scoring: Any, steps: tuple[int, int]) -> Any:
+    """What the options ask for, in the protocol of the task."""
+    from hora_bench import methods
+    from hora_bench.request import Request
+
+    protocol = _protocol(named, given)
+    method = methods.find(given["method"]).configured(_ranked(given, protocol.rank))
+    method.check_backend(given["backend"])
+    fields = ("backend", "device", "fraction", "limit", "dtype", "mesh", "remat", "scan")
+    return Request(
+        task=task,
         model=protocol.model,
         method=method.name,
         options=method.options,
-        backend=given["backend"],
-        device=given["device"],
-        fraction=given["fraction"],
-        limit=given["limit"],
-        image_size_px=size,
+        image_size_px=_image_size(named, given),
         learning_rate=protocol.learning_rate if given["lr"] is None else given["lr"],
         weight_decay=protocol.weight_decay if given["wd"] is None else given["wd"],
         batch_size=protocol.batch_size,
-        steps=steps,
-        warmup_steps=warmup,
+        steps=steps[0],
+        warmup_steps=steps[1],
         schedule=protocol.schedule,
         clip_norm=protocol.clip_norm,
         drop_path=protocol.drop_path,
         train_on="train+val",
         score_on="test",
-        scoring="accuracy" if task.kind == "images" else task.scoring,
+        scoring=scoring,
         beams=given["beams"] or 1,
-        dtype=given["dtype"],
-        mesh=given["mesh"],
-        remat=given["remat"],
-        scan=given["scan"],
+        **{name: given[name] for name in fields},
     )
-    for seed in given["seeds"]:
-        _run(base.replace(seed=seed), task, protocol, given)
 
 
-def _run(request: Any, task: Any, protocol: Any, given: dict[str, Any]) -> None:
+def _run(named: Named, request: Any, task: Any, given: dict[str, Any]) -> None:
     """Search if asked to, run, and say what came out."""
     from hora_bench import run as runs
+    from hora_bench import search
 
     out, command_line = given["out"], shlex.join(["hora-bench", *sys.argv[1:]])
     columns = (
@@ -200,14 +232,11 @@ def _run(request: Any, task: Any, protocol: Any, given: dict[str, Any]) -> None:
 
         trials = []
         if given["tune"]:
-            rates = _numbers("--tune-lr", given["tune_lr"]) or protocol.tune_learning_rates
-            decays = _numbers("--tune-wd", given["tune_wd"]) or protocol.tune_weight_decays
-            request, trials = runs.tune(
+            request, trials = search.tune(
                 request,
                 task,
                 out,
-                learning_rates=rates,
-                weight_decays=decays,
+                grid=_grid(named, given),
                 command=command_line,
                 progress=report,
             )
@@ -216,7 +245,7 @@ def _run(request: Any, task: Any, protocol: Any, given: dict[str, Any]) -> None:
         print(result.model_dump_json())
         return
     _tell(result, out)
-    if edge := runs.edge_of(trials, request.learning_rate):
+    if edge := search.edge_of(trials, request.learning_rate):
         console.print(
             f"  the best rate is the {edge} that was tried, a better one may lie beyond: --tune-lr", style="yellow"
         )
@@ -238,26 +267,16 @@ def _tell(result: Any, out: Path) -> None:
 
 
 def _plan(named: Named, given: dict[str, Any]) -> None:
-    """Print what a step would cost."""
-    from hora_bench import methods
-    from hora_bench.dry_run.command import Setting, plan
+    """Print what a step would cost; what a run would refuse is refused."""
+    from hora_bench.dry_run import plan
 
-    protocol, size = _protocol(named, given), _image_size(named, given)
+    size = _image_size(named, given)
+    asked = _request(named, given, task=named.name, scoring=_unread(named, given), steps=(1, 0))
     classes = named.family.members.get(named.member)
     if size and not classes:
-        classes = load_task(named.name, data=given["data"], model=protocol.model, image_size=size).num_classes
-    setting = Setting(
-        model=protocol.model,
-        architecture=configs.read(given["config"]).get("architecture") if given["config"] else None,
-        backend=given["backend"],
-        method=methods.find(given["method"]).configured(_ranked(given, protocol.rank)),
-        batch_size=protocol.batch_size,
-        dtype=given["dtype"],
-        mesh=given["mesh"] or {},
-        image_size=size,
-        num_classes=classes,
-    )
-    plan(setting, console)
+        classes = load_task(named.name, data=given["data"], model=asked.model, image_size=size).num_classes
+    architecture = configs.read(given["config"]).get("architecture") if given["config"] else None
+    plan(console, asked, architecture=architecture, num_classes=classes)
 
 
 def _protocol(named: Named, given: dict[str, Any]) -> Any:
@@ -279,7 +298,7 @@ def _ranked(given: dict[str, Any], rank: int) -> dict[str, Any]:
 
 
 def _seeds(seed: int | None, seeds: str | None) -> tuple[int, ...]:
-    from hora_bench.seeds import seeds_of
+    from hora_bench.request import seeds_of
 
     return (seed or 0,) if seeds is None else seeds_of(seeds)
 

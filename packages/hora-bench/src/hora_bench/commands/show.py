@@ -14,6 +14,10 @@ from hora_bench.store import RunResult
 from hora_bench.terminal import show_table
 
 console = Console()
+NOTE = (
+    "Accuracy: mean over seeds, with the lowest and highest in brackets. Each row comes from one file per seed; "
+    "the files carry the command, the versions and the machine."
+)
 HEADER = ("task", "model", "method", "backend", "data", "lr", "accuracy", "seeds", "trained", "step", "final loss")
 
 
@@ -53,7 +57,7 @@ def _row(group: list[RunResult]) -> tuple[str, ...]:
     spread = f" [{min(accuracies):.1f}, {max(accuracies):.1f}]" if len(group) > 1 else ""
     return (
         request.task,
-        request.model,
+        f"{request.model}, {request.proxy}" if request.proxy else request.model,
         request.method,
         request.backend,
         f"{100 * request.fraction:g} %" + (f", at most {request.limit}" if request.limit else ""),
@@ -71,26 +75,20 @@ def _file(run: RunResult) -> str:
 
 
 def _write_page(path: Path, rows: list[tuple[str, ...]], found: list[RunResult]) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from hora_bench.report.writing import drawn, image, plain, table, write_html
 
-    from hora_bench.report.html import Section, figure, write_page
-
-    figures = []
+    cells = [[plain(value) for value in row] for row in rows]
+    lines = ["# HoRA runs", "", f"{len(found)} result files.", *table(HEADER, cells), NOTE]
     for task in dict.fromkeys(run.request.task for run in found):
-        drawn, axes = plt.subplots(figsize=(7, 3.2))
+        figure = Figure(figsize=(7, 3.2), layout="constrained")
+        axes = figure.subplots()
         for run in (run for run in found if run.request.task == task):
             request = run.request
             axes.plot(run.loss, label=f"{request.method} {request.backend} seed {request.seed}", linewidth=1)
-        axes.set(xlabel="step", ylabel="training loss", title=task)
+        axes.set(xlabel="step", ylabel="training loss")
         axes.legend(frameon=False, fontsize=7)
-        figures.append(figure(drawn, f"Training loss on {task}."))
-    note = (
-        "Accuracy: mean over seeds, with the lowest and highest in brackets. Each row comes from one file per seed; "
-        "the files carry the command, the versions and the machine."
-    )
-    commands = [(_file(run), run.command) for run in found]
-    sections = (Section("Runs", HEADER, rows, figures, (note,)), Section("Commands", ("file", "command"), commands))
-    write_page(path, "HoRA runs", f"{len(found)} result files.", sections)
+        lines += image(f"Training loss on {plain(task)}.", drawn(figure))
+    commands = [(plain(_file(run)), plain(run.command)) for run in found]
+    write_html(path, "HoRA runs", [*lines, "## Commands", *table(("file", "command"), commands)])

@@ -5,7 +5,6 @@ Every number of a protocol can be changed on the command line; what was used is 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -105,6 +104,8 @@ class Family:
         Names and numbers of classes of a suite's tasks.
     needs
         What the path must hold, where one must be given.
+    brings_data
+        Its data comes with a package: no path is taken.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Family:
     load: Callable[[Asked, str], Any]
     members: dict[str, int]
     needs: str = ""
+    brings_data: bool = False
 
 
 VISION: Final = Protocol(
@@ -158,10 +160,16 @@ TEXT: Final = Protocol(
 )
 
 
-def _embedded(asked: Asked, member: str, *, name: str) -> Any:
+def _digits(asked: Asked, member: str) -> Any:
     from hora_bench.data import digits
 
-    return getattr(digits, name)(**asked.images)
+    return digits.digits(**asked.images)
+
+
+def _fashion(asked: Asked, member: str) -> Any:
+    from hora_bench.data import digits
+
+    return digits.fashion_mnist(**asked.images)
 
 
 def _folder(asked: Asked, member: str) -> Any:
@@ -212,14 +220,8 @@ LINES: Final = "one JSON record a line (instruction, input, output, answer, opti
 FAMILIES: Final = {
     family.name: family
     for family in (
-        Family(name="digits", kind="images", protocol=VISION, load=partial(_embedded, name="digits"), members={}),
-        Family(
-            name="fashion-mnist",
-            kind="images",
-            protocol=VISION,
-            load=partial(_embedded, name="fashion_mnist"),
-            members={},
-        ),
+        Family(name="digits", kind="images", protocol=VISION, load=_digits, members={}, brings_data=True),
+        Family(name="fashion-mnist", kind="images", protocol=VISION, load=_fashion, members={}, brings_data=True),
         Family(name="image-folder", kind="images", protocol=VISION, load=_folder, members={}, needs=CLASSES),
         Family(name="vtab", kind="images", protocol=BENCHMARK, load=_vtab, members=VTAB),
         Family(name="fgvc", kind="images", protocol=BENCHMARK, load=_fgvc, members=FGVC, needs=SPLITS),
@@ -267,7 +269,7 @@ def find(task: str, data: Path | None = None) -> list[Named]:
             f"{name} reads your own copy of the data, got no path: hora-bench run {task} DATA, where DATA holds "
             f"{family.needs}"
         )
-    if data is not None and name in ("digits", "fashion-mnist"):
+    if data is not None and family.brings_data:
         raise HoraError(f"{name} brings its own data, got the path {data}: leave it out")
     members = [member] if member or not family.members else list(family.members)
     return [Named(f"{name}/{one}" if one else name, family, one, data) for one in members]

@@ -13,9 +13,8 @@ from hora_spec import HoraError
 from PIL import Image
 
 from hora_bench.cache import cache_dir, new_directory, one_at_a_time
-from hora_bench.data.base import PARTS
+from hora_bench.data.base import PARTS, SHARES, split_by_hash
 from hora_bench.data.images import Augmentation, Examples, ImageTask, Source, Stored, View, digests
-from hora_bench.data.splits import SHARES, split_by_hash
 
 VTAB: Final = {
     "cifar": 100, "caltech101": 102, "dtd": 47, "oxford_flowers102": 102, "oxford_iiit_pet": 37, "svhn": 10,

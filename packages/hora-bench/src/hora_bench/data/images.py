@@ -15,8 +15,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from scipy.special import log_softmax
 
-from hora_bench.data.base import PARTS, Batch, Judged, Split
-from hora_bench.data.splits import balanced
+from hora_bench.data.base import PARTS, Batch, Judged, Split, balanced
 
 MAX_BAD_FRACTION: Final = 0.01
 DECODED_BYTES: Final = 2 * 2**30  # of training images kept in memory

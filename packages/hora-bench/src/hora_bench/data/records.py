@@ -11,8 +11,7 @@ from typing import Any, Final, Literal, Self
 import numpy as np
 from hora_spec import HoraError
 
-from hora_bench.data.base import PARTS, Batch, Judged, Split
-from hora_bench.data.splits import balanced, split_by_hash
+from hora_bench.data.base import PARTS, Batch, Judged, Split, balanced, split_by_hash
 
 Scoring = Literal["log-likelihood", "generation"]
 LEAD: Final = (

@@ -5,15 +5,18 @@ import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
+from hora_spec import HoraError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hora_bench.store import check_writable
 from hora_bench.terminal import show_table
 
 console = Console()
+REPORT: Final = "report.html"
 
 
 def command(
@@ -29,10 +32,16 @@ def command(
 
     started = time.perf_counter()
     size = stages.QUICK if quick else stages.FULL
+    check_writable(out)
+    for folder in (out / "adapter", out / "lora"):
+        if folder.exists() and not (out / REPORT).exists():
+            raise HoraError(
+                f"a demonstration replaces what an earlier one wrote, got {folder} of something else: move it"
+            )
     assets.find(stages.MODEL).get(report=lambda line: console.print(f"[dim]{line}[/dim]"))
-    for folder in ("adapter", "lora"):  # of an earlier demonstration
+    (out / REPORT).touch()  # of one that is cut off, too, what it wrote is known as a demonstration's
+    for folder in ("adapter", "lora"):
         shutil.rmtree(out / folder, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
     task = stages.demo_task(size)
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn())
@@ -52,7 +61,7 @@ def command(
 
     rows = [hora_row, jax_row, lora_row]
     seconds = time.perf_counter() - started
-    page.write(out / "report.html", rows, exchange, size, seconds)
+    page.write(out / REPORT, rows, exchange, size, seconds)
     if as_json:
         print(json.dumps({"seconds": seconds, "rows": [_numbers(row) for row in rows], "exchange": exchange}))
         return
@@ -60,7 +69,7 @@ def command(
     console.print(page.MEMORY_NOTE, style="dim")
     console.print(page.CAUTION, style="bold")
     show_table(console, "Merging and exchange", page.CHECKS, page.checks(rows, exchange))
-    console.print(f"{seconds:.0f} s; {out / 'report.html'}, adapters in {out / 'adapter'} and {out / 'lora'}")
+    console.print(f"{seconds:.0f} s; {out / REPORT}, adapters in {out / 'adapter'} and {out / 'lora'}")
 
 
 def _bar(progress: Progress, label: str, size: Any) -> Any:

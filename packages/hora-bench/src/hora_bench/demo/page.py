@@ -4,17 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import numpy as np
 from hora_spec import Factors
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from hora_bench.demo.stages import MODEL, Row, Size
 from hora_bench.experiments.similarity.measures import cosines_of_b
-from hora_bench.report.html import Section, figure, write_page
+from hora_bench.report.writing import drawn, image, write_html
+from hora_bench.report.writing import table as table_of
 
 CAUTION = (
     "This is a demonstration, not a comparison: one learning rate for all methods, one seed, one pass over 1000 "
@@ -72,33 +69,28 @@ def write(path: Path, rows: Sequence[Row], exchange: dict[str, float], size: Siz
         f"{size.test_count} test images at {size.image_size} px, {size.steps} AdamW steps of {size.batch_size}, "
         f"learning rate {settings.learning_rate:g} for every method, seed 0. Everything took {seconds:.0f} s."
     )
-    write_page(
-        path,
-        "HoRA: the demonstration",
-        lead,
-        (
-            Section("Fine-tuning", HEADER, table(rows), (_losses(rows), _bars(rows)), (MEMORY_NOTE, CAUTION)),
-            Section("Merging and exchange", CHECKS, checks(rows, exchange)),
-            Section(
-                "How alike the heads are",
-                figures=(_similarity(rows),),
-                notes=("Cosine similarity between the factors B of all heads; it says nothing of accuracy.",),
-            ),
-        ),
-    )
+    lines = ["# HoRA: the demonstration", "", lead, "", "## Fine-tuning", *table_of(HEADER, table(rows))]
+    lines += [*_losses(rows), *_bars(rows), MEMORY_NOTE, "", CAUTION, ""]
+    lines += ["## Merging and exchange", *table_of(CHECKS, checks(rows, exchange))]
+    lines += ["## How alike the heads are", *_similarity(rows)]
+    lines += ["Cosine similarity between the factors B of all heads; it says nothing of accuracy."]
+    write_html(path, "HoRA: the demonstration", lines)
 
 
-def _losses(rows: Sequence[Row]) -> tuple[str, str]:
-    drawn, axes = plt.subplots(figsize=(7, 3.2))
+def _losses(rows: Sequence[Row]) -> list[str]:
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.subplots()
     for row, style in zip(rows, ("-", "--", ":"), strict=True):
         axes.plot(np.arange(1, len(row.curve.loss) + 1), row.curve.loss, style, label=row.label)
     axes.set(xlabel="step", ylabel="training loss", yscale="log")
     axes.legend(frameon=False)
-    return figure(drawn, "Training loss. HoRA's two curves lie on each other: same start, same data, same updates.")
+    caption = "Training loss. HoRA's two curves lie on each other: same start, same data, same updates."
+    return image(caption, drawn(figure))
 
 
-def _bars(rows: Sequence[Row]) -> tuple[str, str]:
-    drawn, panels = plt.subplots(1, 3, figsize=(9, 2.6))
+def _bars(rows: Sequence[Row]) -> list[str]:
+    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    panels = figure.subplots(1, 3)
     labels = [row.label for row in rows]
     for axes, (title, values) in zip(
         panels,
@@ -116,25 +108,25 @@ def _bars(rows: Sequence[Row]) -> tuple[str, str]:
         axes.spines[["top", "right"]].set_visible(False)
         if axes is not panels[0]:
             axes.set_yticks([])
-    return figure(drawn, "Accuracy, size and time of a step.")
+    return image("Accuracy, size and time of a step.", drawn(figure))
 
 
-def _similarity(rows: Sequence[Row]) -> tuple[str, str]:
+def _similarity(rows: Sequence[Row]) -> list[str]:
     with_factors = [row for row in rows if row.b_factors]
-    drawn, panels = plt.subplots(
-        1, len(with_factors) + 1, figsize=(4 * len(with_factors) + 4, 3.4), layout="constrained"
-    )
+    figure = Figure(figsize=(4 * len(with_factors) + 4, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(with_factors) + 1)
     for axes, row in zip(panels, with_factors, strict=False):
         last_q = [name for name in row.b_factors if name.endswith(".q")][-1]
-        image = axes.imshow(_cosines(row.b_factors[last_q]), vmin=-1, vmax=1, cmap="RdBu_r")
+        shown = axes.imshow(_cosines(row.b_factors[last_q]), vmin=-1, vmax=1, cmap="RdBu_r")
         axes.set(title=f"{row.label}\n{last_q}", xlabel="head", ylabel="head")
-    drawn.colorbar(image, ax=panels[: len(with_factors)], shrink=0.8)
+    figure.colorbar(shown, ax=panels[: len(with_factors)], shrink=0.8)
     for row in with_factors:
         means = [_off_diagonal(_cosines(b)) for b in row.b_factors.values()]
         panels[-1].hist(means, bins=np.linspace(-1, 1, 41), alpha=0.6, label=row.label)
     panels[-1].set(xlabel="mean cosine between heads", ylabel="projections")
     panels[-1].legend(frameon=False)
-    return figure(drawn, "Similarity of B between heads: the last Q projection, and the mean of every projection.")
+    caption = "Similarity of B between heads: the last Q projection, and the mean of every projection."
+    return image(caption, drawn(figure))
 
 
 def _cosines(b: Any) -> Any:

@@ -93,21 +93,27 @@ def timm_vit(name: str, image_size: int, head: Head | None = None, *, drop_path:
     """
     declare_missing_ops()
     import timm
-    import torch
 
     with _loading(name, "a timm model"):
         model = timm.create_model(f"local-dir:{directory(name)}", pretrained=True, img_size=image_size, num_classes=0)
     _check_patches(model, name, image_size)
     if drop_path:
-        from hora_bench.models.paths import PathDrop
+        from hora_bench.models.surgery import PathDrop
 
         PathDrop.into(model)
     if head is not None:
-        model.reset_classifier(head[0].shape[1])
-        with torch.no_grad():
-            model.head.weight.copy_(torch.from_numpy(head[0].T.copy()))
-            model.head.bias.copy_(torch.from_numpy(head[1]))
+        set_head(model, head)
     return model.eval()
+
+
+def set_head(model: Any, head: Head) -> None:
+    """Give a timm model a new classification head."""
+    import torch
+
+    model.reset_classifier(head[0].shape[1])
+    with torch.no_grad():
+        model.head.weight.copy_(torch.from_numpy(head[0].T.copy()))
+        model.head.bias.copy_(torch.from_numpy(head[1]))
 
 
 def _check_patches(model: Any, name: str, image_size: int) -> None:

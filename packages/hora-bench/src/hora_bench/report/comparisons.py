@@ -8,8 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from hora_bench.report.rows import Row, is_lora, name_of, rows_of
-from hora_bench.report.svg import save
+from hora_bench.report.rows import Row, is_lora, name_of, proxy_of, rows_of
+from hora_bench.report.writing import save
 from hora_bench.stats import Difference
 
 HEADER = (
@@ -18,6 +18,7 @@ HEADER = (
     "rate",
     "accuracy, %",
     "over LoRA, points",
+    "of other examples",
     "could have seen",
     "verdict",
     "seeds",
@@ -46,20 +47,13 @@ def cells_of(row: Row) -> tuple[str, ...]:
         f"{row.get('learning_rate', ''):g}{edge}" if "learning_rate" in row else "",
         f"{row['mean_pct']}{interval}",
         shown(over),
+        "{:+} to {:+}".format(*others) if (others := row.get("over_lora_pct", {}).get("of_other_examples_pct")) else "",
         "" if over is None or over.detectable is None else f"{over.detectable}",
-        _word(row),
+        row["word"],
         str(row["seeds"]),
         f"{row['params_count']:,}" if "params_count" in row else "",
         str(row.get("labels_count", "")),
     )
-
-
-def _word(row: Row) -> str:
-    """What the difference from LoRA allows to say: nothing where the best rate is the last of its grid."""
-    over = row["over_lora"]
-    if over is None or over.low is None or is_lora(row):
-        return ""
-    return "not resolved" if row["rate_at_edge"] else over.word()
 
 
 def lines_of(result: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -135,7 +129,9 @@ def forest(differences: Sequence[tuple[str, Difference]]) -> Figure:
 
 
 def found_in(result: dict[str, Any]) -> Iterator[tuple[str, Difference]]:
-    """Every comparison with LoRA in which each had a rate of its own."""
+    """Every comparison of whole models with LoRA in which each had a rate of its own."""
+    if proxy_of(result):
+        return
     for row in rows_of(result):
         if result.get("search") and row["over_lora"] is not None and not is_lora(row):
             yield f"{name_of(row)}, {100 * row['fraction']:g} % of {row['task']}", row["over_lora"]

@@ -12,12 +12,10 @@ from hora_spec import HoraError
 from hora_bench import store
 from hora_bench.cache import new_file, read_json
 from hora_bench.report.comparisons import forest, found_in
-from hora_bench.report.html import write_document
-from hora_bench.report.markdown import embedded, folded, link, table
 from hora_bench.report.rows import COMPARISONS
-from hora_bench.report.svg import save
 from hora_bench.report.tables import notes, plots, tables
 from hora_bench.report.verdicts import verdicts
+from hora_bench.report.writing import embedded, folded, link, save, table, write_html
 
 Records = Sequence[tuple[Path, dict[str, Any]]]
 QUESTIONS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {  # page: its title, experiments
@@ -69,7 +67,7 @@ def write_page(results: Path, out: Path) -> list[Path]:
         with TemporaryDirectory() as folder:
             images = {path: embedded(path) for path in _draw(records, Path(folder))}
         texts = [_summary(records, runs, out, images), *(_question(p, records, out, images) for p in QUESTIONS)]
-        write_document(out, "Benchmarks", _html("\n".join(texts)))
+        write_html(out, "Benchmarks", texts)
         return [out]
     folder = out.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
@@ -160,11 +158,3 @@ def _squeezed(lines: Sequence[str]) -> str:
     """Lines as text, never two empty ones."""
     kept = [line for line, before in zip(lines, ["", *lines], strict=False) if line or before]
     return "\n".join(kept).rstrip("\n") + "\n"
-
-
-def _html(markdown: str) -> str:
-    from markdown_it import MarkdownIt
-
-    renderer = MarkdownIt("commonmark").enable("table")
-    renderer.validateLink = lambda url: True  # plots are data of a kind that it does not expect
-    return renderer.render(markdown)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from hora_bench.stats import Difference
+from hora_bench.stats import LEVEL, MARGIN, Difference
 
 COMPARISONS: Final = ("sweep", "ablate", "sample-efficiency")
 Row = dict[str, Any]
 
 
 def rows_of(result: dict[str, Any]) -> list[Row]:
-    """Rows with ``factor``, ``value``, ``fraction``, differences from LoRA with what could have been seen, and whether
-    the best rate is at the grid's edge.
+    """Rows with ``factor``, ``value``, ``fraction``, differences from LoRA with what could have been seen, the word for
+    them, and whether the best rate is at the grid's edge.
 
     Earlier versions took z for few seeds, so their intervals of means over seeds are left out; their accuracies are
     there, and differences are formed anew from them.
@@ -30,7 +30,26 @@ def rows_of(result: dict[str, Any]) -> list[Row]:
         rows.append(row)
     for row in rows:
         row["over_lora"] = _over_lora(row, rows)
+    for row in rows:
+        row["word"] = _word(row, rows, result)
     return rows
+
+
+def proxy_of(result: dict[str, Any]) -> bool:
+    """Whether a result is of a screen, by which no claim is judged."""
+    return result["setting"].get("last_blocks") is not None
+
+
+def _word(row: Row, rows: Sequence[Row], result: dict[str, Any]) -> str:
+    """What a tuned comparison with LoRA allows to say: nothing where a rate of either is at the edge of its grid."""
+    over = row["over_lora"]
+    if not result.get("search") or over is None or is_lora(row):
+        return ""
+    alike = ("task", "fraction", "steps")
+    loras = (other for other in rows if is_lora(other) and all(other.get(key) == row.get(key) for key in alike))
+    if row["rate_at_edge"] or any(lora["rate_at_edge"] for lora in loras):
+        return "not resolved"
+    return over.word(result["setting"].get("margin_pct", MARGIN))
 
 
 def name_of(row: Row) -> str:
@@ -55,7 +74,8 @@ def _of_curve(point: Row) -> Row:
 def _over_lora(row: Row, rows: Sequence[Row]) -> Difference | None:
     """As it was stored, or from LoRA on the same fraction, where curves stored none."""
     if stored := row.get("over_lora_pct"):
-        return Difference.stored(stored["mean_pct"], stored["low_pct"], stored["high_pct"], row["seeds"])
+        seeds, level = stored.get("seeds_count", row["seeds"]), stored.get("level", LEVEL)
+        return Difference.stored(stored["mean_pct"], stored["low_pct"], stored["high_pct"], seeds, level)
     for other in rows:
         same = (other["factor"], other["value"], other["fraction"]) == ("method", "lora", row["fraction"])
         if same and "over_lora_pct" not in other and "accuracies_pct" in row:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -13,16 +15,44 @@ from hora_bench.data.commonsense import TASKS
 from hora_bench.stats import Difference
 from hora_bench.store import RunResult
 
-# suite: the claim, points above LoRA, the command that settles it
-SUITES: Final = {
-    "vtab": ("VTAB-1K: mean 74.4, 2.2 above LoRA", 2.2, "hora-bench run vtab DIR --tune --seeds 0-4"),
-    "fgvc": ("FGVC: mean 89.96, 5.2 above LoRA", 5.2, "hora-bench run fgvc DIR --tune --seeds 0-4"),
-    "commonsense": (
-        "commonsense reasoning: 1.7 above LoRA on LLaMA-7B, 2.6 on 13B",
-        1.7,
-        "hora-bench run commonsense --config llama-7b --seeds 0-4",
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What the paper says of a suite of tasks.
+
+    Attributes
+    ----------
+    suite, model
+        Tasks, and a part of the name of the model that it is said of: runs of others do not judge it.
+    text, points
+        The claim, and by how much HoRA is above LoRA.
+    command
+        What settles it.
+    """
+
+    suite: str
+    model: str
+    text: str
+    points: float
+    command: str
+
+
+BOTH: Final = "--method hora,lora --seeds 0-4"
+VIT: Final = "vit_base_patch16_224"
+CLAIMS: Final = (
+    Claim("vtab", VIT, "VTAB-1K: mean 74.4, 2.2 above LoRA", 2.2, f"hora-bench run vtab DIR --tune {BOTH}"),
+    Claim("fgvc", VIT, "FGVC: mean 89.96, 5.2 above LoRA", 5.2, f"hora-bench run fgvc DIR --tune {BOTH}"),
+    *(
+        Claim(
+            "commonsense",
+            f"llama-{size}",
+            f"commonsense reasoning, LLaMA-{size.upper()}: {points} above LoRA",
+            points,
+            f"hora-bench run commonsense --config llama-{size} {BOTH}",
+        )
+        for size, points in (("7b", 1.7), ("13b", 2.6))
     ),
-}
+)
 SEARCHED: Final = {"learning_rate", "weight_decay"}
 Circumstances = tuple[str, ...]
 
@@ -33,15 +63,18 @@ def members_of(suite: str) -> tuple[str, ...]:
     return tuple(f"{suite}/{member}" for member in members) if members else TASKS
 
 
-def means(suite: str, runs: Sequence[RunResult]) -> dict[tuple[str, Circumstances], dict[int, float]]:
+def means(claim: Claim, runs: Sequence[RunResult]) -> dict[tuple[str, Circumstances], dict[int, float]]:
     """Mean over all tasks of the suite, per method with its options and circumstances, and seed.
 
-    A seed counts only if every task was tested with it. Rates may differ between tasks, since each is searched alone.
+    Screens, runs on parts of the data and runs of other models are left out. A seed counts only if every task was
+    tested with it. Rates may differ between tasks, since each is searched alone.
     """
     found: dict[tuple[str, Circumstances], dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for run in runs:
         asked = run.request
-        if asked.task.partition("/")[0] != suite or asked.score_on != "test":
+        if asked.task.partition("/")[0] != claim.suite or claim.model not in Path(asked.model).name.lower():
+            continue
+        if asked.score_on != "test" or asked.proxy or asked.limit is not None or asked.fraction != 1:
             continue
         searched = SEARCHED if run.trials else set()
         hidden = {"task", "seed", "steps", "warmup_steps", "method", "options"} | searched
@@ -49,7 +82,7 @@ def means(suite: str, runs: Sequence[RunResult]) -> dict[tuple[str, Circumstance
         what = (f"{asked.method} {asked.options}", (asked.model_dump_json(exclude=hidden), str(bool(run.trials)), code))
         groups = run.scores.groups_pct or {asked.task: run.scores.accuracy_pct}
         found[what][asked.seed].update(groups)
-    wanted = members_of(suite)
+    wanted = members_of(claim.suite)
     whole = {
         what: {
             seed: float(np.mean([of[name] for name in wanted])) for seed, of in seeds.items() if set(wanted) <= set(of)
@@ -59,9 +92,9 @@ def means(suite: str, runs: Sequence[RunResult]) -> dict[tuple[str, Circumstance
     return {what: seeds for what, seeds in whole.items() if seeds}
 
 
-def compared(suite: str, runs: Sequence[RunResult]) -> Iterator[tuple[str, Difference]]:
+def compared(claim: Claim, runs: Sequence[RunResult]) -> Iterator[tuple[str, Difference]]:
     """Every method's mean less that of LoRA under the same circumstances, over the seeds that both have."""
-    found = means(suite, runs)
+    found = means(claim, runs)
     for (method, circumstances), own in found.items():
         for (other, theirs_at), theirs in found.items():
             seeds = sorted(set(own) & set(theirs))
@@ -69,6 +102,6 @@ def compared(suite: str, runs: Sequence[RunResult]) -> Iterator[tuple[str, Diffe
                 difference = Difference.of([own[s] for s in seeds], [theirs[s] for s in seeds])
                 accuracy = np.mean([own[s] for s in seeds])
                 yield (
-                    f"{method.partition(' ')[0]} has {accuracy:.2f} % on all {len(members_of(suite))} tasks",
+                    f"{method.partition(' ')[0]} has {accuracy:.2f} % on all {len(members_of(claim.suite))} tasks",
                     difference,
                 )

@@ -10,8 +10,8 @@ from typing import Any, Final
 from rich.console import Console
 
 from hora_bench.report import comparisons
-from hora_bench.report.markdown import cell
 from hora_bench.report.rows import COMPARISONS
+from hora_bench.report.writing import cell
 from hora_bench.terminal import show_table
 
 Result = dict[str, Any]
@@ -197,7 +197,9 @@ def _interval(bounds: Any) -> str:
 
 def _comparison(result: Result) -> Iterator[Table]:
     header, rows = comparisons.lines_of(result)
-    yield Table(f"{'Test' if result.get('search') else 'Validation'} accuracy", header, rows, keys=2)
+    screen = "Screen, a proxy: " if comparisons.proxy_of(result) else ""
+    title = f"{'test' if result.get('search') else 'validation'} accuracy"
+    yield Table(screen + title if screen else title.capitalize(), header, rows, keys=2)
     if result.get("controls"):
         header = ("backend", "method", "accuracy, %", "shuffled, %", "bound of chance, %", "at chance")
         yield Table("Control: shuffled labels", header, [*comparisons.control_lines(result["controls"])], keys=2)

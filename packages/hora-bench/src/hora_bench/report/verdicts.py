@@ -9,8 +9,8 @@ from typing import Any, Final, NamedTuple
 from scipy import stats
 
 from hora_bench.report.comparisons import shown
-from hora_bench.report.rows import COMPARISONS, Row, is_lora, name_of, rows_of
-from hora_bench.report.suites import SUITES, compared
+from hora_bench.report.rows import COMPARISONS, Row, is_lora, name_of, proxy_of, rows_of
+from hora_bench.report.suites import CLAIMS, Claim, compared
 from hora_bench.report.tables import judged_gates
 from hora_bench.stats import MARGIN, Difference
 from hora_bench.store import RunResult
@@ -50,7 +50,7 @@ def verdicts(records: Records, runs: Sequence[RunResult] = ()) -> list[Verdict]:
     runs
         Results of runs: those of whole suites judge the claims on suites.
     """
-    found = [verdict for claim in SUITES for verdict in _of_suite(claim, runs)]
+    found = [verdict for claim in CLAIMS for verdict in _of_suite(claim, runs)]
     for claim, experiments, judge in JUDGES:
         own = [(path, content["result"]) for path, content in records if content["experiment"] in experiments]
         if experiments == ("theory",):
@@ -60,16 +60,13 @@ def verdicts(records: Records, runs: Sequence[RunResult] = ()) -> list[Verdict]:
     return found
 
 
-def _of_suite(suite: str, runs: Sequence[RunResult]) -> Iterator[Verdict]:
+def _of_suite(claim: Claim, runs: Sequence[RunResult]) -> Iterator[Verdict]:
     """One verdict per method and circumstances in which whole suites were run, LoRA's too."""
-    claim, points, command = SUITES[suite]
-    found = list(compared(suite, runs))
+    found = list(compared(claim, runs))
     for name, difference in found:
-        yield Verdict(claim, _of_difference(difference, points), f"{name}: {_points(difference)}")
+        yield Verdict(claim.text, _of_difference(difference, claim.points), f"{name}: {_points(difference)}")
     if not found:
-        yield Verdict(
-            claim, UNTESTED, f"`{command}`, once more with `--method lora`, and this page says what they show"
-        )
+        yield Verdict(claim.text, UNTESTED, f"`{claim.command}`, and this page says what it shows")
 
 
 def _of_difference(difference: Difference, claimed: float = 0.0) -> str:
@@ -117,10 +114,14 @@ def _more_accurate(result: Result) -> Said:
         first = next((row for row in rows if name_of(row) == "default" or name_of(row).startswith("hora")), None)
         if first is None or first["fraction"] == 0.01:
             continue
-        edge = _edge(first, lora)
-        words = [row["over_lora"].word() for row in rows if row is not first]
+        edge, margin = _edge(first, lora), result["setting"].get("margin_pct", MARGIN)
+        words = [row["word"] for row in rows if row is not first]
         counts = ", ".join(f"{words.count(word)} {word}" for word in WORDS if word in words)
-        others = f". Of {len(words)} other choices: {counts} (equal: within {MARGIN:g} point)" if words else ""
+        others = (
+            f". Of {len(words)} other choices: {counts} (equal: within {margin:g} point{'s' * (margin != 1)})"
+            if words
+            else ""
+        )
         yield (
             _unless(edge, _of_difference(first["over_lora"])),
             (
@@ -131,8 +132,8 @@ def _more_accurate(result: Result) -> Said:
 
 
 def _tuned(result: Result) -> Iterator[tuple[Row, list[Row]]]:
-    """LoRA, and the rows that are compared with it, of every task and fraction that a search went before."""
-    rows = [row for row in rows_of(result) if result.get("search")]
+    """LoRA, and the rows compared with it, of every task and fraction that a search went before; no screens."""
+    rows = [row for row in rows_of(result) if result.get("search") and not proxy_of(result)]
     for where in dict.fromkeys((row["task"], row["fraction"]) for row in rows):
         here = [row for row in rows if (row["task"], row["fraction"]) == where]
         lora = next((row for row in here if name_of(row) == "lora"), None)

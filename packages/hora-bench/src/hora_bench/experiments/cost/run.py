@@ -155,7 +155,7 @@ def _macs(
 
 def _torch_counts(model: Transformer, chosen: dict[str, Method]) -> dict[tuple[str, Route, Workload], Macs]:
     """Whole models by torch's counter: two and three layers counted, the others being like the third."""
-    from .counted_by_torch import adapted, build, count_macs
+    from hora_bench.experiments.cost.counted import adapted, build, count_macs
 
     shallow = []
     for layers in (2, 3):
@@ -175,7 +175,7 @@ def _torch_counts(model: Transformer, chosen: dict[str, Method]) -> dict[tuple[s
 
 def _xla_counts(model: Transformer, chosen: dict[str, Method]) -> Iterable[dict[str, Any]]:
     """Adapted projections of one layer by XLA's cost analysis, beside the count by hand."""
-    from .counted_by_xla import count_layer_macs
+    from hora_bench.experiments.cost.counted import count_layer_macs
 
     weights = sum(rows * columns for rows, columns in (shape.weight_shape for shape in model.layer.values()))
     for load in model.workloads:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from hora_bench.report.svg import save
+from hora_bench.report.writing import save
 
 
 def plot(result: dict[str, Any], folder: Path, *, stem: str = "similarity") -> list[Path]:

@@ -6,20 +6,22 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
-from hora_spec import ACTIVATIONS, AdapterSpec, LayerShape
+from hora_spec import ACTIVATIONS, AdapterSpec, HoraError, LayerShape
 
 from hora_bench.backends import build
 from hora_bench.data.base import Score
 from hora_bench.data.images import ImageTask
+from hora_bench.methods import find
 from hora_bench.recipe import subset
 from hora_bench.request import FINAL, Inputs, Request, vary
 from hora_bench.run import EVAL_BATCH
+from hora_bench.setting import Setting
 from hora_bench.store import Journal
-from hora_bench.sweep import Setting
 from hora_bench.training import fit, predict
 
 from .measures import factors_of, measure, start
 
+COMPARED: Final = ("hora", "lora")  # families whose update is B A of each head
 METHODS: Final = ("lora", "mh-lora", "hora", "hora-residual", "hora-generated-a")
 NOTES: Final = tuple(
     """\
@@ -60,6 +62,12 @@ def similarity(
         ``setting``; ``start`` per parametrisation; ``trials``; ``summary``, means over layers, heads and seeds per
         method and projection; ``layers``, every measurement of the first seed; ``notes``.
     """
+    if setting.base.backend != "torch":
+        raise HoraError(f"updates are compared on torch, got backend {setting.base.backend}: leave it out")
+    others = [name for name in methods if find(name).family not in COMPARED]
+    if others or not methods:
+        got = ", ".join(others) or "none"
+        raise HoraError(f"updates are compared head by head, of HoRA's methods and LoRA, got {got}: name such methods")
     journal, task = journal or Journal(None), setting.load(setting.base.task)
     requests = [vary(setting.base, method=m, seed=s, backend="torch", **FINAL) for m in methods for s in seeds]
     trials, layers = [], []

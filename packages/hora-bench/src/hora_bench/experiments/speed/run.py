@@ -7,19 +7,20 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
 from tempfile import TemporaryDirectory
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 from hora_spec import HoraError
+from pydantic import Field
 
 from hora_bench.backends import build, check_device
 from hora_bench.data.base import Batch
 from hora_bench.request import vary
-from hora_bench.sweep import Setting
+from hora_bench.setting import Setting
 
 from .clock import CLOCKS, Clock, ratio, summary, take_turns
 from .operations import inference, operations
-from .random_text import NAME, RandomText
+from .random_text import NAME, RESPONSE, RandomText
 from .starts import starts
 
 TORCH: Final = ("linear-probe", "lora", "dora", "vera", "mh-lora", "hora", "hora-residual", "hora-generated-a")
@@ -46,8 +47,8 @@ def speed(
     *,
     torch: Sequence[str] = TORCH,
     jax: Sequence[str] = JAX,
-    seq: int = 128,
-    rounds: int = 9,
+    seq: Annotated[int, Field(gt=RESPONSE)] = 128,
+    rounds: Annotated[int, Field(ge=1)] = 9,
     clock: Clock = "wall",
     device: Literal["cpu", "cuda"] = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -86,6 +87,8 @@ def speed(
     task = RandomText(seq) if text else setting.load(base.task)
     _check(base.dtype, task.kind, clock, device)
     batch = task.train_batch("train", np.arange(base.batch_size), np.random.default_rng(0))
+    if not (torch or jax):
+        raise HoraError("speed is of one method or more, got none: name some in torch or jax")
     contenders = {backend: methods for backend, methods in (("torch", torch), ("jax", jax)) if methods}
     stepped = _count(2 * rounds * len(contenders), progress)
     result: dict[str, Any] = {"steps": [], "inference": [], "operations": [], "starts": []}

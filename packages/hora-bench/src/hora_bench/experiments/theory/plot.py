@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from matplotlib.figure import Figure
 
-from hora_bench.report.svg import save
+from hora_bench.report.writing import save
 
 PANELS: Final = (
     ("d2", "Voronoi loss D2"),

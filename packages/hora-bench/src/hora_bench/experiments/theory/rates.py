@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
 from jaxtyping import Float
 
-from .fit import fit, losses
-from .model import Problem, Sharing
+from hora_bench.experiments.theory.identify import SPLITS, fit, identify, losses
+from hora_bench.experiments.theory.model import NOISE, SHARINGS, TOKENS, WIDTH, Problem, Sharing, count_params
+from hora_bench.store import Journal
 
 LOSSES: Final = ("d2", "value_error", "query_error", "prediction_error")
 BOOTSTRAP: Final = 2000
@@ -178,3 +180,67 @@ def gates(sizes: tuple[int, ...], pieces: list[dict[str, Any]]) -> list[dict[str
         numbers = {"difference": difference, "low": interval[0], "high": interval[1]}
         judged.append({"gate": name, **numbers, "bounds": [low, high], "outcome": outcome})
     return judged
+
+
+def theory(
+    size: str = "default",
+    *,
+    seed: int = 0,
+    journal: Journal | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Identification and rates of recovery, with gates and limits.
+
+    Parameters
+    ----------
+    size
+        ``"quick"`` (seconds, gates not judged), ``"default"`` (about a minute) or ``"full"`` (some 20 minutes; also
+        the sharings "a" and "b").
+    seed
+        Problem, samples and starts of trial t follow from ``(seed, t)``.
+    journal
+        Keeps finished pieces; a run that finds its own there goes on from them.
+    progress
+        Called with pieces done and pieces in total.
+
+    Returns
+    -------
+    dict
+        ``setting``, ``identify`` (one record per sharing), ``pieces`` (losses of every trial), ``curves``,
+        ``gates`` (empty when quick) and ``limits``.
+    """
+    grid = GRIDS[size]
+    journal = journal or Journal(None)
+    pieces, done = list(grid.pieces()), {}
+    for heads, sharing, trial in pieces:
+        key = {"heads": heads, "sharing": sharing, "trial": trial, "sizes": list(grid.sizes), "seed": seed}
+        done[heads, sharing, trial] = journal.once(
+            key, partial(measure, heads, sharing, trial, sizes=grid.sizes, seed=seed)
+        )
+        progress(len(done), len(pieces))
+    records = curves(grid, done)
+    found = [
+        {"fitted_heads": heads, "sharing": sharing, "trial": trial, **done[heads, sharing, trial]}
+        for heads, sharing, trial in pieces
+    ]
+    return {
+        "setting": {
+            "size": size,
+            "seed": seed,
+            "sizes": list(grid.sizes),
+            "trials": grid.trials,
+            "width": WIDTH,
+            "tokens": TOKENS,
+            "noise": NOISE,
+            "bootstrap": BOOTSTRAP,
+            "params_count": {s: count_params(s, 2) for s in SHARINGS},
+        },
+        "identify": [
+            {**asdict(found), "splits": list(SPLITS), "identified": found.identified}
+            for found in (identify(sharing, seed=seed) for sharing in SHARINGS)
+        ],
+        "pieces": found,
+        "curves": records,
+        "gates": [] if size == "quick" else gates(grid.sizes, found),
+        "limits": list(LIMITS),
+    }

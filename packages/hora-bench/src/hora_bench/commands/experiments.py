@@ -1,4 +1,4 @@
-"""``sweep``, ``similarity``, ``speed`` and ``report``: an experiment file in, one result file out."""
+"""The commands of the paper's experiments: each makes one result file, and ``report`` the pages from all of them."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ import shlex
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import typer
+from hora_spec import HoraError
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from hora_bench.choices import Sweep
+from hora_bench.experiments.cost.architectures import MODELS
 from hora_bench.experiments.files import experiment_file
-from hora_bench.report.tables import plots, show
-from hora_bench.request import vary
-from hora_bench.seeds import seeds_of
-from hora_bench.store import Journal, check_writable, write_experiment
-from hora_bench.sweep import Sweep, read_setting
+from hora_bench.report.tables import identification, plots, show, show_tables
+from hora_bench.request import seeds_of, vary
+from hora_bench.setting import arguments_of, read_setting
+from hora_bench.store import Journal, check_file, write_experiment
+from hora_bench.versions import sources_sha256
 
 File = Annotated[
     Path | None,
@@ -71,9 +74,10 @@ def similarity(
     from hora_bench.experiments.similarity.run import similarity as run
 
     setting = read_setting(file, quick=QUICK["similarity"] if quick else None, data=data)
+    arguments = arguments_of(setting, run, "methods", "seeds")
     journal = Journal(out.with_suffix(".pieces.jsonl"))
     with _timed("similarity", file, out) as (progress, finish):
-        result = finish(run(setting, **setting.vary, journal=journal, progress=progress))
+        result = finish(run(setting, **arguments, journal=journal, progress=progress))
     journal.remove()
     plots("similarity", result, out.parent, out.stem)
     show(console, "similarity", result, out)
@@ -99,10 +103,11 @@ def speed(
     setting = read_setting(file, quick=QUICK["speed"] if quick else None, data=data)
     if dtype is not None:
         setting = replace(setting, base=vary(setting.base, dtype=dtype))
+    arguments = arguments_of(setting, run, "torch", "jax", "seq", "rounds")
     flags = " --cpu-clock" * cpu_clock + f" --device {device}" * (device != "cpu") + f" --dtype {dtype}" * bool(dtype)
     with _timed("speed", file, out, flags) as (progress, finish):
         clock = "cpu" if cpu_clock else "wall"
-        result = finish(run(setting, **setting.vary, clock=clock, device=device, progress=progress))
+        result = finish(run(setting, **arguments, clock=clock, device=device, progress=progress))
     show(console, "speed", result, out)
 
 
@@ -116,7 +121,7 @@ def report(
     """A page of tables, plots and verdicts on the paper's claims, from result files alone."""
     from hora_bench.report.page import write_page
 
-    check_writable(out.parent)
+    check_file(out)
     for path in write_page(results, out):
         console.print(path)
 
@@ -130,7 +135,7 @@ def _timed(
     name: str, file: Path | None, out: Path, flags: str = ""
 ) -> Generator[tuple[Callable[..., None], Callable[[Any], Any]]]:
     """A progress callback, and a function that writes the result with the time it took."""
-    check_writable(out.parent)
+    check_file(out)
     started = time.perf_counter()
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeRemainingColumn())
 
@@ -142,3 +147,83 @@ def _timed(
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(name, total=None)
         yield (lambda done, total: progress.update(task, completed=done, total=total)), finish
+
+
+def cost(
+    model: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(MODELS)}; all when left out.")] = None,
+    *,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of every method; 8 for vision, 32 for language.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="By hand alone, without the frameworks' counters.")] = False,
+    out: Annotated[Path, typer.Option(help="Result file.")] = Path("results/cost.json"),
+) -> None:
+    """Parameters and multiply-accumulates of every method on ViT and LLaMA, without weights."""
+    if unknown := set(model or ()) - set(MODELS):
+        raise typer.BadParameter(f"models are {', '.join(MODELS)}, got {', '.join(sorted(unknown))}")
+    from hora_bench.experiments.cost.run import cost as run
+
+    check_file(out)
+    started = time.perf_counter()
+    with console.status("counting") as status:
+        result = run(
+            model or tuple(MODELS),
+            rank=rank,
+            torch=not quick,
+            xla=not quick,
+            progress=lambda name: status.update(f"counting {name}"),
+        )
+    flags = "".join([*(f" --model {m}" for m in model or ()), f" --rank {rank}" * bool(rank), " --quick" * quick])
+    write_experiment(out, "cost", f"hora-bench cost{flags}", seconds=time.perf_counter() - started, result=result)
+    show(console, "cost", result, out)
+
+
+def theory(
+    part: Annotated[
+        Literal["identify", "rates"], typer.Argument(help="identify takes seconds; rates contains it.")
+    ] = "rates",
+    *,
+    quick: Annotated[bool, typer.Option("--quick", help="Seconds; gates are not judged.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="More samples, trials and sharings; some 20 minutes.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of problems, samples and starts.")] = 0,
+    out: Annotated[Path, typer.Option(help="Result file; the plot goes beside it.")] = Path("results/theory.json"),
+) -> None:
+    """The paper's theorems as a regression: what sharing identifies, and how fast it is recovered."""
+    if quick and full:
+        raise HoraError("theory is quick or full, got both: drop one")
+    if part == "identify" and (quick or full):
+        raise HoraError("identify has one size, got --quick or --full: drop it")
+    from hora_bench.experiments.theory import model
+    from hora_bench.experiments.theory.identify import identify
+    from hora_bench.experiments.theory.rates import theory as run
+
+    if part == "identify":
+        show_tables(console, [identification([_record(identify(sharing, seed=seed)) for sharing in model.SHARINGS])])
+        return
+    size = "full" if full else "quick" if quick else "default"
+    started = time.perf_counter()
+    check_file(out)
+    journal = Journal(out.with_suffix(".pieces.jsonl"), sources_sha256(Path(model.__file__).parent))
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("fits")
+        result = run(
+            size,
+            seed=seed,
+            journal=journal,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    flags = "" if size == "default" else f" --{size}"
+    write_experiment(
+        out,
+        "theory",
+        f"hora-bench theory rates{flags} --seed {seed}",
+        seconds=time.perf_counter() - started,
+        result=result,
+    )
+    plots("theory", result, out.parent, out.stem)
+    journal.remove()
+    show(console, "theory", result, out)
+    if any(gate["outcome"] == "failed" for gate in result["gates"]):
+        raise typer.Exit(1)
+
+
+def _record(found: Any) -> dict[str, Any]:
+    return {**asdict(found), "identified": found.identified}

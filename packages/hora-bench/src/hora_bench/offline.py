@@ -1,17 +1,34 @@
-"""One-time conversions of published weights into timm and Hugging Face directories, checked against the original."""
+"""One-time conversions of weights that come in packages, each checked against a second reading of the original.
+
+They are what a machine without the model hub needs, and need the extra ``hora-bench[offline]``. The second reading of
+a GGUF file shares no code with `transformers`, so that a converted model that gives the same logits is converted right:
+the rotary layout, base and grouping of heads, the norms' eps and the output that is or is not tied to the embedding.
+"""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from hora_spec import HoraError
+from jaxtyping import Float64
 
 from hora_bench.torchvision_ops import declare_missing_ops
 
 VIT_ARCHITECTURE = "vit_small_patch14_dinov2"
 PROMPT = "The capital of France is Paris, and the capital of Italy is"
+Hidden = Float64[np.ndarray, "seq embed"]
+Heads = Float64[np.ndarray, "heads seq head_dim"]
 LOGIT_TOLERANCE = 1e-5  # some 30 layers of float32 rounding; a wrong rotary layout or eps is far above
+
+
+def needs(package: str) -> None:
+    """Raise HoraError where a package of the extra is not installed."""
+    if find_spec(package) is None:
+        raise HoraError(
+            f"this conversion reads files with {package}, got none installed: pip install hora-bench[offline]"
+        )
 
 
 def vit_from_onnx(source: Path, target: Path) -> dict[str, float]:
@@ -29,6 +46,7 @@ def vit_from_onnx(source: Path, target: Path) -> dict[str, float]:
     dict
         Largest absolute difference of the final features from the ONNX graph's own.
     """
+    needs("onnx")
     declare_missing_ops()
     import onnx
     import timm
@@ -121,15 +139,14 @@ def llama_from_gguf(source: Path, target: Path) -> dict[str, float]:
     Returns
     -------
     dict
-        Largest difference between the logits of the saved model and those that `hora_bench.models.gguf_reference`
+        Largest difference between the logits of the saved model and those that `gguf_logits`
         computes from the GGUF file, as a share of the largest logit.
     """
+    needs("gguf")
     declare_missing_ops()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
-
-    from hora_bench.models import gguf_reference
 
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
@@ -141,7 +158,7 @@ def llama_from_gguf(source: Path, target: Path) -> dict[str, float]:
     tokenizer.save_pretrained(target)
 
     tokens = tokenizer(PROMPT).input_ids
-    expected = gguf_reference.logits(source, tokens)
+    expected = gguf_logits(source, tokens)
     with torch.no_grad():
         saved = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
         got = saved(torch.tensor([tokens])).logits[0].numpy()
@@ -152,3 +169,69 @@ def llama_from_gguf(source: Path, target: Path) -> dict[str, float]:
             f"got {difference:.2e}: this transformers version reads the file differently"
         )
     return {"max_relative_logit_difference": difference}
+
+
+def gguf_logits(source: Path, tokens: list[int]) -> Float64[np.ndarray, "seq vocab"]:
+    """Logits after every token, in float64.
+
+    Parameters
+    ----------
+    source
+        A GGUF file of architecture ``llama`` without rotary scaling; quantised tensors are expanded by `gguf`.
+    tokens
+        Token ids of one prompt.
+
+    Notes
+    -----
+    A rotary pair is ``(2i, 2i + 1)`` within a head in GGUF, ``(i, i + head_dim / 2)`` in `transformers`.
+    """
+    import gguf
+
+    file = gguf.GGUFReader(source)
+    stored = {tensor.name: tensor for tensor in file.tensors}
+    settings = {name: field.contents() for name, field in file.fields.items() if name.startswith("llama.")}
+    query_heads, key_heads = settings["llama.attention.head_count"], settings["llama.attention.head_count_kv"]
+    eps = settings["llama.attention.layer_norm_rms_epsilon"]
+    base = settings.get("llama.rope.freq_base", 10_000.0)
+
+    def weight(name: str) -> Any:
+        tensor = stored[f"{name}.weight"]
+        return gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
+
+    def norm(x: Hidden, name: str) -> Hidden:
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight(name)
+
+    def heads(x: Hidden, name: str, count: int) -> Heads:
+        return (x @ weight(name).T).reshape(len(x), count, -1).swapaxes(0, 1)
+
+    embedding = weight("token_embd")
+    x = embedding[tokens]
+    for layer in range(settings["llama.block_count"]):
+        block = f"blk.{layer}"
+        y = norm(x, f"{block}.attn_norm")
+        q = _rotated(heads(y, f"{block}.attn_q", query_heads), base)
+        k = _rotated(heads(y, f"{block}.attn_k", key_heads), base)
+        v = heads(y, f"{block}.attn_v", key_heads)
+        k, v = (part.repeat(query_heads // key_heads, axis=0) for part in (k, v))
+        x = x + _attended(q, k, v) @ weight(f"{block}.attn_output").T
+        y = norm(x, f"{block}.ffn_norm")
+        gate = y @ weight(f"{block}.ffn_gate").T
+        x = x + (gate / (1 + np.exp(-gate)) * (y @ weight(f"{block}.ffn_up").T)) @ weight(f"{block}.ffn_down").T
+    output = weight("output") if "output.weight" in stored else embedding
+    return norm(x, "output_norm") @ output.T
+
+
+def _rotated(x: Heads, base: float) -> Heads:
+    """Each pair of neighbours as a complex number, turned by the angle of its position."""
+    _, seq, dim = x.shape
+    angle = np.arange(seq)[:, None] * base ** -(np.arange(0, dim, 2) / dim)
+    return np.ascontiguousarray((x[..., ::2] + 1j * x[..., 1::2]) * np.exp(1j * angle)).view(np.float64)
+
+
+def _attended(q: Heads, k: Heads, v: Heads) -> Hidden:
+    """Causal softmax attention, heads side by side."""
+    scores = q @ k.swapaxes(1, 2) / np.sqrt(q.shape[-1])
+    scores = np.where(np.tri(q.shape[1], dtype=bool), scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    mixed = weights / weights.sum(-1, keepdims=True) @ v
+    return mixed.swapaxes(0, 1).reshape(q.shape[1], -1)

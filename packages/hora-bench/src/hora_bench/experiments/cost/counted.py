@@ -1,4 +1,4 @@
-"""The same numbers by torch: models and PEFT adapters on the meta device, under torch's FLOP counter."""
+"""The costs as frameworks count them, on abstract shapes: whole models by torch, projections of a layer by XLA."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from hora_spec import AdapterSpec
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from hora_bench.flops import counter
+from hora_bench.experiments.cost.architectures import Transformer, Workload
+from hora_bench.experiments.cost.formulas import Macs, Method, Route
 from hora_bench.torchvision_ops import declare_missing_ops
-
-from .architectures import Transformer, Workload
-from .formulas import Macs, Method, Route
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -22,7 +21,26 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from hora_jax.functional import factors, hora_linear
+from hora_spec import LayerShape, param_shapes
+
 TARGETS = ["q_proj", "v_proj"]
+
+
+def _addmm(_: torch.Size, left: torch.Size, right: torch.Size, **__: Any) -> int:
+    """FLOPs of ``y += left @ right``: torch's counter (2.13) knows addmm but not the in-place addmm_ of hora-torch."""
+    return 2 * left.numel() * right[1]
+
+
+def counter() -> FlopCounterMode:
+    """The one counter of floating-point operations on torch: those of the matrix products inside its context."""
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm})
 
 
 def build(model: Transformer) -> PreTrainedModel:
@@ -90,3 +108,33 @@ def count_macs(model: PeftModel | PreTrainedModel, load: Workload) -> Macs:
         if outputs.requires_grad:
             outputs.sum().backward()
     return Macs(forward.get_total_flops() // 2, backward.get_total_flops() // 2)
+
+
+def count_layer_macs(
+    spec: AdapterSpec, layer: LayerShape, tokens: int, route: Literal["branch", "merge"] = "branch"
+) -> Macs:
+    """MACs of the adapted projections of one layer: base products, factors and updates, inputs asking for gradients.
+
+    XLA counts elementwise work too, so this is a little above the count by hand; FLOPs are halved.
+    """
+    shapes = param_shapes(spec, layer)
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    inputs = {p: jax.ShapeDtypeStruct((tokens, shape.embed_dim), jnp.float32) for p, shape in layer.items()}
+    outputs = {p: jax.ShapeDtypeStruct((tokens, shape.weight_shape[0]), jnp.float32) for p, shape in layer.items()}
+    weights = {p: jax.ShapeDtypeStruct(shape.weight_shape, jnp.float32) for p, shape in layer.items()}
+
+    def project(params: dict, inputs: dict, weights: dict) -> dict:
+        generated = factors(spec, layer, params)
+        return {p: hora_linear(inputs[p], weights[p], None, generated[p], spec.scaling, route=route) for p in layer}
+
+    def train(params: dict, inputs: dict, weights: dict, gradient: dict) -> tuple:
+        result, back = jax.vjp(lambda params, inputs: project(params, inputs, weights), params, inputs)
+        return result, back(gradient)
+
+    forward = _flops(project, params, inputs, weights)
+    return Macs(forward // 2, (_flops(train, params, inputs, weights, outputs) - forward) // 2)
+
+
+def _flops(function: Callable[..., Any], *arguments: dict) -> int:
+    analysis: Any = jax.jit(function).lower(*arguments).cost_analysis()
+    return int(analysis["flops"])

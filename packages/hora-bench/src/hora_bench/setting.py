@@ -1,0 +1,116 @@
+"""Experiment files: the request that every run starts from, and what is varied."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, get_type_hints
+
+from hora_spec import HoraError
+from pydantic import TypeAdapter, ValidationError
+
+from hora_bench.data.catalog import FAMILIES, SHUFFLED, load_task
+from hora_bench.request import Request, request, seeds_of
+
+QUICK: Final[dict[str, Any]] = {"image_size_px": 28, "steps": 10, "warmup_steps": 1, "limit": 100}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """The request that every run starts from, what is varied, and where data lies.
+
+    Attributes
+    ----------
+    base
+        Request before anything is varied.
+    vary
+        Fields of `hora_bench.sweep.Sweep`, or arguments of an experiment that is none.
+    data
+        Folder of tasks; what comes with packages needs none.
+    """
+
+    base: Request
+    vary: dict[str, Any] = field(default_factory=dict)
+    data: Path | None = None
+
+    def load(self, task: str, asked: Request | None = None) -> Any:
+        """A task by name, as a request wants its data; default the base request."""
+        asked = asked or self.base
+        scoring = None if asked.scoring == "accuracy" else asked.scoring
+        family = FAMILIES.get(task.removesuffix(SHUFFLED))
+        data = None if family is not None and family.brings_data else self.data
+        return load_task(
+            task, model=asked.model, data=data, image_size=asked.image_size_px, scoring=scoring, limit=asked.limit
+        )
+
+
+def read_setting(path: Path | None, *, quick: dict[str, Any] | None, data: Path | None) -> Setting:
+    """The setting of an experiment file, or the quick one on the embedded digits.
+
+    Parameters
+    ----------
+    path
+        TOML: a table ``[request]`` with fields of a request, a table ``[vary]``.
+    quick
+        What the quick setting varies, where it is asked for in place of a file.
+    data
+        Folder of tasks.
+
+    Raises
+    ------
+    HoraError
+        Neither or both are given, or the file is no TOML or has other tables, or the request other fields.
+    """
+    if (path is None) == (quick is None):
+        given = "neither" if path is None else "both"
+        raise HoraError(f"an experiment takes a file (experiments/*.toml) or --quick, got {given}: pass one of them")
+    if path is None and data is not None:
+        raise HoraError(f"the quick setting brings its data, got --data {data}: leave one of them out")
+    if path is None:
+        return Setting(request(**QUICK), dict(quick or {}), data)
+    try:
+        content = tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise HoraError(f"an experiment file is TOML, got {error} in {path.name}: fix the file") from error
+    for name in ("request", "vary"):
+        if not isinstance(content.get(name, {}), dict):
+            raise HoraError(f"[{name}] of an experiment file is a table, got {content[name]!r} in {path.name}: fix it")
+    known = Request.model_fields
+    unknown = sorted({*content} - {"request", "vary"} | {*content.get("request", {})} - {*known})
+    if unknown:
+        raise HoraError(
+            f"an experiment file has [request], with fields among {', '.join(known)}, and [vary], got {unknown} in "
+            f"{path.name}"
+        )
+    return Setting(request(**content.get("request", {})), content.get("vary", {}), data)
+
+
+def arguments_of(setting: Setting, run: Callable[..., Any], *names: str) -> dict[str, Any]:
+    """What a setting varies, as arguments of an experiment that is no sweep.
+
+    Parameters
+    ----------
+    setting
+        Its table ``[vary]`` may hold `names`.
+    run
+        Has them among its arguments, whose types their values must have.
+
+    Raises
+    ------
+    HoraError
+        The table holds something else, or a value does not fit.
+    """
+    if unknown := sorted(set(setting.vary) - set(names)):
+        raise HoraError(f"what is varied is among {', '.join(names)}, got {', '.join(unknown)}: drop it")
+    types, given = get_type_hints(run, include_extras=True), dict(setting.vary)
+    if "seeds" in given:
+        given["seeds"] = seeds_of(given["seeds"])
+    for name, value in given.items():
+        try:
+            given[name] = TypeAdapter(types[name]).validate_python(value, strict=not isinstance(value, list))
+        except ValidationError as error:
+            what = error.errors()[0]["msg"].lower()
+            raise HoraError(f"{name} of what is varied: {what}, got {value!r}: change it") from error
+    return given

@@ -1,0 +1,110 @@
+"""Commands of experiments refuse what cannot be with one message, before anything is trained."""
+
+import pytest
+from hora_bench import cli
+
+REQUEST = """
+[request]
+task = "digits"
+model = "{model}"
+image_size_px = 32
+steps = 2
+warmup_steps = 1
+limit = 20
+batch_size = 4
+"""
+BAD_FILES = [  # command, what follows in the file, the message
+    ("sweep", "[vary]\nmethods = ['lara']", "a method is one of"),
+    ("sweep", "[vary]\nmethods = 'lora'", "methods of what is varied is a list"),
+    ("sweep", "[vary.factors]\nresidual = true", "residual in factors is a list"),
+    ("sweep", "[vary.factors]\ncolour = [1]", "the options of hora are"),
+    ("sweep", "[vary.factors]\nseed = [1]", "cannot be varied, got seed"),
+    ("sweep", "[vary.variants]\nx = 3", "x in variants is a table"),
+    ("sweep", "[vary]\nseeds = 3", "seeds of what is varied is a list"),
+    ("sweep", "[vary]\nseeds = '0-9999999999'", "at most 10000"),
+    ("sweep", "[vary]\nsearch_seeds = ['a']", "different whole numbers"),
+    ("sweep", "[vary]\ntasks = ['mnist']", "a task is one of"),
+    ("sweep", "[vary]\nfractions = [0]", "fraction of a run"),
+    ("sweep", "[vary]\nlearning_rates = [-1.0]", "learning_rate of a run"),
+    ("sweep", "[vary]\nsearch = ['a']", "rates of a search are"),
+    ("sweep", "[vary]\nrace = true", "got race True"),
+    ("sweep", "[vary]\nmargin = -1", "a margin is a positive number"),
+    ("sweep", "[vary.controls]\njax = ['dora']", "dora exists on torch"),
+    ("sweep", "[vary.controls]\ntf = ['lora']", "backend of a run"),
+    ("sweep", "seed = 3\n[vary]", "seeds of a comparison are in [vary]"),
+    ("sweep", "last_blocks = 0", "last_blocks of a run"),
+    ("sweep", "last_blocks = 9", "leaves at least one block frozen"),
+    ("sweep", "last_blocks = 1\nbackend = 'jax'", "a screen (last_blocks) has backend torch"),
+    ("sweep", "colour = 1", "got ['colour']"),
+    ("similarity", "[vary]\nsearch = [1]", "is among methods, seeds, got search"),
+    ("similarity", "[vary]\nmethods = 'lora'", "methods of what is varied"),
+    ("similarity", "[vary]\nseeds = 3", "different whole numbers"),
+    ("similarity", "[vary]\nmethods = ['vera']", "of HoRA's methods and LoRA, got vera"),
+    ("similarity", "[vary]\nmethods = ['lora', 'dora']", "of HoRA's methods and LoRA, got dora"),
+    ("similarity", "[vary]\nmethods = []", "got none"),
+    ("similarity", "backend = 'jax'", "updates are compared on torch"),
+    ("similarity", "last_blocks = 1", "a screen is for runs and sweeps"),
+    ("speed", "[vary]\nrounds = 0", "rounds of what is varied"),
+    ("speed", "[vary]\nrounds = 'x'", "rounds of what is varied"),
+    ("speed", "[vary]\nseq = 2", "seq of what is varied"),
+    ("speed", "[vary]\ndevice = 'cpu'", "got device"),
+    ("speed", "[vary]\ntorch = []\njax = []", "one method or more"),
+    ("speed", "[vary]\ntorch = ['lara']\njax = []", "a method is one of"),
+    ("speed", "[vary]\ntorch = []\njax = ['dora']", "dora exists on torch"),
+]
+
+
+def refused(monkeypatch, capsys, *arguments):
+    """The one message of a command that ends with it."""
+    monkeypatch.setattr("sys.argv", ["hora-bench", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(("command", "text", "message"), BAD_FILES, ids=[f"{c}-{t}" for c, t, _ in BAD_FILES])
+def test_a_bad_experiment_is_one_message_and_no_traceback(
+    command, text, message, monkeypatch, capsys, vit_directory, tmp_path
+):
+    file = tmp_path / "bad.toml"
+    file.write_text(REQUEST.format(model=vit_directory) + text + "\n")
+    monkeypatch.setattr("hora_bench.training.fit", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr("hora_bench.run.fit", lambda *_, **__: pytest.fail("trained"))
+    assert message in refused(monkeypatch, capsys, command, file, "--out", tmp_path / "out/result.json")
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sweep"], "got neither"),
+        (["sweep", "--quick", "FILE"], "got both"),
+        (["sweep", "--quick", "--data", "."], "the quick setting brings its data"),
+        (["sweep", "--quick", "--seeds", "3-1"], "write 0-19"),
+        (["sweep", "--quick", "--out", "."], "must be a file, got a directory"),
+        (["sweep", "--quick", "--out", "/proc/x.json"], "can be written to"),
+        (["sweep", "BINARY"], "an experiment file is TOML"),
+        (["sweep", "FLAT"], "[request] of an experiment file is a table, got 3"),
+        (["speed", "--quick", "--device", "cuda"], "needs a cuda device"),
+        (["speed", "--quick", "--cpu-clock", "--device", "cuda"], "say nothing about a GPU"),
+        (["report", "."], "must hold results"),
+        (["report", ".", "--out", "page.pdf"], "is Markdown"),
+        (["show", "."], "must hold result files"),
+        (["assets", "get", "nothing"], "an asset is one of"),
+        (["cost", "--out", "."], "must be a file"),
+        (["cost", "--model", "gpt"], "models are"),
+        (["theory", "--quick", "--full"], "got both"),
+        (["theory", "identify", "--quick"], "has one size"),
+        (["theory", "--out", "/proc/x.json"], "can be written to"),
+        (["demo", "--out", "/proc/x"], "can be written to"),
+    ],
+    ids=lambda given: " ".join(given) if isinstance(given, list) else "",
+)
+def test_other_commands_refuse_with_one_message(arguments, message, monkeypatch, capsys, tmp_path):
+    places = {"FILE": tmp_path / "file.toml", "BINARY": tmp_path / "binary.toml", "FLAT": tmp_path / "flat.toml"}
+    places["FILE"].write_text("")
+    places["BINARY"].write_bytes(b"\xff\xfe")
+    places["FLAT"].write_text("request = 3")
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(monkeypatch, capsys, *(places.get(one, one) for one in arguments))
