@@ -33,6 +33,8 @@ CUSTOM = [
     ("MLP last", "MLP", {"target_modules": ["lin1"]}),
     ("MLP both", "MLP", {"target_modules": ["lin0", "lin1"]}),
     ("MLP all-linear", "MLP", {"target_modules": "all-linear"}),
+    # by chance r=4 moves both logits of the one row that test_safe_merge looks at alike, to 3e-6
+    ("MLP all-linear, no head count", "MLP", {"target_modules": "all-linear", "num_heads": None, "r": 3}),
     ("MLP modules_to_save", "MLP", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
     ("MLP scaled", "MLP", {"target_modules": ["lin0"], "hora_alpha": 4.0, "hora_dropout": 0.1}),
     ("MLP generated A", "MLP", {"target_modules": ["lin0", "lin1"], "a_source": "hypernetwork"}),
