@@ -3,6 +3,8 @@
 No module of the base is changed and none is referenced twice, so graph mode and tree mode (``graph=False``) both work.
 """
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, final
 
@@ -58,7 +60,7 @@ class HoraModel(nnx.Module):
     Train with ``nnx.Optimizer(model, tx, wrt=HoraParam)`` and ``nnx.grad(loss, argnums=nnx.DiffState(0, HoraParam))``:
     the base, and a fixed A (`HoraFixed`), then have neither gradients nor optimiser state. The hypernetworks of all
     layers run once for each call, in the dtype of phi; a branch casts its factors to the dtype of the activations (spec
-    D3).
+    D3). Methods of the base are methods of the model, with the adapter applied; its parts are not (`merged`, `apply`).
     """
 
     def __init__(
@@ -122,6 +124,24 @@ class HoraModel(nnx.Module):
         out, changes = jax.tree.map(lambda v: walk.plain(v, None), found, is_leaf=lambda v: isinstance(v, View))
         nnx.update(modules.nodes, changes)
         return out
+
+    def __getattr__(self, name: str) -> Any:
+        """A method of the base, to be called with the adapter applied, or a setting that it holds.
+
+        Libraries ask a model for what it can do; that it has an adapter must not change the answer.
+        """
+        if name.startswith("_") or "base" not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        value = getattr(self.base, name)
+        if inspect.ismethod(value) and value.__self__ is self.base:
+            return functools.partial(self.apply, value.__func__)
+        if any(_is_node(leaf) or isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value, is_leaf=_is_node)):
+            raise AttributeError(
+                f"a HoraModel shows methods and settings of its base, {name!r} is a part of the base without the "
+                f"adapter: use model.apply(lambda base, ...: base.{name}..., ...), model.merged().{name} or "
+                f"model.base.{name}"
+            )
+        return value
 
     def report(self, *args: Any, **kwargs: Any) -> Report:
         """Where the base consumes planned weights for these arguments; nothing is changed."""
