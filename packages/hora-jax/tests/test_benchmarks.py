@@ -18,6 +18,28 @@ def rows_of_each_row() -> list[str]:
     return lines
 
 
+VARIANTS = {"hora": "`HoraModel`", "adapt": "`adapt`", "equal": "as many parameters", "control": "LoRA again"}
+WORKLOADS = {"llama": "LLaMA, 8 layers, q and v", "vit": "ViT, 12 layers, fused qkv"}
+
+
+def rows_against_qwix() -> list[str]:
+    results = json.loads((PACKAGE / "benchmarks/results/against-qwix-cpu.json").read_text())["results"]
+    lines = []
+    for workload, words in WORKLOADS.items():
+        for variant, what in VARIANTS.items():
+            found = results[workload][variant]
+            low, high = found["step_cpu"]["ratio_95"]
+            ratios = [found[f"{key}_ratio"] for key in ("flops", "peak_memory_bytes", "start")]
+            cells = [f"{found['step_cpu']['ratio']:.2f} ({low:.2f} to {high:.2f})", *(f"{r:.3f}" for r in ratios[:2])]
+            lines.append(f"| {words}: {what} | {' | '.join(cells)} | {ratios[2]:.2f} |")
+    return lines
+
+
+def test_the_readme_says_what_a_step_costs_beside_qwix():
+    text = (PACKAGE / "README.md").read_text()
+    assert [line for line in rows_against_qwix() if line not in text] == []
+
+
 def test_the_readme_says_what_an_adapter_for_each_row_costs():
     lines = rows_of_each_row()
     assert len(lines) == 3

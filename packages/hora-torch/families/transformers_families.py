@@ -85,6 +85,7 @@ INPUTS: dict[str, Inputs] = {
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "autoformer": SERIES,
+    "bamba": {"attn_layer_indices": [1]},
     "codegen": {"rotary_dim": 4},
     "conditional_detr": DETR,
     "dab-detr": DETR,
