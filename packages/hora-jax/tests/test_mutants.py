@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hora_jax import adapter, functional, joint, routes
+from hora_jax import functional, joint, routes, trained
 from hora_spec import AdapterSpec
 
 from . import test_functional, test_joint
@@ -35,8 +35,8 @@ def default_precision(patch: pytest.MonkeyPatch) -> None:
 
 
 def fixed_a_trained(patch: pytest.MonkeyPatch) -> None:
-    """A fixed A is labelled like any other parameter."""
-    patch.setattr(adapter, "is_trained", lambda spec, name: True)
+    """A fixed A is one of the parameters that are trained."""
+    patch.setattr(trained, "is_trained", lambda spec, name: True)
 
 
 def joint_of_one_head(patch: pytest.MonkeyPatch) -> None:
@@ -79,7 +79,7 @@ CAUGHT = [
         for own in (False, True)
     ),
     *((merged_in_sixteen_bits, SMALL, ("merge", dtype)) for dtype in test_functional.SIXTEEN_BITS),
-    (fixed_a_trained, test_joint.test_s6_an_optimiser_that_decays_leaves_a_fixed_a_by_its_label, ()),
+    (fixed_a_trained, test_joint.test_s6_an_optimiser_that_decays_never_sees_a_fixed_a, ()),
     (joint_of_one_head, test_joint.test_i7_a_spans_what_plain_differentiation_finds, (0, "q")),
     (joint_scale_of_all_tokens, test_joint.test_i7_the_scale_makes_a_read_as_strongly_as_lora_s, ()),
     (default_precision, PRECISION, (AdapterSpec(3),)),

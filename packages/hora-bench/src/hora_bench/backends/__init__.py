@@ -63,9 +63,11 @@ def build(request: Request, task: Any) -> Learner:
 
 def start_batches(request: Request, task: Any, method: methods.Method) -> list[Batch]:
     """The first batches of training, from which a method starts that starts from examples; none for others."""
+    if not (count := method.start.get("batches", 0)):
+        return []
     members = subset(task.labels(request.train_on), request.fraction, request.seed)
     asked = task, request.train_on, members, request.batch_size, request.seed
-    return [batch_of(*asked, step) for step in range(method.start.get("batches", 0))]
+    return [batch_of(*asked, step) for step in range(count)]
 
 
 def check_device(backend: str, device: str) -> None:

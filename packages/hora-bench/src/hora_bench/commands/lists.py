@@ -25,8 +25,9 @@ console = Console()
 
 def show_methods() -> None:
     """Fine-tuning methods, who implements them on each backend, and their options."""
-    columns = "what it trains", "preset", "parameters", "torch", "jax"
-    table = Table(Column("method", no_wrap=True), *columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    whole = {name: Column(name, no_wrap=True) for name in ("method", "preset", "parameters")}
+    names = "method", "what it trains", "preset", "parameters", "torch", "jax"
+    table = Table(*(whole.get(name, name) for name in names), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for method in METHODS:
         libraries = (method.library.get(backend, "") for backend in ("torch", "jax"))
         table.add_row(method.name, method.description, method.preset, _count(method), *libraries)
