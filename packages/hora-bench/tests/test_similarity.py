@@ -5,10 +5,11 @@ from hora_bench.experiments.similarity.measures import (
     cosines_of_delta,
     measure,
     participation_ratio,
+    shares_of,
     singular_values,
     start,
 )
-from hora_spec import AdapterSpec, Factors, LayerShape
+from hora_spec import AdapterSpec, Factors, LayerShape, generated_share
 
 
 def draw(*, heads=3, head_dim=5, rank=2, embed=7, own_a=False):
@@ -70,3 +71,27 @@ def test_leaky_relu_collapses_the_start_and_tanh_does_not():
     ratio = {name: start(spec, layer, draws=4)["participation_ratio"] for name, spec in specs.items()}
     free = start(AdapterSpec(8, sharing="a"), layer, draws=4)["participation_ratio"]
     assert ratio["leaky_relu"] < 2.5 < 5 < ratio["tanh"] < free
+
+
+@pytest.mark.parametrize("fields", [{"residual": True}, {"residual": True, "gate": 0.5}])
+def test_what_heads_share_is_what_the_report_of_the_model_says(fields):
+    torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
+    hora_torch, peft = pytest.importorskip("hora_torch"), pytest.importorskip("peft")
+    sizes = {"img_size": 28, "patch_size": 14, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
+    torch.manual_seed(0)
+    base = timm.models.vision_transformer.VisionTransformer(**sizes)
+    config = hora_torch.HoraConfig(r=2, hidden_dim=6, head_embed_dim=5, init_weights=False, **fields)
+    model = peft.get_peft_model(base, config)
+    shares = shares_of(model)
+    assert shares.keys() == {(layer, p) for layer in range(2) for p in "qv"}
+    for number, layer in enumerate(hora_torch.to_adapter(model).layers.values()):
+        for p, share in generated_share(layer.spec, layer.shape, layer.params).items():
+            assert shares[number, p] == pytest.approx(share)
+            assert 0 < share < 1
+
+
+def test_nothing_is_said_of_sharing_where_nothing_is_free():
+    torch, hora_torch = pytest.importorskip("torch"), pytest.importorskip("hora_torch")
+    base = torch.nn.ModuleDict({"blocks": torch.nn.Sequential(torch.nn.Linear(8, 8))})
+    config = hora_torch.HoraConfig(r=2, target_modules=["blocks.0"], num_heads=2)
+    assert shares_of(pytest.importorskip("peft").get_peft_model(base, config)) == {}

@@ -211,7 +211,7 @@ def _similarity(result: Result) -> Iterator[Table]:
         "Means over layers and heads",
         result["summary"],
         "method projection",
-        "mean_cosine_b mean_cosine_delta participation_ratio",
+        "mean_cosine_b mean_cosine_delta participation_ratio generated_share",
     )
     yield from _records(
         "At the start, by parametrisation",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from hora_spec import AdapterSpec, Factors, LayerShape, init_params, reference
+from hora_spec import AdapterSpec, Factors, LayerShape, generated_share, init_params, reference
 from jaxtyping import Float
 
 
@@ -119,4 +119,23 @@ def factors_of(model: Any) -> dict[tuple[int, str], Factors]:
             layer = int(name.partition("blocks.")[2].partition(".")[0])
             for projection, factors in made.items():
                 found[layer, projection] = Factors(*(torch.as_tensor(factor).numpy().copy() for factor in factors))
+    return found
+
+
+def shares_of(model: Any) -> dict[tuple[int, str], float]:
+    """Part of B that is generated, of every layer and projection whose heads have a free part as well (spec G8).
+
+    Returns
+    -------
+    dict
+        ``(layer, "q" or "v")`` to a number in [0, 1]; empty for methods without a residual.
+    """
+    from hora_torch.hypernet import HoraHypernet
+
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, HoraHypernet) and module.spec.residual:
+            params = {key: param.detach().cpu().numpy() for key, param in module.params().items()}
+            layer = int(name.partition("blocks.")[2].partition(".")[0])
+            found |= {(layer, p): share for p, share in generated_share(module.spec, module.layer, params).items()}
     return found

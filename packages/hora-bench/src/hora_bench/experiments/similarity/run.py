@@ -19,7 +19,7 @@ from hora_bench.setting import Setting
 from hora_bench.store import Journal
 from hora_bench.training import fit, predict
 
-from .measures import factors_of, measure, start
+from .measures import factors_of, measure, shares_of, start
 
 COMPARED: Final = ("hora", "lora")  # families whose update is B A of each head
 METHODS: Final = ("lora", "mh-lora", "hora", "hora-residual", "hora-generated-a")
@@ -109,13 +109,16 @@ def _measure(asked: Request, task: ImageTask) -> list[Any]:
         "loss": round(float(np.mean(curve.loss[-10:])), 5),
         "params_count": learner.params_count,
     }
-    found = sorted(factors_of(learner.model).items())
-    return [outcome, [{"layer": layer, "projection": p, **measure(factors)} for (layer, p), factors in found]]
+    shares, records = shares_of(learner.model), []
+    for (layer, p), factors in sorted(factors_of(learner.model).items()):
+        share = {"generated_share": round(shares[layer, p], 4)} if shares else {}
+        records.append({"layer": layer, "projection": p, **measure(factors), **share})
+    return [outcome, records]
 
 
 def _summary(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over layers and seeds."""
-    keys = ("mean_cosine_b", "mean_cosine_delta", "participation_ratio")
+    keys = ("mean_cosine_b", "mean_cosine_delta", "participation_ratio", "generated_share")
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in layers:
         groups.setdefault((record["method"], record["projection"]), []).append(record)
@@ -123,7 +126,7 @@ def _summary(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {
             "method": method,
             "projection": projection,
-            **{key: round(float(np.mean([record[key] for record in records])), 4) for key in keys},
+            **{key: round(float(np.mean([r[key] for r in records])), 4) for key in keys if key in records[0]},
         }
         for (method, projection), records in groups.items()
     ]
