@@ -21,7 +21,10 @@ ROOT = Path(__file__).parent
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 SCOPES = ("spec", "all", "libraries", "jax_libraries")
-LIBRARY_TESTS = ("lifetime", "quantized", "quantized_merge", "quantized_training", "subclasses")
+LIBRARY_TESTS = (
+    *("lifetime", "quantized", "quantized_merge", "quantized_training", "subclasses"),
+    *("normed_orders", "planning", "row_order", "scales"),  # of diffusers
+)
 JAX_LIBRARY_TESTS = ("libraries", "tunix", "tunix_exchange")
 PACKAGES = ("hora-spec", "hora-torch", "hora-jax", "hora-bench")
 EXTRAS = {"hora-bench": "[offline]"}  # weights of the demonstration come out of a package
