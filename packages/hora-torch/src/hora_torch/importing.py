@@ -25,9 +25,9 @@ def explained() -> Generator[None]:
             raise
         raise ImportError(
             "PEFT imports torchvision where it is installed, and it must be built for the torch beside it, got "
-            f"torchvision {_version('torchvision')} beside torch {_version('torch')} ({reason}): install both from "
-            "the same index, `pip install --force-reinstall torch torchvision --index-url ...` with the address that "
-            "pytorch.org shows for your machine, or `pip uninstall torchvision` where nothing needs it"
+            f"torchvision {_version('torchvision')} beside torch {_version('torch')} ({reason}): install both in "
+            "one command, `pip install --force-reinstall torch torchvision`, from where your torch came from, or "
+            "`pip uninstall torchvision` where nothing needs it"
         ) from error
 
 
