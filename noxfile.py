@@ -356,7 +356,7 @@ def build(session):
         run(session, tools, "python", "-m", "build", "--no-isolation", "--outdir", "dist", f"packages/{package}")
     run(session, tools, "twine", "check", "--strict", *map(str, sorted(dist.iterdir())))
 
-    # from these folders alone: a package that was published, or a pin that is missing, must not stand in for what was built
+    # these folders alone: what was published, or is not pinned, must not stand in for what was built
     offers = ("--no-index", f"--find-links={wheels}", f"--find-links={dist}")
     for requirement in session.posargs or INSTALLATIONS:
         fresh = from_nothing(session, offers, requirement)

@@ -40,7 +40,7 @@ def test_every_attempt_names_the_versions_and_the_cure(path):
 
 def test_a_second_attempt_of_torchvision_itself_is_known():
     text = "partially initialized module 'torchvision' has no attribute 'extension'"
-    with pytest.raises(ImportError, match="the same index"), explained():
+    with pytest.raises(ImportError, match="install both in one command"), explained():
         raise ModuleNotFoundError("Could not import module 'BloomPreTrainedModel'") from AttributeError(text)
 
 
