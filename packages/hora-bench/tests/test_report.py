@@ -221,6 +221,15 @@ def test_the_guide_says_of_a_joint_a_what_its_result_says():
     assert "on one task: not resolved, and a random A that is fixed did as well" in guide
 
 
+@in_repository
+def test_the_text_says_of_a_screen_what_was_measured():
+    rows = {(row["method"], row["contender"]): row for row in read_json(RESULTS / "screen-cost.json")["result"]["rows"]}
+    whole, screened = (rows["lora", name] for name in ("full, 56 px", "screen, 8 seeds"))
+    said = " ".join((Path(__file__).parents[1] / "README.md").read_text().split())
+    assert f"takes {1000 * screened['median_s']:.0f} ms of processor time a seed" in said
+    assert f"at 56 px {1000 * whole['median_s']:.0f} ms, {screened['full_over_this']['ratio']:.1f} times as much" in said
+
+
 def test_every_claim_has_a_verdict_without_any_result():
     assert {verdict.word for verdict in verdicts([])} == {"not measured"}
     assert len(verdicts([])) == 12

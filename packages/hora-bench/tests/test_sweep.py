@@ -13,6 +13,7 @@ from hora_bench.choices import Sweep
 from hora_bench.control import control
 from hora_bench.data.digits import digits
 from hora_bench.data.images import Examples, ImageTask
+from hora_bench.experiments.signal.run import signal
 from hora_bench.experiments.similarity.plot import plot as plot_similarity
 from hora_bench.experiments.similarity.run import similarity
 from hora_bench.experiments.speed.run import speed
@@ -362,7 +363,7 @@ def test_seeds_that_are_none_are_refused(given):
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_experiment_file_fits_its_command(path):
     found = read_setting(path, quick=None, data=None)
-    others = {"similarity": similarity, "speed": speed}
+    others = {"similarity": similarity, "signal": signal, "speed": speed}
     own = next((run for name, run in others.items() if path.stem.startswith(name)), None)
     if own is not None:
         assert set(found.vary) <= set(inspect.signature(own).parameters)

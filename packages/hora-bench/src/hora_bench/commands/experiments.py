@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -34,6 +34,7 @@ Data = Annotated[Path | None, typer.Option(help="Folder of tasks.", exists=True)
 QUICK: Final[dict[str, dict[str, Any]]] = {
     "sweep": {"factors": {"residual": [True], "activation": ["tanh"]}, "references": ["lora"], "seeds": [0, 1]},
     "similarity": {"methods": ["lora", "mh-lora", "hora"]},
+    "signal": {"methods": ["linear-probe"], "batches": 6},
     "speed": {"torch": ["linear-probe", "lora", "hora"], "jax": ["linear-probe", "hora"], "rounds": 2},
 }
 
@@ -46,6 +47,7 @@ def sweep(
     quick: Quick = False,
     data: Data = None,
     seeds: Annotated[str | None, typer.Option(help="In place of the file's: 0-19 or 0,1,2.")] = None,
+    task: Annotated[str | None, typer.Option(help="In place of the file's: one of its tasks, as a piece.")] = None,
     out: Annotated[Path | None, typer.Option(help="Result file; results/NAME.json when left out.")] = None,
 ) -> None:
     """Choices that differ in one thing, with paired differences: ablations, curves, tuned comparisons, controls."""
@@ -54,8 +56,14 @@ def sweep(
     setting = read_setting(file, quick=QUICK["sweep"] if quick else None, data=data)
     asked = Sweep.of(setting.vary)
     asked = replace(asked, seeds=seeds_of(seeds)) if seeds else asked
-    out = out or Path("results", f"{file.stem if file else 'sweep'}.json")
-    flags = f" --seeds {shlex.quote(seeds)}" if seeds else ""
+    if task is not None:
+        if task not in asked.tasks:
+            raise HoraError(f"a piece is one of the file's tasks, {', '.join(asked.tasks) or 'none'}, got {task!r}")
+        setting = replace(setting, base=vary(setting.base, task=task))
+        asked = replace(asked, tasks=())
+    stem = f"{file.stem if file else 'sweep'}{f'-{task}' if task else ''}"
+    out = out or Path("results", f"{stem.replace('_', '-')}.json")
+    flags = (f" --seeds {shlex.quote(seeds)}" if seeds else "") + (f" --task {shlex.quote(task)}" if task else "")
     with _timed("sweep", file, out, flags) as (progress, finish):
         command = _command("sweep", file, flags)
         result = finish(run(setting, out.parent / "runs", asked, command=command, progress=progress))
@@ -73,14 +81,41 @@ def similarity(
     """How alike the heads' updates are after training, and how many directions they use."""
     from hora_bench.experiments.similarity.run import similarity as run
 
-    setting = read_setting(file, quick=QUICK["similarity"] if quick else None, data=data)
-    arguments = arguments_of(setting, run, "methods", "seeds")
+    _pieces("similarity", run, ("methods", "seeds"), file, quick=quick, data=data, out=out)
+
+
+def signal(
+    file: File = None,
+    *,
+    quick: Quick = False,
+    data: Data = None,
+    out: Annotated[Path, typer.Option()] = Path("results/signal.json"),
+) -> None:
+    """What heads have in common in the gradient, on disjoint batches: similarity, and what they read and write."""
+    from hora_bench.experiments.signal.run import signal as run
+
+    _pieces("signal", run, ("tasks", "methods", "seeds", "batches", "rank"), file, quick=quick, data=data, out=out)
+
+
+def _pieces(
+    name: str,
+    run: Callable[..., dict[str, Any]],
+    varied: Sequence[str],
+    file: Path | None,
+    *,
+    quick: bool,
+    data: Path | None,
+    out: Path,
+) -> None:
+    """An experiment whose finished pieces are kept beside its result until it is whole."""
+    setting = read_setting(file, quick=QUICK[name] if quick else None, data=data)
+    arguments = arguments_of(setting, run, *varied)
     journal = Journal(out.with_suffix(".pieces.jsonl"))
-    with _timed("similarity", file, out) as (progress, finish):
+    with _timed(name, file, out) as (progress, finish):
         result = finish(run(setting, **arguments, journal=journal, progress=progress))
     journal.remove()
-    plots("similarity", result, out.parent, out.stem)
-    show(console, "similarity", result, out)
+    plots(name, result, out.parent, out.stem)
+    show(console, name, result, out)
 
 
 def speed(

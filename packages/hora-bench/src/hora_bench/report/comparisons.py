@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from hora_bench.report.rows import Row, is_lora, name_of, proxy_of, rows_of
-from hora_bench.report.writing import save
+from hora_bench.report.writing import cell, save
 from hora_bench.stats import Difference
 
 HEADER = (
@@ -21,6 +21,8 @@ HEADER = (
     "of other examples",
     "could have seen",
     "verdict",
+    "test loss",
+    "loss over LoRA",
     "seeds",
     "parameters",
     "labels",
@@ -50,6 +52,8 @@ def cells_of(row: Row) -> tuple[str, ...]:
         "{:+} to {:+}".format(*others) if (others := row.get("over_lora_pct", {}).get("of_other_examples_pct")) else "",
         "" if over is None or over.detectable is None else f"{over.detectable}",
         row["word"],
+        cell(row.get("test_loss")),
+        cell(row.get("loss_over_lora")),
         str(row["seeds"]),
         f"{row['params_count']:,}" if "params_count" in row else "",
         str(row.get("labels_count", "")),

@@ -21,8 +21,9 @@ Records = Sequence[tuple[Path, dict[str, Any]]]
 QUESTIONS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {  # page: its title, experiments
     "comparisons": ("Is it more accurate?", COMPARISONS),
     "cost": ("What does it cost, counted?", ("cost",)),
-    "speed": ("What does it cost, measured?", ("speed",)),
+    "speed": ("What does it cost, measured?", ("speed", "screen-cost")),
     "similarity": ("How alike are the heads?", ("similarity",)),
+    "signal": ("What do heads have in common?", ("signal",)),
     "theory": ("Does the theory show?", ("theory",)),
 }
 EXPERIMENTS: Final = tuple(name for _, names in QUESTIONS.values() for name in names)
@@ -138,8 +139,9 @@ def _section(path: Path, content: dict[str, Any], images: dict[Path, str]) -> It
 
 def plots_of(path: Path, experiment: str) -> set[str]:
     """Names of the plots that `plots` draws of a result file."""
-    if experiment == "similarity":
-        return {f"{path.stem}-{kind}.svg" for kind in ("heatmaps", "distributions")}
+    kinds = {"similarity": ("heatmaps", "distributions"), "signal": ("similarity", "held")}
+    if experiment in kinds:
+        return {f"{path.stem}-{kind}.svg" for kind in kinds[experiment]}
     return {f"{path.stem}.svg"}
 
 

@@ -68,6 +68,10 @@ def plots(experiment: str, result: Result, folder: Path, stem: str) -> list[Path
         from hora_bench.experiments.similarity.plot import plot
 
         return plot(result, folder, stem=stem)
+    if experiment == "signal":
+        from hora_bench.experiments.signal.plot import plot as plot_signal
+
+        return plot_signal(result, folder, stem=stem)
     path = folder / f"{stem}.svg"
     if experiment == "theory":
         from hora_bench.experiments.theory.plot import plot as plot_rates
@@ -221,6 +225,28 @@ def _similarity(result: Result) -> Iterator[Table]:
     )
 
 
+def _signal(result: Result) -> Iterator[Table]:
+    rows = [
+        (
+            one["task"],
+            one["state"],
+            str(one["seed"]),
+            one["projection"],
+            one["measure"].replace("_", " "),
+            f"{one['mean']} ({one['low']} to {one['high']})",
+            "{} to {}".format(*one["by_chance"]) if "by_chance" in one else "",
+        )
+        for one in result["summary"]
+    ]
+    header = ("task", "state", "seed", "projection", "measure", "mean over layers", "by chance")
+    yield Table("What heads have in common in the gradient", header, rows, keys=5)
+
+
+def _screen_cost(result: Result) -> Iterator[Table]:
+    title = "Processor seconds of a step of 16 images, a seed"
+    yield from _records(title, result["rows"], "method contender", "median_s full_over_this")
+
+
 def _speed(result: Result) -> Iterator[Table]:
     steps = "median_s over_lora over_frozen examples_per_s tokens_per_s peak_mib peak_over_lora"
     yield from _records("Training steps", result["steps"], "backend method", f"{steps} first_step_s compile_s")
@@ -244,5 +270,7 @@ TABLES: Final[dict[str, Callable[[Result], Iterator[Table]]]] = {
     "theory": _theory,
     **dict.fromkeys(COMPARISONS, _comparison),
     "similarity": _similarity,
+    "signal": _signal,
     "speed": _speed,
+    "screen-cost": _screen_cost,
 }
