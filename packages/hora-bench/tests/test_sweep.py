@@ -354,6 +354,12 @@ def test_seeds_are_lists_and_ranges(given, seeds):
     assert seeds_of(given) == seeds
 
 
+def test_so_few_seeds_that_a_race_has_one_look_are_no_race():
+    asked = Sweep(seeds=range(16), race=8)
+    assert [len(batch) for batch in asked.with_seeds(range(20, 36)).batches] == [8, 8]
+    assert (asked.with_seeds(range(8)).race, len(asked.with_seeds(range(8)).batches)) == (0, 1)
+
+
 @pytest.mark.parametrize("given", ["", "a", "-1", "3-", "1,1", "5-1", "1.5", [True]])
 def test_seeds_that_are_none_are_refused(given):
     with pytest.raises(HoraError, match="write 0-19"):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -55,7 +56,7 @@ def sweep(
 
     setting = read_setting(file, quick=QUICK["sweep"] if quick else None, data=data)
     asked = Sweep.of(setting.vary)
-    asked = replace(asked, seeds=seeds_of(seeds)) if seeds else asked
+    asked = asked.with_seeds(seeds_of(seeds)) if seeds else asked
     if task is not None:
         if task not in asked.tasks:
             raise HoraError(f"a piece is one of the file's tasks, {', '.join(asked.tasks) or 'none'}, got {task!r}")
@@ -213,49 +214,50 @@ def cost(
 
 def theory(
     part: Annotated[
-        Literal["identify", "rates"], typer.Argument(help="identify takes seconds; rates contains it.")
+        Literal["identify", "rates", "activations"],
+        typer.Argument(help="identify takes seconds; rates contains it; activations: of the generator, 10 minutes."),
     ] = "rates",
     *,
     quick: Annotated[bool, typer.Option("--quick", help="Seconds; gates are not judged.")] = False,
     full: Annotated[bool, typer.Option("--full", help="More samples, trials and sharings; some 20 minutes.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of problems, samples and starts.")] = 0,
-    out: Annotated[Path, typer.Option(help="Result file; the plot goes beside it.")] = Path("results/theory.json"),
+    out: Annotated[
+        Path | None, typer.Option(help="results/theory.json, or theory-activations.json; the plot goes beside it.")
+    ] = None,
 ) -> None:
     """The paper's theorems as a regression: what sharing identifies, and how fast it is recovered."""
     if quick and full:
         raise HoraError("theory is quick or full, got both: drop one")
-    if part == "identify" and (quick or full):
-        raise HoraError("identify has one size, got --quick or --full: drop it")
+    if part != "rates" and (quick or full):
+        raise HoraError(f"{part} has one size, got --quick or --full: drop it")
     from hora_bench.experiments.theory import model
     from hora_bench.experiments.theory.identify import identify
-    from hora_bench.experiments.theory.rates import theory as run
+    from hora_bench.experiments.theory.rates import activations
+    from hora_bench.experiments.theory.rates import theory as rates
 
     if part == "identify":
         show_tables(console, [identification([_record(identify(sharing, seed=seed)) for sharing in model.SHARINGS])])
         return
     size = "full" if full else "quick" if quick else "default"
+    name = "theory" if part == "rates" else "theory-activations"
+    out = out or Path("results", f"{name}.json")
     started = time.perf_counter()
     check_file(out)
     journal = Journal(out.with_suffix(".pieces.jsonl"), sources_sha256(Path(model.__file__).parent))
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("fits")
+        run = partial(rates, size) if part == "rates" else activations
         result = run(
-            size,
             seed=seed,
             journal=journal,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     flags = "" if size == "default" else f" --{size}"
-    write_experiment(
-        out,
-        "theory",
-        f"hora-bench theory rates{flags} --seed {seed}",
-        seconds=time.perf_counter() - started,
-        result=result,
-    )
-    plots("theory", result, out.parent, out.stem)
+    command = f"hora-bench theory {part}{flags} --seed {seed}"
+    write_experiment(out, name, command, seconds=time.perf_counter() - started, result=result)
+    plots(name, result, out.parent, out.stem)
     journal.remove()
-    show(console, "theory", result, out)
+    show(console, name, result, out)
     if any(gate["outcome"] == "failed" for gate in result["gates"]):
         raise typer.Exit(1)
 

@@ -24,7 +24,7 @@ QUESTIONS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {  # page: its title,
     "speed": ("What does it cost, measured?", ("speed", "screen-cost")),
     "similarity": ("How alike are the heads?", ("similarity",)),
     "signal": ("What do heads have in common?", ("signal",)),
-    "theory": ("Does the theory show?", ("theory",)),
+    "theory": ("Does the theory show?", ("theory", "theory-activations")),
 }
 EXPERIMENTS: Final = tuple(name for _, names in QUESTIONS.values() for name in names)
 LEAD: Final = (

@@ -12,6 +12,7 @@ from rich.console import Console
 from hora_bench.report import comparisons
 from hora_bench.report.rows import COMPARISONS
 from hora_bench.report.writing import cell
+from hora_bench.stats import MARGIN
 from hora_bench.terminal import show_table
 
 Result = dict[str, Any]
@@ -168,6 +169,23 @@ def _theory(result: Result) -> Iterator[Table]:
         yield Table("Gates on differences of slopes, shared less not shared", ("gate", "value", "bounds", ""), rows)
 
 
+def _activations(result: Result) -> Iterator[Table]:
+    rows = [
+        (
+            one["activation"],
+            one["gate"],
+            f"{one['difference']:+.3f} {_interval((one['low'], one['high']))}",
+            _bounds(*one["bounds"]),
+            one["outcome"],
+            f"{one['unreached']} of {one['fits']}",
+        )
+        for one in result["gates"]
+    ]
+    header = ("activation", "gate", "value", "bounds", "", "fits that ended above the truth's error")
+    title = "Gates on differences of slopes, shared less not shared, by the activation of the generator"
+    yield Table(title, header, rows, keys=2)
+
+
 def judged_gates(result: Result) -> list[dict[str, Any]]:
     """Gates of a result, judged anew from its trials: files of earlier versions compared a mean with a median."""
     from hora_bench.experiments.theory.rates import gates
@@ -204,6 +222,10 @@ def _comparison(result: Result) -> Iterator[Table]:
     screen = "Screen, a proxy: " if comparisons.proxy_of(result) else ""
     title = f"{'test' if result.get('search') else 'validation'} accuracy"
     yield Table(screen + title if screen else title.capitalize(), header, rows, keys=2)
+    if widths := comparisons.widths_of(result):
+        margin = result["setting"].get("margin_pct", MARGIN)
+        header = ("choice", "data", "best rate", "from", "to", "times")
+        yield Table(f"Rates within {margin:g} of the best, on validation", header, widths, keys=2)
     if result.get("controls"):
         header = ("backend", "method", "accuracy, %", "shuffled, %", "bound of chance, %", "at chance")
         yield Table("Control: shuffled labels", header, [*comparisons.control_lines(result["controls"])], keys=2)
@@ -268,6 +290,7 @@ def readable(count: float | None) -> str:
 TABLES: Final[dict[str, Callable[[Result], Iterator[Table]]]] = {
     "cost": _cost,
     "theory": _theory,
+    "theory-activations": _activations,
     **dict.fromkeys(COMPARISONS, _comparison),
     "similarity": _similarity,
     "signal": _signal,
