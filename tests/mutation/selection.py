@@ -6,7 +6,7 @@ scope or a cache does, is seen as well. A test that starts a process, or compile
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,23 +49,22 @@ class Selection:
 def record(module: Module, runner: Runner, folder: Path) -> Selection:
     """Record the tests of a module, or read what a folder holds of the same tests on the same package."""
     seen = runner.collect(module)
-    fresh = seen["threads"] > 1
     recorded: dict[str, Mapping[str, Any]] = {}
     for file in module.tests:
-        own = [name for name in seen["tests"] if name.partition("::")[0] == file]
-        recorded |= _of_file(module, runner, folder, own, fresh) if own else {}
-    return Selection(module.file, frozenset(seen["lines"].get(module.file, ())), fresh, recorded)
+        recorded |= _of_file(module, runner, folder, file, seen)
+    return Selection(module.file, frozenset(seen["lines"].get(module.file, ())), seen["threads"] > 1, recorded)
 
 
-def _of_file(module: Module, runner: Runner, folder: Path, tests: Sequence[str], fresh: bool) -> dict[str, Any]:
-    file = tests[0].partition("::")[0]
+def _of_file(module: Module, runner: Runner, folder: Path, file: str, seen: Mapping[str, Any]) -> dict[str, Any]:
     state = digest({*module.read(file), *module.package.rglob("*.py")})
     path = folder / f"{file.replace('/', '.')}.json"
     if path.exists() and (kept := json.loads(path.read_text()))["state"] == state:
         return kept["tests"]
-    found = {}
-    for name in tests:
-        result = runner.run(module.source, [name], dict.fromkeys(tests, 120.0), fresh=fresh, record=True)
+    found, known = {}, dict.fromkeys(seen["tests"], 120.0)
+    for name in seen["tests"]:
+        if name.partition("::")[0] != file:
+            continue
+        result = runner.run(module.source, [name], known, fresh=seen["threads"] > 1, record=True)
         if result["outcome"] != "survived":
             raise NotRun(f"{name} passes alone before a mutant is planted, got {result['outcome']}:\n{result['log']}")
         found[name] = {key: result[key] for key in ("lines", "blind", "cpu_s")}
