@@ -222,6 +222,28 @@ def test_the_guide_says_of_a_joint_a_what_its_result_says():
     assert "on one task: not resolved, and a random A that is fixed did as well" in guide
 
 
+def test_the_summary_says_of_screens_what_was_found_and_that_nothing_won(tmp_path):
+    which = {"task": "made", "fraction": 0.1}
+    rows = [
+        row("lora", [50.0, 51.0, 52.0], 0.1, task="made", learning_rate=2, **over_lora(0, 0)),
+        row("hora", [48.0, 49.0, 50.0], 0.1, task="made", learning_rate=2, **over_lora(-3.0, -1.0)),
+        row("dora", [50.0, 51.0, 52.5], 0.1, task="made", learning_rate=2, **over_lora(-2.0, 3.0)),
+    ]
+    trials = [
+        {**which, "factor": "method", "value": one["value"], "learning_rate": rate, "accuracy_pct": 50.0}
+        for one in rows
+        for rate in (1, 2, 3)
+    ]
+    setting = {**SETTING, **which, "last_blocks": 4}
+    result = {"setting": setting, "rows": rows, "search": trials, "notes": []}
+    write_experiment(tmp_path / "screen.json", "sweep", "test", seconds=1.0, result=result)
+    write_page(tmp_path, tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert "| 10 % of made | 51.0 | none | none | dora | hora |" in page
+    assert "No form was shown to be better than LoRA by any of them." in page
+    assert "more accurate than LoRA | not measured" in page  # a screen judges no claim
+
+
 def test_the_range_of_good_rates_ends_where_accuracy_crosses_the_margin():
     which = {"task": "made", "factor": "method", "value": "lora", "fraction": 1.0}
     curve = {1e-3: 56.0, 2e-3: 58.0, 4e-3: 60.0, 8e-3: 58.0, 1.6e-2: None}

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from hora_bench.report.rows import Row, is_lora, name_of, proxy_of, rows_of
 from hora_bench.report.writing import cell, save
-from hora_bench.stats import MARGIN, Difference
+from hora_bench.stats import MARGIN, Difference, Word
 
-FEWEST_RATES = 5
+FEWEST_RATES: Final = 5
 
 HEADER = (
     "choice",
@@ -189,6 +189,26 @@ def found_in(result: dict[str, Any]) -> Iterator[tuple[str, Difference]]:
     for row in rows_of(result):
         if result.get("search") and row["over_lora"] is not None and not is_lora(row):
             yield f"{name_of(row)}, {100 * row['fraction']:g} % of {row['task']}", row["over_lora"]
+
+
+WORDS: Final[tuple[Word, ...]] = ("better", "equal", "not resolved", "worse")
+SCREENED: Final = ("data", "LoRA, %", *WORDS, "could have seen, points", "seeds")
+
+
+def screen_line(result: dict[str, Any]) -> tuple[str, ...]:
+    """Cells of `SCREENED` for a screen: the choices that each word was found for."""
+    rows = rows_of(result)
+    lora = next((row for row in rows if is_lora(row)), None)
+    judged = [row for row in rows if row["word"]]
+    seen = [row["over_lora"].detectable for row in judged if row["over_lora"].detectable is not None]
+    seeds = {row["seeds"] for row in judged}
+    return (
+        f"{100 * rows[0]['fraction']:g} % of {rows[0]['task']}",
+        "" if lora is None else f"{lora['mean_pct']}",
+        *(", ".join(name_of(row) for row in judged if row["word"] == word) or "none" for word in WORDS),
+        f"{min(seen)} to {max(seen)}" if seen else "",
+        f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else "".join(map(str, seeds)),
+    )
 
 
 def control_lines(records: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
