@@ -34,8 +34,8 @@ LEAD: Final = (
     "seeds would have shown in four of five such experiments."
 )
 PROXIES: Final = (
-    "The last blocks alone, on cached outputs of the frozen ones: proxies, by which no claim is judged. Forms of sharing "
-    "beside LoRA, each at a rate of its own; the tables say with how many parameters."
+    "The last blocks alone, on cached outputs of the frozen ones: proxies, by which no claim is judged. Forms of "
+    "sharing beside LoRA, each at a rate of its own; the tables say with how many parameters."
 )
 DIFFERENCES: Final = "differences"
 
