@@ -47,10 +47,11 @@ def main() -> None:
     problems = []
     for module in dict.fromkeys(chosen):
         try:
-            problems += check(module, options.workers)
+            found = check(module, options.workers)
         except NotRun as error:
-            problems.append(f"{module.name} was not run to its end: {error}")
-    print("\n".join(problems))
+            found = [f"{module.name} was not run to its end: {error}"]
+        print("\n".join(found), flush=True)
+        problems += found
     raise SystemExit(bool(problems))
 
 
