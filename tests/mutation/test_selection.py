@@ -138,9 +138,9 @@ def test_a_selection_of_tests_has_the_outcome_of_all_in_an_import_of_their_own(p
     line = CODE.splitlines().index("        x -= 1") + 1
     runs, fresh = selection.of(range(line, line + 1), Counter())
     assert ({name.partition("::")[2] for name in runs}, fresh) == ({"test_down", "test_process"}, False)
-    chosen, every, kinds = {}, {}, Counter()
+    chosen, every, kinds, kills = {}, {}, Counter(), {True: Counter(), False: Counter()}
     for mutant in run.mutants(module.source):
-        result = run.outcome(mutant, selection, runner, Counter())
+        result = run.outcome(module, mutant, selection, runner, kills)
         kinds[result["run"] < len(selection.every)] += 1
         chosen[mutant.name] = result["outcome"]
         every[mutant.name] = runner.run(mutant.code, selection.every, selection.seconds, fresh=True)["outcome"]
