@@ -135,8 +135,8 @@ def outcome(
 ) -> dict[str, Any]:
     """Whether a test notices a mutant; one whose lines no test runs survives.
 
-    ``kills`` counts them by test, for each way to plant a mutant. A test that is the first time said to notice one in an
-    import of its own is run on the module as it is in the same way, and must pass.
+    ``kills`` counts them by test, for each way to plant a mutant. A test that is said for the first time to
+    notice one in an import of its own is run on the module as it is in the same way, and must pass.
     """
     start = time.monotonic()
     tests, fresh = selection.of(mutant.lines, kills[True] + kills[False])
