@@ -158,7 +158,7 @@ def parity(session):
 
 @nox.session(python=False)
 def docs(session):
-    """Build the documentation site strictly into site/ (``-- serve`` for a live preview)."""
+    """Build the documentation site strictly into site/ (``-- serve`` for a preview, ``-- mike ...`` for versions)."""
     built(session, *session.posargs)
 
 
@@ -166,22 +166,56 @@ def built(session: nox.Session, *command: str) -> None:
     """Stage the pages of the site, and build it or do with it what is asked."""
     tools = environment(session, "docs", groups=("docs",))
     run(session, tools, "python", ".ci/site.py", env=SITE_ENV)
-    run(session, tools, "mkdocs", *(command or ("build", "--strict", "--quiet")), env=SITE_ENV)
+    program, *rest = command if command[:1] == ("mike",) else ("mkdocs", *(command or ("build", "--strict", "--quiet")))
+    run(session, tools, program, *rest, env=SITE_ENV)
 
 
 @nox.session(python=False)
 def recipes(session):
     """Run the recipes of the site on real models, and keep what they print (``-- NAME ...`` for some of them)."""
+    over_recipes(session, ".ci/print_recipes.py")
+
+
+@nox.session(python=False)
+def notebooks(session):
+    """Write the recipes as notebooks into results/notebooks/ and run them (``-- NAME ...`` for some of them)."""
+    over_recipes(session, ".ci/notebooks.py", "notebooks")
+
+
+def over_recipes(session: nox.Session, script: str, *groups: str) -> None:
+    """Give a script the names of recipes, in the environment that has the libraries of each."""
     tools = everything(session)
-    env = TEST_ENV | {"PYTHONPATH": str(beside(session, tools, "libraries"))}
-    names = session.posargs or [
-        path.stem for path in ROOT.glob("packages/*/examples/*.py") if not path.stem.startswith("trl_")
-    ]
-    run(session, tools, "python", ".ci/print_recipes.py", *names, env=env)
-    if not session.posargs:
-        consumers = environment(session, "integrations", packages=PACKAGES[:2], groups=("test", "consumers"))
-        other = ("--with", str(consumers / "python"), "trl_dpo")
-        run(session, tools, "python", ".ci/print_recipes.py", *other, env=TEST_ENV)
+    consumers = environment(session, "integrations", packages=PACKAGES, groups=("test", "consumers"))
+    names = {path: path.stem for path in sorted(ROOT.glob("packages/*/examples/*.py"))}
+    chosen = {path: name for path, name in names.items() if not session.posargs or name in session.posargs}
+    kinds = {name: "trl" if name.startswith("trl_") else path.parts[-3] for path, name in chosen.items()}
+    for kind, binaries, library in (
+        ("hora-torch", tools, "libraries"),
+        ("hora-jax", tools, "jax-libraries"),
+        ("trl", consumers, ""),
+    ):
+        if own := [name for name, each in kinds.items() if each == kind]:
+            if groups:
+                run(
+                    session,
+                    binaries,
+                    "python",
+                    *PIP_INSTALL,
+                    *constraints(),
+                    *nox.project.dependency_groups(PYPROJECT, *groups),
+                )
+            env = TEST_ENV | ({"PYTHONPATH": str(beside(session, binaries, library))} if library else {})
+            if "vllm_server" in own:
+                env["VLLM"] = str(vllm_environment(session) / "python")
+            run(session, binaries, "python", script, *own, env=env)
+
+
+def vllm_environment(session: nox.Session) -> Path:
+    """Bin folder of an environment with vLLM for CPUs."""
+    vllm = environment(session, "serving-vllm", groups=("serving-vllm",), constrained=False)
+    others = ("torchvision", "torchaudio", "torchcodec")  # not of torch's kind; whatever finds them fails
+    run(session, vllm, "python", "-m", "pip", "uninstall", "--quiet", "--yes", *others)
+    return vllm
 
 
 @nox.session(python=False)
@@ -263,6 +297,9 @@ def families(session):
     tools = everything(session)
     env = TEST_ENV | {"PYTHONPATH": str(beside(session, tools, "families"))}
     run(session, tools, "python", "packages/hora-torch/families/run.py", *session.posargs, env=env)
+    if not session.posargs:
+        launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+        run(session, tools, "python", *launcher, "packages/hora-torch/families/scale.py", env=env)
 
 
 @nox.session(python=False)
@@ -280,9 +317,7 @@ def serving(session):
     docs/guide/serving.md as written there; writes its table (``-- llama`` for one architecture).
     """
     tools = everything(session)
-    vllm = environment(session, "serving-vllm", groups=("serving-vllm",), constrained=False)
-    others = ("torchvision", "torchaudio", "torchcodec")  # not of torch's kind; whatever finds them fails
-    run(session, vllm, "python", "-m", "pip", "uninstall", "--quiet", "--yes", *others)
+    vllm = vllm_environment(session)
     graphs = environment(session, "serving-graphs", groups=("serving-graphs",))
     engines = [f"vllm={vllm / 'python'}", f"graphs={graphs / 'python'}"]
     if shutil.which("npm"):

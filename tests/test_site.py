@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -59,12 +60,11 @@ def test_a_recipe_is_short_and_says_what_it_is(script):
 
 
 def test_pages_in_the_navigation_exist_and_links_on_made_pages_lead_somewhere(staged):
-    loader = type("Loader", (yaml.SafeLoader,), {})
-    entries = yaml.load((ROOT / "mkdocs.yml").read_text(), loader)["nav"]
-    for name in pages_of(entries):
+    for name in pages_of(settings()["nav"]):
         assert (staged / name).is_file(), name
     for place in SITE.generated():
-        for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", (staged / place).read_text()):
+        prose = re.sub(r"^```.*?^```", "", (staged / place).read_text(), flags=re.MULTILINE | re.DOTALL)
+        for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", prose):
             assert ((staged / place).parent / target).exists(), f"{place} links to {target}"
 
 
@@ -89,10 +89,44 @@ def test_what_readers_search_for_is_in_a_heading(asked, staged):
     assert any(asked in heading.lower() for heading in headings)
 
 
+def settings() -> dict:
+    """mkdocs.yml, with the name of a variable in place of its value."""
+    loader = type("Loader", (yaml.SafeLoader,), {})
+    loader.add_constructor("!ENV", lambda loader, node: loader.construct_sequence(node))
+    return yaml.load((ROOT / "mkdocs.yml").read_text(), loader)
+
+
+def test_addresses_come_from_the_environment_and_the_workflow_sets_them():
+    read = settings()
+    variables = {"SITE_URL": read["site_url"], "REPO_URL": read["repo_url"]}
+    variables["SITE_VERSIONS"] = read["extra"]["version"]["provider"]
+    given = yaml.safe_load((ROOT / ".github/workflows/docs.yml").read_text())["env"]
+    for name, value in variables.items():
+        assert value == [name, ""]
+        assert given[name]
+
+
+def test_with_an_address_every_page_says_what_it_is_made_from_and_links_lead_to_the_repository(staged, tmp_path):
+    address = "https://example.org/somebody/hora"
+    SITE.stage(tmp_path, address)
+    for place, file in SITE.sources().items():
+        text = (tmp_path / place).read_text()
+        assert f"[Edit this page]({address}/edit/main/{file.relative_to(ROOT).as_posix()})" in text
+        assert "Edit this page" not in (staged / place).read_text()
+    linked = [target for page in tmp_path.rglob("*.md") for target in _linked_at(f"{address}/blob/main/", page)]
+    assert len(linked) > 5
+    for target in linked:
+        assert (ROOT / target).exists(), target
+
+
+def _linked_at(address: str, page: Path) -> list[str]:
+    return re.findall(rf"\]\({re.escape(address)}([^)#\s]+)", page.read_text())
+
+
 @pytest.fixture(scope="module")
 def staged(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
-    SITE.stage(folder)
+    SITE.stage(folder, "")
     return folder
 
 
@@ -109,11 +143,11 @@ def test_the_first_page_says_whether_to_use_it(staged):
 
 
 def test_staging_twice_touches_nothing_and_removes_what_is_gone(tmp_path):
-    SITE.stage(tmp_path)
+    SITE.stage(tmp_path, "")
     (tmp_path / "gone").mkdir()
     (tmp_path / "gone/page.md").write_text("old")
     times = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.md")}
-    SITE.stage(tmp_path)
+    SITE.stage(tmp_path, "")
     assert not (tmp_path / "gone").exists()
     assert all(file.stat().st_mtime_ns == time for file, time in times.items() if file.exists())
 
