@@ -358,6 +358,7 @@ def mutation(session):
     tools = everything(session)
     extra = nox.project.dependency_groups(PYPROJECT, "mutation")
     run(session, tools, "python", *PIP_INSTALL, *constraints(), *extra)
+    run(session, tools, "python", "-m", "pytest", "-q", "tests/mutation", env=TEST_ENV)
     run(session, tools, "python", "tests/mutation/run.py", *session.posargs, env=TEST_ENV)
 
 

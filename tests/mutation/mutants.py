@@ -114,6 +114,8 @@ class Mutant(NamedTuple):
 
     name: str
     code: str
+    lines: range
+    """Of the source: the statement that is changed, or its head where it has a body."""
 
 
 def mutants(source: str) -> Iterator[Mutant]:
@@ -124,7 +126,7 @@ def mutants(source: str) -> Iterator[Mutant]:
     negation that another operator makes.
     """
     seen: Counter[str] = Counter()
-    idle, negated = _idle(source), _negated(source)
+    idle, negated, heads = _idle(source), _negated(source), _heads(source)
     for operator in _operators():
         for occurrence, (start, definition) in enumerate(_positions(source, operator)):
             if isinstance(operator, NumberReplacer) and occurrence % 2:  # the number before
@@ -138,7 +140,8 @@ def mutants(source: str) -> Iterator[Mutant]:
                 continue
             name = f"{definition}: {_change(source, code)}"
             seen[name] += 1
-            yield Mutant(name if seen[name] == 1 else f"{name} ({seen[name]})", code)
+            lines = min((head for head in heads if start[0] in head), key=len)
+            yield Mutant(name if seen[name] == 1 else f"{name} ({seen[name]})", code, lines)
 
 
 def _operators() -> list[Operator]:
@@ -167,6 +170,19 @@ def _idle(source: str) -> list[tuple[Position, Position, set[Position]]]:
             found.append((_start(node.annotation), _end(node.annotation), set()))
         elif isinstance(node, ast.JoinedStr) or (isinstance(node, ast.keyword) and node.arg in _ASSERTIONS):
             found.append((_start(node), _end(node), set()))
+    return found
+
+
+def _heads(source: str) -> list[range]:
+    """Lines of each statement, without those of its body."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        place = node.pattern if isinstance(node, ast.match_case) else node
+        if isinstance(node, ast.stmt | ast.ExceptHandler | ast.match_case):
+            first = min([place.lineno, *(each.lineno for each in getattr(node, "decorator_list", ()))])
+            body = getattr(node, "body", None)
+            last = max(place.lineno, body[0].lineno - 1) if body else place.end_lineno
+            found.append(range(first, last + 1))
     return found
 
 

@@ -1,7 +1,9 @@
-"""A process that has imported the frameworks once and forks a test run for each mutant: ``python warm.py MODULE ...``.
+"""A process that has imported the frameworks once and forks a test run for each mutant.
 
-Reads one job for each line of standard input, ``{"path", "tests", "limit_s", "log"}``, and answers each with a line
-``{"outcome", "time_s"}``. Nothing of ours is imported before a fork, so a child finds the packages under ``path``.
+Reads one job for each line of standard input and answers each with a line. ``collect`` makes a second process that has
+collected tests as well. Nothing of the mutated package is imported before the first process forks, so that a child
+finds it under ``path``; a child of the second swaps functions (`swap`), or ends with ``AFRESH`` where an import would
+do more than that.
 """
 
 import gc
@@ -13,71 +15,156 @@ import sys
 import time
 import traceback
 import warnings
-from typing import Any
+from typing import Any, TextIO
 
-PYTEST = ("-x", "-q", "--assert=plain", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly")
-OK, FAILED = 0, 1  # exit codes of pytest; others mean that it could not run the tests, as when an import fails
+import pytest
+from chosen import Chosen
+from swap import Swap
+
+PYTEST = (
+    "-x",
+    "-q",
+    "-s",
+    "--assert=plain",
+    "--no-header",
+    "-p",
+    "no:cacheprovider",
+    "-p",
+    "no:xdist",
+    "-p",
+    "no:randomly",
+)
+OUTCOMES = {0: "survived", 1: "killed", 2: "killed", 4: "killed", -signal.SIGXCPU: "timeout", -signal.SIGSEGV: "killed"}
+AFRESH = 70
+"""Exit code of a child that cannot plant a mutant by swapping functions."""
+Job = dict[str, Any]
 
 
 def main() -> None:
     """Import what is named, then serve until the input ends."""
-    kept = [importlib.import_module(name) for name in sys.argv[1:]]  # pytest forgets a conftest that it imports anew
-    ours = [name for name in sys.modules if name.partition(".")[0] in ("hora_spec", "hora_torch", "hora_jax")]
-    if ours:
-        raise SystemExit(f"nothing of ours is imported before a mutant is in place, got {ours[:3]}")
+    package, *imports = sys.argv[1:]
+    kept = [importlib.import_module(name) for name in imports]  # pytest forgets a conftest that it imports anew
+    if package in sys.modules:
+        raise SystemExit(f"{package} is not imported before a mutant is in place, got one of {imports} that imports it")
     warnings.filterwarnings("ignore", message=".*fork", category=RuntimeWarning)  # JAX has no threads yet
     warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
     gc.freeze()  # pytest collects garbage at its end, half a second each time with these imports
-    print(json.dumps("ready"), flush=True)
+    collected = None
+    _say(sys.stdout, "ready")
     for line in sys.stdin:
-        print(json.dumps(run(json.loads(line))), flush=True)
+        job = json.loads(line)
+        if job["do"] == "collect":
+            collected = Collected(job)
+            _say(sys.stdout, collected.answer())
+        elif job["fresh"]:
+            answer = _attend(job)
+            if answer is None:
+                _test(job, Chosen(job))
+            _say(sys.stdout, answer)
+        else:
+            assert collected is not None
+            _say(sys.stdout, collected.answer(line))
     del kept
 
 
-def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Outcome of one test run in a child of its own, killed with all its children when it takes too long."""
+class Collected:
+    """The second process, seen from the first."""
+
+    def __init__(self, job: Job) -> None:
+        (jobs, send), (receive, answers) = os.pipe(), os.pipe()
+        if not os.fork():
+            os.close(send)
+            os.close(receive)
+            _test(job, Serving(job, os.fdopen(jobs), os.fdopen(answers, "w")))
+        os.close(jobs)
+        os.close(answers)
+        self._send, self._receive = os.fdopen(send, "w"), os.fdopen(receive)
+
+    def answer(self, line: str = "") -> Any:
+        """What it says to a job, or first of all."""
+        if line:
+            self._send.write(line)
+            self._send.flush()
+        said = self._receive.readline()
+        return json.loads(said) if said else {"outcome": "broken"}
+
+
+class Serving(Chosen):
+    """A plugin that serves jobs when pytest has collected; what runs tests is a child for each."""
+
+    def __init__(self, job: Job, jobs: TextIO, answers: TextIO) -> None:
+        super().__init__(job | {"record": True})
+        self._jobs, self._answers = jobs, answers
+        self.start()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
+        """Answer until the input ends; return to pytest's own loop in the children."""
+        seen = self.stop()
+        if session.testsfailed:
+            return None  # pytest says what could not be collected
+        tests, threads = [item.nodeid for item in session.items], len(os.listdir("/proc/self/task"))
+        _say(self._answers, {"tests": tests, "threads": threads, "lines": seen["lines"]})
+        swap = Swap(self.job["path"])
+        gc.freeze()
+        for line in self._jobs:
+            job = json.loads(line)
+            answer = _attend(job)
+            if answer is None:
+                _redirect(job["log"])
+                if not swap(job["file"]):
+                    os._exit(AFRESH)
+                self.job = job
+                return super().pytest_runtestloop(session)
+            _say(self._answers, answer)
+        os._exit(0)
+
+
+def _attend(job: Job) -> dict[str, Any] | None:
+    """Outcome of a child, which gets None and does the job; it is killed with all its children when it hangs."""
     start = time.monotonic()
     child = os.fork()
     if not child:
-        _test(job)
-    ended = _wait(child, start + job["limit_s"])
-    outcome = "timeout" if ended is None else "survived" if ended == OK else "killed"
-    return {"outcome": outcome, "code": ended, "time_s": round(time.monotonic() - start, 2)}
+        os.setsid()
+        return None
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() - start > job["hangs_s"]:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return {"outcome": "timeout", "code": None, "cpu_s": 0.0}
+        time.sleep(0.01)
+    code = os.waitstatus_to_exitcode(ended[1])
+    return {"outcome": "afresh" if code == AFRESH else OUTCOMES.get(code, "broken"), "code": code}
 
 
-def _wait(child: int, deadline: float) -> int | None:
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return None
-
-
-def _test(job: dict[str, Any]) -> None:
+def _test(job: Job, plugin: Chosen) -> None:
     """Run pytest and end, whatever happens."""
     code = 3
     try:
-        os.setsid()
-        log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        _redirect(job["log"])
         sys.path.insert(0, job["path"])
         os.environ["PYTHONPATH"] = os.pathsep.join([job["path"], os.environ.get("PYTHONPATH", "")])
         sys.dont_write_bytecode = True
         warnings.resetwarnings()
-        import pytest
-
-        code = int(pytest.main([*PYTEST, *job["tests"]]))
+        options = [f"--rootdir={job['root']}", f"--basetemp={job['path']}/tmp"]
+        code = int(pytest.main([*PYTEST, *options, *job["files"]], plugins=[plugin]))
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _redirect(path: str) -> None:
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+
+
+def _say(where: TextIO, what: Any) -> None:
+    print(json.dumps(what), file=where, flush=True)
 
 
 if __name__ == "__main__":

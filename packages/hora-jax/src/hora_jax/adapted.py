@@ -96,6 +96,8 @@ def walked(walk: Walk, plan: Plan, fn: Callable[[Any], Any], params: Any, phi: P
     """What ``fn(params)`` returns with the adapter applied; a `View` where that is a planned weight."""
     old, outputs = adapter.weights(plan, params), _Outputs()
     program = jax.make_jaxpr(lambda new: outputs.arrays(fn(adapter.replace_weights(params, new))))(old)
+    if not (program.jaxpr.outvars or program.effects):
+        return outputs.tree([])
     views = _views(plan, old, phi)
     return outputs.tree(walk.run(program, [views[path] for path in sorted(old)]))  # as JAX flattens a dict
 

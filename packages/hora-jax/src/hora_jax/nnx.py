@@ -6,6 +6,8 @@ No module of the base is changed and none is referenced twice, so graph mode and
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, final
 
 import jax
@@ -17,6 +19,7 @@ from hora_jax.adapted import Adapted, Report, walked
 from hora_jax.adapter import Phi
 from hora_jax.dropout import ARGUMENT, from_arguments
 from hora_jax.dropout import check as check_dropout
+from hora_jax.modules import Modules, Returned, holds_nodes, is_node, nodes_of
 from hora_jax.planning import Plan
 from hora_jax.routes import Route
 from hora_jax.views import View
@@ -29,6 +32,18 @@ class HoraParam(nnx.LoRAParam):
 
 class HoraFixed(nnx.Variable):
     """A fixed A of an adapter (spec S6): stored beside its parameters, and none of them, so that nothing decays it."""
+
+
+_OWN = ("base", "phi", "plan", "deterministic", "_route", "_dense", "_dropout")
+_INTERNAL = "__", "_pytree__"
+
+
+def _part(name: str) -> str:
+    return (
+        f"a HoraModel shows methods and settings of its base, {name!r} is a part of the base without the adapter, or "
+        f"computed from its values: use model.apply(lambda base, ...: base.{name}..., ...), model.merged().{name} or "
+        f"model.base.{name}"
+    )
 
 
 @final
@@ -60,8 +75,12 @@ class HoraModel(nnx.Module):
     Train with ``nnx.Optimizer(model, tx, wrt=HoraParam)`` and ``nnx.grad(loss, argnums=nnx.DiffState(0, HoraParam))``:
     the base, and a fixed A (`HoraFixed`), then have neither gradients nor optimiser state. The hypernetworks of all
     layers run once for each call, in the dtype of phi; a branch casts its factors to the dtype of the activations (spec
-    D3). Methods of the base are methods of the model, with the adapter applied; its parts are not (`merged`, `apply`).
+    D3). Methods and properties of the base are the model's, with the adapter applied, and what they set is set in the
+    base; so are its settings, read and set. Its parts are not, which know no adapter (`merged`, `apply`, `base`).
     """
+
+    deterministic: bool = False
+    """Whether nothing is dropped, as after `eval`."""
 
     def __init__(
         self,
@@ -95,10 +114,9 @@ class HoraModel(nnx.Module):
             }
         )
         self.plan = plan
-        self.route = route
-        self.dense = dense
-        self.dropout = dropout
-        self.deterministic = False  # what `nnx.Module.eval` and `train` set
+        self._route = route
+        self._dense = dense
+        self._dropout = dropout
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the base returns for these arguments with the adapter applied."""
@@ -114,15 +132,20 @@ class HoraModel(nnx.Module):
         HoraError
             If the function assigns to a planned weight.
         """
-        dropout = from_arguments(self.dropout, kwargs, required=not self.deterministic)
-        modules = _Modules((self.base, args, kwargs))
-        walk = Walk(self.route, self.dense, None if self.deterministic else dropout)
+        dropout = from_arguments(self._dropout, kwargs, required=not self.deterministic)
+        modules = Modules((self.base, args, kwargs))
+        walk = Walk(self._route, self._dense, None if self.deterministic else dropout)
         found = walked(walk, self.plan, modules.functional(fn, self.plan), modules.base, self.adapter())
-        *found, written = found
+        *found, settings, written = found
         if wrong := [path for path, v in written.items() if not (isinstance(v, View) and v.untouched)]:
             raise HoraError(f"a planned weight is frozen, got an assignment to {wrong[0]} in the call: plan others")
-        out, changes = jax.tree.map(lambda v: walk.plain(v, None), found, is_leaf=lambda v: isinstance(v, View))
-        nnx.update(modules.nodes, changes)
+        whole = [self, *modules.nodes[1:]]
+
+        def outside(value: Any) -> Any:
+            return whole[value.number] if isinstance(value, Returned) else walk.plain(value, None)
+
+        out, changes = jax.tree.map(outside, found, is_leaf=lambda v: isinstance(v, View))
+        modules.update(changes, settings)
         return out
 
     def __getattr__(self, name: str) -> Any:
@@ -130,25 +153,63 @@ class HoraModel(nnx.Module):
 
         Libraries ask a model for what it can do; that it has an adapter must not change the answer.
         """
-        if name.startswith("_") or "base" not in vars(self):
+        if name.startswith(_INTERNAL) or "base" not in vars(self):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        value = getattr(self.base, name)
-        if inspect.ismethod(value) and value.__self__ is self.base:
-            return functools.partial(self.apply, value.__func__)
-        if any(_is_node(leaf) or isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value, is_leaf=_is_node)):
-            raise AttributeError(
-                f"a HoraModel shows methods and settings of its base, {name!r} is a part of the base without the "
-                f"adapter: use model.apply(lambda base, ...: base.{name}..., ...), model.merged().{name} or "
-                f"model.base.{name}"
-            )
+        value, place = getattr(self.base, name), inspect.getattr_static(self.base, name, None)
+        if isinstance(place, staticmethod | classmethod):
+            return value
+        held = name in vars(self.base)
+        if callable(value) and not is_node(value) and not held and any(part is self.base for part in nodes_of(value)):
+            return functools.partial(self.apply, _Method(name))
+        if not held and hasattr(type(place), "__get__"):
+            return self._computed(name)
+        if holds_nodes(value) or any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value)):
+            raise AttributeError(_part(name))
         return value
+
+    def _computed(self, name: str) -> Any:
+        """A property of the base, with the adapter applied."""
+        try:
+            return self.apply(attrgetter(name))
+        except (HoraError, jax.errors.ConcretizationTypeError) as error:
+            raise AttributeError(_part(name)) from error
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A setting of the base is set there, so that it acts."""
+        own = name in _OWN or name.startswith(_INTERNAL)
+        if own:
+            super().__setattr__(name, value)
+        if own and not (name == "deterministic" and hasattr(self.base, name)):
+            return
+        if holds_nodes(value) or is_node(vars(self.base).get(name)):
+            raise AttributeError(f"parts are set where they belong, got {name!r} of a HoraModel: set model.base.{name}")
+        setattr(self.base, name, value)
+
+    def train(self, **attributes: Any) -> None:
+        """As the base's own, and with dropout."""
+        self.deterministic = False
+        self.base.train(**attributes)
+
+    def eval(self, **attributes: Any) -> None:
+        """As the base's own, and without dropout."""
+        self.deterministic = True
+        self.base.eval(**attributes)
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """What `nnx.view` calls.
+
+        Args:
+          deterministic: if True, dropout on the branches is off.
+        """
+        if deterministic is not None:
+            super().__setattr__("deterministic", deterministic)  # of this module alone: a view visits all
 
     def report(self, *args: Any, **kwargs: Any) -> Report:
         """Where the base consumes planned weights for these arguments; nothing is changed."""
         kwargs.pop(ARGUMENT, None)
-        modules = _Modules((self.base, args, kwargs))
+        modules = Modules((self.base, args, kwargs))
         fn = modules.functional(_call, self.plan)
-        return Adapted(lambda base: fn(base)[:2], self.plan, self.route, "allow").report(modules.base, self.adapter())
+        return Adapted(lambda base: fn(base)[:2], self.plan, self._route, "allow").report(modules.base, self.adapter())
 
     def adapter(self) -> dict[str, dict[str, jax.Array]]:
         """The adapter's present values, as `hora_jax.merge` and `hora_jax.save_adapter` take them."""
@@ -169,42 +230,11 @@ def _call(base: Any, *args: Any, **kwargs: Any) -> Any:
     return base(*args, **kwargs)
 
 
-class _Modules:
-    """The base, and modules among the arguments, split together; merged anew while they are traced."""
+@dataclass(frozen=True)
+class _Method:
+    """Call what the base has under a name."""
 
-    def __init__(self, values: tuple[Any, ...]) -> None:
-        self.leaves, self.tree = jax.tree.flatten(values, is_leaf=_is_node)
-        self.nodes = [leaf for leaf in self.leaves if _is_node(leaf)]
-        self.graph, self.state = nnx.split(self.nodes)
-        self.base = self.state[0]
+    name: str
 
-    def functional(self, fn: Callable[..., Any], plan: Plan) -> Callable[[nnx.State], tuple[Any, nnx.State, Any]]:
-        """A pure function of the base's state: what `fn` returns, the state it changed, planned weights it set."""
-        planned = {site.path for layer in plan.layers for site in layer.sites}
-
-        def call(base: nnx.State) -> tuple[Any, nnx.State, dict[str, jax.Array]]:
-            state = jax.tree.map(lambda leaf: leaf, nnx.State({**self.state, 0: base}))  # variables of this trace
-            before, nodes = _values(state), nnx.merge(self.graph, state)
-            inner = iter(nodes)
-            model, args, kwargs = self.tree.unflatten([next(inner) if _is_node(v) else v for v in self.leaves])
-            out = fn(model, *args, **kwargs)
-            changed = {
-                path: v for path, (v, ids) in _values(nnx.state(nodes)).items() if before.get(path, _NEW)[1] != ids
-            }
-            names = {path: ".".join(map(str, path[1:])) for path in changed if path[0] == 0}
-            written = {name: changed.pop(path).get_raw_value() for path, name in names.items() if name in planned}
-            return out, nnx.from_flat_state(changed), written
-
-        return call
-
-
-_NEW = (None, None)
-
-
-def _values(state: nnx.State) -> dict[tuple[Any, ...], tuple[Any, Any]]:
-    """Every variable of a state, and which arrays it holds, by path."""
-    return {path: (v, [id(leaf) for leaf in jax.tree.leaves(v)]) for path, v in nnx.to_flat_state(state)}
-
-
-def _is_node(value: Any) -> bool:
-    return isinstance(value, nnx.Pytree | nnx.Variable)
+    def __call__(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(base, self.name)(*args, **kwargs)
