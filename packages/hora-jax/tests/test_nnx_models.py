@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hora_jax import Target, init, make_plan, merge, presets
+from hora_jax import Target, init, make_plan, merge
 from hora_jax.nnx import HoraModel
 from hora_spec import HoraError, Layout, Window
 
