@@ -47,10 +47,11 @@ def main() -> None:
     problems = []
     for module in dict.fromkeys(chosen):
         try:
-            problems += check(module, options.workers)
+            found = check(module, options.workers)
         except NotRun as error:
-            problems.append(f"{module.name} was not run to its end: {error}")
-    print("\n".join(problems))
+            found = [f"{module.name} was not run to its end: {error}"]
+        print("\n".join(found), flush=True)
+        problems += found
     raise SystemExit(bool(problems))
 
 
@@ -94,12 +95,12 @@ def run(module: Module, every: Sequence[Mutant], workers: int) -> dict[str, dict
         free: queue.Queue[Runner] = queue.Queue()
         for runner in runners:
             free.put(runner)
-        kills: Counter[str] = Counter()
+        kills: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
 
         def one(mutant: Mutant) -> tuple[str, dict[str, Any]]:
             runner = free.get()
             try:
-                return mutant.name, outcome(mutant, selection, runner, kills)
+                return mutant.name, outcome(module, mutant, selection, runner, kills)
             finally:
                 free.put(runner)
 
@@ -115,28 +116,41 @@ def run(module: Module, every: Sequence[Mutant], workers: int) -> dict[str, dict
 
 
 def prepared(module: Module, runners: Sequence[Runner]) -> Selection:
-    """What each test runs; all tests pass on the module as it is, in one process, either way of planting a mutant."""
+    """What each test runs; all tests pass on the module as it is, one after the other in one process."""
     selection = record(module, runners[0], RESULTS / "recorded")
     for runner in runners[1:]:
         runner.collect(module)
-    for fresh in {True, selection.fresh}:
-        honest = runners[0].run(module.source, selection.every, selection.seconds, fresh=fresh)
-        if honest["outcome"] != "survived":
-            raise NotRun(f"its tests pass before it is mutated, got:\n{honest['log']}")
+    _honest(module, selection, runners[0], selection.every, fresh=selection.fresh)
     return selection
 
 
-def outcome(mutant: Mutant, selection: Selection, runner: Runner, kills: Counter[str]) -> dict[str, Any]:
-    """Whether a test notices a mutant; one whose lines no test runs survives."""
+def _honest(module: Module, selection: Selection, runner: Runner, tests: Sequence[str], *, fresh: bool) -> None:
+    result = runner.run(module.source, tests, selection.seconds, fresh=fresh)
+    if result["outcome"] != "survived":
+        raise NotRun(f"its tests pass before it is mutated, got:\n{result['log']}")
+
+
+def outcome(
+    module: Module, mutant: Mutant, selection: Selection, runner: Runner, kills: dict[bool, Counter[str]]
+) -> dict[str, Any]:
+    """Whether a test notices a mutant; one whose lines no test runs survives.
+
+    ``kills`` counts them by test, for each way to plant a mutant. A test that is said for the first time to
+    notice one in an import of its own is run on the module as it is in the same way, and must pass.
+    """
     start = time.monotonic()
-    tests, fresh = selection.of(mutant.lines, kills)
+    tests, fresh = selection.of(mutant.lines, kills[True] + kills[False])
     result: dict[str, Any] = {"outcome": "survived"}
     if tests:
         result = runner.run(mutant.code, tests, selection.seconds, fresh=fresh)
         if result["outcome"] == "afresh":
+            fresh = True
             result = runner.run(mutant.code, tests, selection.seconds, fresh=True)
-    if result.get("by"):
-        kills[result["by"]] += 1
+    if result["outcome"] == "killed":
+        by = result.get("by") or tests[0]  # no test is named where the tests could not be collected
+        if fresh and by not in kills[True]:
+            _honest(module, selection, runner, [by], fresh=True)
+        kills[fresh][by] += 1
     return result | {"run": len(tests), "time_s": round(time.monotonic() - start, 2)}
 
 

@@ -94,8 +94,16 @@ def test_wrapped():
 def test_steps():
     assert code.Steps().taken([-1, 0, 1]) == [2]
 
+"""
+
+MORE = """
+from planted import code
+
 def test_down():
     assert code.down(3) == 0
+
+def test_nothing():
+    pass
 
 def test_refused():
     assert code.refused(1) == 1
@@ -114,20 +122,25 @@ def planted(tmp_path, monkeypatch):
     (package / "__init__.py").touch()
     (package / "code.py").write_text(CODE)
     (tests / "test_code.py").write_text(TESTS)
+    (tests / "test_more.py").write_text(MORE)
     (tmp_path / "conftest.py").touch()
     run = importlib.import_module("run")
     monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(importlib.import_module("runner"), "SPARE_S", 0)
-    return run, run.Module("planted.code", ("packages/planted/tests/test_code.py",), ("json",), tmp_path)
+    files = tuple(f"packages/planted/tests/test_{name}.py" for name in ("code", "more"))
+    return run, run.Module("planted.code", files, ("json",), tmp_path)
 
 
 def test_a_selection_of_tests_has_the_outcome_of_all_in_an_import_of_their_own(planted):
     run, module = planted
     runner = run.Runner(module)
     selection = run.prepared(module, [runner])
-    chosen, every, kinds = {}, {}, Counter()
+    line = CODE.splitlines().index("        x -= 1") + 1
+    runs, fresh = selection.of(range(line, line + 1), Counter())
+    assert ({name.partition("::")[2] for name in runs}, fresh) == ({"test_down", "test_process"}, False)
+    chosen, every, kinds, kills = {}, {}, Counter(), {True: Counter(), False: Counter()}
     for mutant in run.mutants(module.source):
-        result = run.outcome(mutant, selection, runner, Counter())
+        result = run.outcome(module, mutant, selection, runner, kills)
         kinds[result["run"] < len(selection.every)] += 1
         chosen[mutant.name] = result["outcome"]
         every[mutant.name] = runner.run(mutant.code, selection.every, selection.seconds, fresh=True)["outcome"]

@@ -51,8 +51,9 @@ def screened(method: str, seeds: int) -> Callable[[], None]:
     several = [asked(method, 28, last_blocks=4, seed=seed) for seed in range(seeds)]
     task = digits(28, view=load.view(MODEL)).cut(100)
     seen = tokens(Cached(task.fingerprint(), MODEL, 28, 4, "train", torch.device("cpu"), task))
-    stack = Stack([model_of(one, task) for one in several], seen.hidden.device)
     members = [np.arange(task.size("train"))] * seeds
+    models = [model_of(one, task, seen, own) for one, own in zip(several, members, strict=True)]
+    stack = Stack(models, seen.hidden.device)
     return partial(train, stack, several, members, seen)
 
 

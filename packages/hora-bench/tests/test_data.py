@@ -10,7 +10,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 from hora_bench.data.base import Score, balanced, split_by_hash
-from hora_bench.data.catalog import find, load_task
+from hora_bench.data.catalog import find, load_task, plain_of
 from hora_bench.data.digits import digits
 from hora_bench.data.folders import image_folder as read_folder
 from hora_bench.data.images import View, _rgb
@@ -289,6 +289,18 @@ def test_a_limit_is_balanced_and_an_upper_bound():
     strata = np.array([0] * 9 + [1] * 2)
     assert np.bincount(strata[balanced(strata, 6)]).tolist() == [4, 2]
     assert len(balanced(strata, 100)) == 11
+
+
+@pytest.mark.parametrize("percent", [20, 40])
+def test_so_many_labels_are_wrong_and_none_of_the_test(image_task, percent):
+    noisy = image_task.wrong(percent / 100)
+    assert noisy.name == f"made-wrong{percent}"
+    for part in ("train", "val"):
+        differ = image_task.labels(part) != noisy.labels(part)
+        assert differ.sum() == round(percent / 100 * len(differ))
+    assert (image_task.labels("test") == noisy.labels("test")).all()
+    assert noisy.fingerprint() != image_task.fingerprint()
+    assert plain_of(noisy.name) == "made"
 
 
 def test_shuffled_labels_keep_images_and_test_labels(image_task):

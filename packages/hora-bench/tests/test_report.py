@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hora_bench.cache import read_json
 from hora_bench.experiments.cost.run import cost
+from hora_bench.report.comparisons import widths_of
 from hora_bench.report.page import write_page
 from hora_bench.report.suites import members_of
 from hora_bench.report.tables import judged_gates
@@ -219,6 +220,54 @@ def test_the_guide_says_of_a_joint_a_what_its_result_says():
     assert rows["random-fixed-a"] >= rows["joint"]
     guide = " ".join((ROOT / "docs/guide/settings.md").read_text().split())
     assert "on one task: not resolved, and a random A that is fixed did as well" in guide
+
+
+def test_the_summary_says_of_screens_what_was_found_and_that_nothing_won(tmp_path):
+    which = {"task": "made", "fraction": 0.1}
+    rows = [
+        row("lora", [50.0, 51.0, 52.0], 0.1, task="made", learning_rate=2, **over_lora(0, 0)),
+        row("hora", [48.0, 49.0, 50.0], 0.1, task="made", learning_rate=2, **over_lora(-3.0, -1.0)),
+        row("dora", [50.0, 51.0, 52.5], 0.1, task="made", learning_rate=2, **over_lora(-2.0, 3.0)),
+    ]
+    trials = [
+        {**which, "factor": "method", "value": one["value"], "learning_rate": rate, "accuracy_pct": 50.0}
+        for one in rows
+        for rate in (1, 2, 3)
+    ]
+    setting = {**SETTING, **which, "last_blocks": 4}
+    result = {"setting": setting, "rows": rows, "search": trials, "notes": []}
+    write_experiment(tmp_path / "screen.json", "sweep", "test", seconds=1.0, result=result)
+    write_page(tmp_path, tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert "| 10 % of made | 51.0 | none | none | dora | hora |" in page
+    assert "No form was shown to be better than LoRA by any of them." in page
+    assert "more accurate than LoRA | not measured" in page  # a screen judges no claim
+
+
+def test_the_range_of_good_rates_ends_where_accuracy_crosses_the_margin():
+    which = {"task": "made", "factor": "method", "value": "lora", "fraction": 1.0}
+    curve = {1e-3: 56.0, 2e-3: 58.0, 4e-3: 60.0, 8e-3: 58.0, 1.6e-2: None}
+    trials = [{**which, "learning_rate": rate, "accuracy_pct": value} for rate, value in curve.items()]
+    rows = [row("lora", [50.0], task="made", learning_rate=4e-3)]
+
+    def found(trials):
+        return [line[2:] for line in widths_of({"setting": SETTING, "rows": rows, "search": trials})]
+
+    assert found(trials) == [("0.004", "0.0028", "0.0057", "2.0")]  # a point below on either side, half a doubling
+    assert found(trials[1:]) == []  # of four rates
+    flat = [{**trial, "accuracy_pct": 60.0} for trial in trials]
+    assert found(flat) == [("0.001", "at most 0.001", "at least 0.016", "at least 16.0")]
+
+
+@in_repository
+def test_the_text_says_of_a_screen_what_was_measured():
+    rows = {(row["method"], row["contender"]): row for row in read_json(RESULTS / "screen-cost.json")["result"]["rows"]}
+    whole, screened = (rows["lora", name] for name in ("full, 56 px", "screen, 8 seeds"))
+    said = " ".join((Path(__file__).parents[1] / "README.md").read_text().split())
+    assert f"takes {1000 * screened['median_s']:.0f} ms of processor time a seed" in said
+    assert (
+        f"at 56 px {1000 * whole['median_s']:.0f} ms, {screened['full_over_this']['ratio']:.1f} times as much" in said
+    )
 
 
 def test_every_claim_has_a_verdict_without_any_result():

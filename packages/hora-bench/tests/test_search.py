@@ -28,6 +28,13 @@ def searched(*curves, grid=START):
     return [(one.learning_rate, [t.learning_rate for t in trials]) for one, trials in found]
 
 
+def test_a_search_refines_so_often_once_every_best_is_inside():
+    found = searched(peaked(2e-3), peaked(8e-3), grid={**START, "refine": 2})
+    assert [len(tried) for _, tried in found] == [3 + 2 + 2] * 2  # two outwards for the second, then two between
+    (_, tried), _ = found
+    assert {1.41e-3, 2.83e-3} <= set(tried)
+
+
 @pytest.mark.parametrize("peak", [1e-4, 2.5e-4, 1e-3, 2e-3, 3e-3, 6e-3, 3.2e-2])
 def test_a_search_goes_on_until_the_best_rate_is_inside(peak):
     ((best, tried),) = searched(peaked(peak))

@@ -13,6 +13,7 @@ from hora_bench.choices import Sweep
 from hora_bench.control import control
 from hora_bench.data.digits import digits
 from hora_bench.data.images import Examples, ImageTask
+from hora_bench.experiments.signal.run import signal
 from hora_bench.experiments.similarity.plot import plot as plot_similarity
 from hora_bench.experiments.similarity.run import similarity
 from hora_bench.experiments.speed.run import speed
@@ -353,6 +354,12 @@ def test_seeds_are_lists_and_ranges(given, seeds):
     assert seeds_of(given) == seeds
 
 
+def test_so_few_seeds_that_a_race_has_one_look_are_no_race():
+    asked = Sweep(seeds=range(16), race=8)
+    assert [len(batch) for batch in asked.with_seeds(range(20, 36)).batches] == [8, 8]
+    assert (asked.with_seeds(range(8)).race, len(asked.with_seeds(range(8)).batches)) == (0, 1)
+
+
 @pytest.mark.parametrize("given", ["", "a", "-1", "3-", "1,1", "5-1", "1.5", [True]])
 def test_seeds_that_are_none_are_refused(given):
     with pytest.raises(HoraError, match="write 0-19"):
@@ -362,7 +369,7 @@ def test_seeds_that_are_none_are_refused(given):
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_experiment_file_fits_its_command(path):
     found = read_setting(path, quick=None, data=None)
-    others = {"similarity": similarity, "speed": speed}
+    others = {"similarity": similarity, "signal": signal, "speed": speed}
     own = next((run for name, run in others.items() if path.stem.startswith(name)), None)
     if own is not None:
         assert set(found.vary) <= set(inspect.signature(own).parameters)

@@ -6,6 +6,7 @@ import pytest
 from hora_bench.experiments.theory import rates
 from hora_bench.experiments.theory.identify import fit, identify, losses
 from hora_bench.experiments.theory.model import (
+    ACTIVATIONS,
     SHARINGS,
     Factors,
     Problem,
@@ -14,7 +15,18 @@ from hora_bench.experiments.theory.model import (
     predict,
 )
 from hora_bench.experiments.theory.plot import plot
-from hora_bench.experiments.theory.rates import GRIDS, LOSSES, Grid, gates, measure, slope_difference, summarise, theory
+from hora_bench.experiments.theory.rates import (
+    GRIDS,
+    LOSSES,
+    Grid,
+    activations,
+    gates,
+    measure,
+    slope_difference,
+    summarise,
+    theory,
+)
+from hora_bench.report.tables import tables
 from hora_bench.store import Journal
 from scipy.optimize import check_grad
 
@@ -25,14 +37,17 @@ def problem():
 
 
 @pytest.mark.parametrize("heads", [1, 2])
-@pytest.mark.parametrize("sharing", SHARINGS)
-def test_the_hand_written_jacobian_is_the_derivative(problem, sharing, heads):
+@pytest.mark.parametrize(
+    ("sharing", "activation"), [*((s, "identity") for s in SHARINGS), *(("full", a) for a in ACTIVATIONS)]
+)
+def test_the_hand_written_jacobian_is_the_derivative(sharing, activation, heads):
+    problem = Problem.draw(np.random.default_rng(0), activation)
     rng = np.random.default_rng(1)
     data = problem.sample(7, rng)
     weights = rng.normal(size=data.y.shape)
 
     def value(theta):
-        return np.sum(weights * predict(problem, Factors.unpack(theta, sharing, heads), data))
+        return np.sum(weights * predict(problem, problem.factors(theta, sharing, heads), data))
 
     def slope(theta):
         return weights.ravel() @ jacobian(problem, theta, sharing, heads, data)
@@ -188,6 +203,36 @@ def test_one_trial_is_measured_at_every_size():
     assert [len(found[name]) for name in LOSSES] == [2, 2, 2, 2]
     assert found["prediction_error"][1] < found["prediction_error"][0]
     assert found == measure(2, "full", 0, sizes=(60, 1200), seed=0)
+
+
+@pytest.mark.parametrize("activation", sorted({*ACTIVATIONS} - {"relu"}))
+def test_a_truth_that_was_generated_is_found_by_the_generator(activation):
+    problem = Problem.draw(np.random.default_rng(3), activation)
+    data = problem.sample(200, np.random.default_rng(4), noise=0.0)
+    found = fit(problem, "full", 1, data, np.random.default_rng(5))
+    assert losses(problem, found.factors, data)["value_error"] < 1e-4
+
+
+def test_every_activation_is_judged_by_the_gates_of_a_redundant_head(tmp_path, monkeypatch):
+    monkeypatch.setattr("hora_bench.experiments.theory.identify.MAX_STARTS", 4)  # relu uses them all
+    grid = Grid(sizes=(60, 120), trials=2, fitted_heads=(2,))
+    journal = tmp_path / "pieces.jsonl"
+    found = activations(grid=grid, journal=Journal(journal))
+    relu = [gate for gate in found["gates"] if gate["activation"] == "relu"]
+    assert {gate["outcome"] for gate in relu} == {"not resolved"}  # its descents end on the flat side
+    assert [gate["activation"] for gate in found["gates"]] == [name for name in ACTIVATIONS for _ in range(3)]
+    before = journal.read_text()
+    assert activations(grid=grid, journal=Journal(journal)) == found
+    assert journal.read_text() == before
+    (table,) = tables("theory-activations", found)
+    assert len(table.rows) == len(found["gates"])
+    same = [{k: v for k, v in one.items() if k != "activation"} for one in found["pieces"]]
+    assert same[0] == {
+        "fitted_heads": 2,
+        "sharing": "full",
+        "trial": 0,
+        **measure(2, "full", 0, sizes=(60, 120), seed=0),
+    }
 
 
 def test_sizes_grow_from_quick_to_full():

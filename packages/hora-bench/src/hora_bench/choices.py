@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Self
 
 from hora_spec import HoraError
 
@@ -70,7 +70,7 @@ class Sweep:
     controls: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, vary: Mapping[str, Any]) -> Sweep:
+    def of(cls, vary: Mapping[str, Any]) -> Self:
         """From the table of a file; curves over fractions name the rates that they search ``learning_rates``.
 
         Raises
@@ -115,6 +115,10 @@ class Sweep:
             )
         if not (type(self.margin) in (int, float) and 0 < self.margin < 100):
             raise HoraError(f"a margin is a positive number of points, got {self.margin}: write margin = 1.0")
+
+    def with_seeds(self, seeds: Sequence[int]) -> Self:
+        """The same with other seeds; so few that a race would have one look are no race."""
+        return replace(self, seeds=seeds, race=self.race if self.race < len(seeds) else 0)
 
     @property
     def batches(self) -> list[Sequence[int]]:

@@ -34,6 +34,7 @@ app.command("sweep", rich_help_panel=PAPER)(experiments.sweep)
 for former in ("ablate", "sample-efficiency"):  # what result files of earlier versions name
     app.command(former, hidden=True)(experiments.sweep)
 app.command("similarity", rich_help_panel=PAPER)(experiments.similarity)
+app.command("signal", rich_help_panel=PAPER)(experiments.signal)
 app.command("speed", rich_help_panel=PAPER)(experiments.speed)
 app.command("report", rich_help_panel=PAPER)(experiments.report)
 

@@ -86,6 +86,8 @@ def _check(method: Method, key: str, value: Any) -> None:
         number = type(value) in (int, float) and isfinite(value) and value > 0
         if not number:
             raise HoraError(f"alpha of {method.name} is a positive number or null, got {value!r}: change it")
+    elif key == "rho" and not (type(value) in (int, float) and isfinite(value) and value >= 1):
+        raise HoraError(f"rho of {method.name} is a number from 1, got {value!r}: change it")
 
 
 def _hora(name: str, description: str, *, start: Mapping[str, Any] = MappingProxyType({}), **changes: Any) -> Method:
@@ -119,7 +121,13 @@ METHODS: Final = (
     _hora("mh-lora", "sharing none: multi-head LoRA, the paper's baseline", sharing="none"),
     Method("lora", {"torch": "peft", "jax": "qwix"}, "low-rank adaptation of Q and V", "lora", _LORA),
     Method("dora", {"torch": "peft"}, "LoRA with a learned magnitude for each output", "dora", _LORA),
-    Method("eva", {"torch": "peft"}, "LoRA whose A starts from the inputs, ranks redistributed", "eva", _STARTED),
+    Method(
+        "eva",
+        {"torch": "peft"},
+        "LoRA whose A starts from the inputs, ranks redistributed up to rho times; 1 leaves them equal",
+        "eva",
+        {**_STARTED, "rho": 2.0},
+    ),
     Method("lora-ga", {"torch": "peft"}, "LoRA that starts from a gradient, base shifted", "lora-ga", _STARTED),
     Method("vera", {"torch": "peft"}, "frozen random factors, learned scales", "vera", {"rank": 256}),
     Method("vblora", {"torch": "peft"}, "factors mixed from one bank of vectors", "vblora", {"rank": 8, "vectors": 90}),

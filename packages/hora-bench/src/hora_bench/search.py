@@ -23,25 +23,28 @@ Setting = tuple[float, float]  # learning rate, weight decay
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """Rates that a search tries, and whether it goes on where the best of them is the first or the last.
+    """Rates that a search tries, and how it goes on from there.
 
     Attributes
     ----------
     rates
         Tried by every choice.
     factor
-        By which the search goes beyond; 1 never goes on.
+        By which the search goes beyond, where the best rate is the first or the last; 1 never goes on.
+    refine
+        So many rates are tried between the best and its neighbours, once it is inside.
     most
         So many rates are tried at most.
     """
 
     rates: Sequence[float]
     factor: float = 1.0
+    refine: int = 0
     most: int = 12
 
     @classmethod
     def of(cls, given: Sequence[float] | Mapping[str, Any]) -> Self:
-        """From a file: a list of rates, or a table ``{rates, factor, most}``, whose factor is 2 when left out.
+        """From a file: a list of rates, or a table ``{rates, factor, refine, most}``, whose factor is 2 when left out.
 
         Raises
         ------
@@ -50,14 +53,15 @@ class Grid:
         """
         table: dict[str, Any] = {"factor": 2.0, **given} if isinstance(given, Mapping) else {"rates": given}
         if unknown := sorted(set(table) - set(cls.__dataclass_fields__)):
-            raise HoraError(f"a search has rates, factor and most, got {', '.join(unknown)}: drop it")
+            raise HoraError(f"a search has rates, factor, refine and most, got {', '.join(unknown)}: drop it")
         rates = table.get("rates")
         numbers = isinstance(rates, Sequence) and all(_number(rate) and rate > 0 for rate in rates)
         if not numbers or len(set(rates)) < len(rates):
             raise HoraError(f"rates of a search are different positive numbers, got {rates!r}: write [1e-3, 2e-3]")
         grid = cls(**table)
-        sound = _number(grid.factor) and type(grid.most) is int
-        if isinstance(given, Mapping) and not (sound and grid.factor > 1 and grid.most > len(rates) > 1):
+        sound = _number(grid.factor) and type(grid.refine) is type(grid.most) is int
+        room = sound and grid.factor > 1 and grid.most > len(rates) > 1 and 0 <= grid.refine <= grid.most - len(rates)
+        if isinstance(given, Mapping) and not room:
             raise HoraError(
                 "a search that goes on starts with two rates or more, has a factor above 1 and tries more than it "
                 f"starts with, got {dict(given)}: write {{ rates = [1e-3, 2e-3, 4e-3], factor = 2, most = 9 }}"
@@ -77,9 +81,9 @@ def search(
     trials_at
         Judges a request at a rate on validation, one trial a seed.
     grid
-        Where to begin. As long as the best rate of any request is the first or last of those that it tried, every
-        request tries one more: the next one outwards, or, where its best is inside, one between it and a neighbour. A
-        rate that diverges is an end, too: beyond it lies nothing.
+        Where to begin. As long as the best rate of any request is the first or last of those that it tried, and then
+        `refine` times, every request tries one more: the next one outwards, or, where its best is inside, one between
+        it and a neighbour. A rate that diverges is an end, too: beyond it lies nothing.
 
     Returns
     -------
@@ -92,9 +96,12 @@ def search(
         A request diverged at every rate.
     """
     tried = [[one for rate in sorted(grid.rates) for one in trials_at(request, rate)] for request in asked]
+    refined = 0
     for _ in range(grid.most - len(grid.rates) if grid.factor > 1 else 0):
         if not any(_unbounded(trials) for trials in tried):
-            break
+            if refined == grid.refine:
+                break
+            refined += 1
         for request, trials in zip(asked, tried, strict=True):
             trials += trials_at(request, next_rate(trials, grid.factor))
     return [(request.replace(learning_rate=best_of(own)[0]), own) for request, own in zip(asked, tried, strict=True)]

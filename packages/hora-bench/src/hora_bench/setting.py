@@ -11,7 +11,7 @@ from typing import Any, Final, get_type_hints
 from hora_spec import HoraError
 from pydantic import TypeAdapter, ValidationError
 
-from hora_bench.data.catalog import FAMILIES, SHUFFLED, load_task
+from hora_bench.data.catalog import FAMILIES, load_task, plain_of
 from hora_bench.request import Request, request, seeds_of
 
 QUICK: Final[dict[str, Any]] = {"image_size_px": 28, "steps": 10, "warmup_steps": 1, "limit": 100}
@@ -39,7 +39,7 @@ class Setting:
         """A task by name, as a request wants its data; default the base request."""
         asked = asked or self.base
         scoring = None if asked.scoring == "accuracy" else asked.scoring
-        family = FAMILIES.get(task.removesuffix(SHUFFLED))
+        family = FAMILIES.get(plain_of(task))
         data = None if family is not None and family.brings_data else self.data
         return load_task(
             task, model=asked.model, data=data, image_size=asked.image_size_px, scoring=scoring, limit=asked.limit

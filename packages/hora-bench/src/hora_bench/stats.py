@@ -43,20 +43,23 @@ class Difference:
     level: float = LEVEL
 
     @classmethod
-    def of(cls, accuracies_pct: Sequence[float], reference_pct: Sequence[float], *, level: float = LEVEL) -> Difference:
-        """Of accuracies, one per seed and in the same order: what both share, subset and order of the data, cancels.
+    def of(
+        cls, values: Sequence[float], reference: Sequence[float], *, level: float = LEVEL, digits: int = 2
+    ) -> Difference:
+        """Of accuracies or losses, one per seed and in the same order: what both share, subset and order, cancels.
 
         Examples
         --------
         >>> Difference.of([91.0, 93.0, 92.0], [90.0, 91.0, 92.0])
         Difference(mean=1.0, low=-1.48, high=3.48, seeds=3, detectable=3.09, level=0.95)
         """
-        differences = np.subtract(accuracies_pct, reference_pct)
-        mean, seeds = float(differences.mean()), len(differences)
+        differences = np.subtract(values, reference)
+        mean, seeds = round(float(differences.mean()), digits), len(differences)
         if seeds == 1:
-            return cls(round(mean, 2), None, None, 1, None, level)
+            return cls(mean, None, None, 1, None, level)
         half = float(stats.t.ppf((1 + level) / 2, seeds - 1) * stats.sem(differences))
-        return cls.stored(round(mean, 2), round(mean - half, 2), round(mean + half, 2), seeds, level)
+        bounds = (round(float(differences.mean()) + sign * half, digits) for sign in (-1, 1))
+        return cls.stored(mean, *bounds, seeds, level)
 
     @classmethod
     def stored(cls, mean: float, low: float | None, high: float | None, seeds: int, level: float = LEVEL) -> Difference:

@@ -65,6 +65,15 @@ class Contender:
         """One a seed; guessing where a run diverged."""
         return [one.scores.accuracy_pct if one else _guessing(self.task) for one in self.found]
 
+    def loss_over(self, other: Contender, level: float) -> dict[str, float | None] | None:
+        """Test loss less that of another over the seeds that both have, with its interval; None where one diverged."""
+        pairs = list(zip(self.found, other.found, strict=False))
+        losses = [[one.scores.loss if one else None for one in pair] for pair in pairs]
+        if not losses or any(loss is None for pair in losses for loss in pair):
+            return None
+        found = Difference.of(*zip(*losses, strict=True), level=level, digits=4)
+        return {"mean": found.mean, "low": found.low, "high": found.high}
+
     def over(self, other: Contender, level: float) -> Difference:
         """Over the seeds that both have."""
         seeds = min(len(self.found), len(other.found))
@@ -231,6 +240,8 @@ def _row(one: Contender, contenders: Sequence[Contender], asked: Sweep, level: f
             row[f"over_{name}_pct"] = {f"{key}_pct": found[key] for key in ("mean", "low", "high", "detectable")}
             row[f"over_{name}_pct"] |= {"seeds_count": difference.seeds, "level": level}
             row[f"over_{name}_pct"] |= _of_other_examples(one, other, difference.seeds, out)
+    if one.lora is not None and one.lora is not one:
+        row["loss_over_lora"] = one.loss_over(one.lora, level)
     if asked.search and one.lora is not None and one.lora is not one:
         bounded = not any(edge_of(other.trials, other.request.learning_rate) for other in (one, one.lora))
         row["word"] = one.over(one.lora, level).word(asked.margin) if bounded else "not resolved"

@@ -48,9 +48,10 @@ def merged_weight(
             f"only a floating base of 16 bits or more can be merged into, got {weight.dtype}: load the base in its "
             "full dtype, or serve the adapter as LoRA with hora_torch.export_lora (spec M1)"
         )
-    if weight.dim() > 2:  # a convolution with a kernel of one
-        squeezed = [(layout.squeezed, a, b, scaling) for layout, a, b, scaling in additions]
-        return merged_weight(weight.flatten(1), squeezed, check=check, name=name).view(weight.shape)
+    shape = weight.shape
+    if len(shape) > 2:  # a convolution with a kernel of one
+        weight = weight.flatten(1)
+        additions = [(layout.squeezed, a, b, scaling) for layout, a, b, scaling in additions]
     limit = 0.0
     additions = [(layout, a.to(weight.device), b.to(weight.device), scaling) for layout, a, b, scaling in additions]
     for _, a, b, scaling in additions:
@@ -69,7 +70,7 @@ def merged_weight(
         raise HoraError(
             f"{_broken(name)}: the sum leaves the range of {weight.dtype}, or the base is not finite (spec M3)"
         )
-    return merged
+    return merged.view(shape)
 
 
 def on_all_rows(b: Tensor, rows: Span) -> Tensor:

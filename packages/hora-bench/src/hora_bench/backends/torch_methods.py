@@ -86,7 +86,13 @@ def _peer(method: Method, given: dict[str, Any], model: Any, targets: list[str])
     options = method.options
     match method.family:
         case "lora" | "dora" | "eva" | "lora-ga":
-            form = {"dora": {"use_dora": True}, "eva": eva_config(), "lora-ga": lora_ga_config()}.get(method.family, {})
+            form: dict[str, Any] = {}
+            if method.family == "dora":
+                form = {"use_dora": True}
+            elif method.family == "eva":
+                form = eva_config(options["rho"])
+            elif method.family == "lora-ga":
+                form = lora_ga_config()
             rank = options["rank"]
             return peft.LoraConfig(r=rank, lora_alpha=options["alpha"] or rank, **form, **given)
         case "vera":

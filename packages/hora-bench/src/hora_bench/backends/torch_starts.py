@@ -19,11 +19,11 @@ def joint(model: nn.Module, start: Mapping[str, Any], examples: Examples, loss: 
     hora_torch.joint_a(model, examples, loss, **asked)
 
 
-def eva_config() -> dict[str, Any]:
-    """Of PEFT's EVA: whitened, which its documentation recommends for vision, and its own default redistribution."""
+def eva_config(rho: float) -> dict[str, Any]:
+    """Of PEFT's EVA: whitened, which its documentation recommends for vision, ranks up to `rho` times as large."""
     import peft
 
-    return {"init_lora_weights": "eva", "eva_config": peft.EvaConfig(whiten=True)}
+    return {"init_lora_weights": "eva", "eva_config": peft.EvaConfig(whiten=True, rho=rho)}
 
 
 def eva(model: nn.Module, examples: Examples, loss: Loss) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -34,6 +35,7 @@ Data = Annotated[Path | None, typer.Option(help="Folder of tasks.", exists=True)
 QUICK: Final[dict[str, dict[str, Any]]] = {
     "sweep": {"factors": {"residual": [True], "activation": ["tanh"]}, "references": ["lora"], "seeds": [0, 1]},
     "similarity": {"methods": ["lora", "mh-lora", "hora"]},
+    "signal": {"methods": ["linear-probe"], "batches": 6},
     "speed": {"torch": ["linear-probe", "lora", "hora"], "jax": ["linear-probe", "hora"], "rounds": 2},
 }
 
@@ -46,6 +48,7 @@ def sweep(
     quick: Quick = False,
     data: Data = None,
     seeds: Annotated[str | None, typer.Option(help="In place of the file's: 0-19 or 0,1,2.")] = None,
+    task: Annotated[str | None, typer.Option(help="In place of the file's: one of its tasks, as a piece.")] = None,
     out: Annotated[Path | None, typer.Option(help="Result file; results/NAME.json when left out.")] = None,
 ) -> None:
     """Choices that differ in one thing, with paired differences: ablations, curves, tuned comparisons, controls."""
@@ -53,9 +56,15 @@ def sweep(
 
     setting = read_setting(file, quick=QUICK["sweep"] if quick else None, data=data)
     asked = Sweep.of(setting.vary)
-    asked = replace(asked, seeds=seeds_of(seeds)) if seeds else asked
-    out = out or Path("results", f"{file.stem if file else 'sweep'}.json")
-    flags = f" --seeds {shlex.quote(seeds)}" if seeds else ""
+    asked = asked.with_seeds(seeds_of(seeds)) if seeds else asked
+    if task is not None:
+        if task not in asked.tasks:
+            raise HoraError(f"a piece is one of the file's tasks, {', '.join(asked.tasks) or 'none'}, got {task!r}")
+        setting = replace(setting, base=vary(setting.base, task=task))
+        asked = replace(asked, tasks=())
+    stem = f"{file.stem if file else 'sweep'}{f'-{task}' if task else ''}"
+    out = out or Path("results", f"{stem.replace('_', '-')}.json")
+    flags = (f" --seeds {shlex.quote(seeds)}" if seeds else "") + (f" --task {shlex.quote(task)}" if task else "")
     with _timed("sweep", file, out, flags) as (progress, finish):
         command = _command("sweep", file, flags)
         result = finish(run(setting, out.parent / "runs", asked, command=command, progress=progress))
@@ -73,14 +82,41 @@ def similarity(
     """How alike the heads' updates are after training, and how many directions they use."""
     from hora_bench.experiments.similarity.run import similarity as run
 
-    setting = read_setting(file, quick=QUICK["similarity"] if quick else None, data=data)
-    arguments = arguments_of(setting, run, "methods", "seeds")
+    _pieces("similarity", run, ("methods", "seeds"), file, quick=quick, data=data, out=out)
+
+
+def signal(
+    file: File = None,
+    *,
+    quick: Quick = False,
+    data: Data = None,
+    out: Annotated[Path, typer.Option()] = Path("results/signal.json"),
+) -> None:
+    """What heads have in common in the gradient, on disjoint batches: similarity, and what they read and write."""
+    from hora_bench.experiments.signal.run import signal as run
+
+    _pieces("signal", run, ("tasks", "methods", "seeds", "batches", "rank"), file, quick=quick, data=data, out=out)
+
+
+def _pieces(
+    name: str,
+    run: Callable[..., dict[str, Any]],
+    varied: Sequence[str],
+    file: Path | None,
+    *,
+    quick: bool,
+    data: Path | None,
+    out: Path,
+) -> None:
+    """An experiment whose finished pieces are kept beside its result until it is whole."""
+    setting = read_setting(file, quick=QUICK[name] if quick else None, data=data)
+    arguments = arguments_of(setting, run, *varied)
     journal = Journal(out.with_suffix(".pieces.jsonl"))
-    with _timed("similarity", file, out) as (progress, finish):
+    with _timed(name, file, out) as (progress, finish):
         result = finish(run(setting, **arguments, journal=journal, progress=progress))
     journal.remove()
-    plots("similarity", result, out.parent, out.stem)
-    show(console, "similarity", result, out)
+    plots(name, result, out.parent, out.stem)
+    show(console, name, result, out)
 
 
 def speed(
@@ -178,49 +214,50 @@ def cost(
 
 def theory(
     part: Annotated[
-        Literal["identify", "rates"], typer.Argument(help="identify takes seconds; rates contains it.")
+        Literal["identify", "rates", "activations"],
+        typer.Argument(help="identify takes seconds; rates contains it; activations: of the generator, 10 minutes."),
     ] = "rates",
     *,
     quick: Annotated[bool, typer.Option("--quick", help="Seconds; gates are not judged.")] = False,
     full: Annotated[bool, typer.Option("--full", help="More samples, trials and sharings; some 20 minutes.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of problems, samples and starts.")] = 0,
-    out: Annotated[Path, typer.Option(help="Result file; the plot goes beside it.")] = Path("results/theory.json"),
+    out: Annotated[
+        Path | None, typer.Option(help="results/theory.json, or theory-activations.json; the plot goes beside it.")
+    ] = None,
 ) -> None:
     """The paper's theorems as a regression: what sharing identifies, and how fast it is recovered."""
     if quick and full:
         raise HoraError("theory is quick or full, got both: drop one")
-    if part == "identify" and (quick or full):
-        raise HoraError("identify has one size, got --quick or --full: drop it")
+    if part != "rates" and (quick or full):
+        raise HoraError(f"{part} has one size, got --quick or --full: drop it")
     from hora_bench.experiments.theory import model
     from hora_bench.experiments.theory.identify import identify
-    from hora_bench.experiments.theory.rates import theory as run
+    from hora_bench.experiments.theory.rates import activations
+    from hora_bench.experiments.theory.rates import theory as rates
 
     if part == "identify":
         show_tables(console, [identification([_record(identify(sharing, seed=seed)) for sharing in model.SHARINGS])])
         return
     size = "full" if full else "quick" if quick else "default"
+    name = "theory" if part == "rates" else "theory-activations"
+    out = out or Path("results", f"{name}.json")
     started = time.perf_counter()
     check_file(out)
     journal = Journal(out.with_suffix(".pieces.jsonl"), sources_sha256(Path(model.__file__).parent))
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("fits")
+        run = partial(rates, size) if part == "rates" else activations
         result = run(
-            size,
             seed=seed,
             journal=journal,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     flags = "" if size == "default" else f" --{size}"
-    write_experiment(
-        out,
-        "theory",
-        f"hora-bench theory rates{flags} --seed {seed}",
-        seconds=time.perf_counter() - started,
-        result=result,
-    )
-    plots("theory", result, out.parent, out.stem)
+    command = f"hora-bench theory {part}{flags} --seed {seed}"
+    write_experiment(out, name, command, seconds=time.perf_counter() - started, result=result)
+    plots(name, result, out.parent, out.stem)
     journal.remove()
-    show(console, "theory", result, out)
+    show(console, name, result, out)
     if any(gate["outcome"] == "failed" for gate in result["gates"]):
         raise typer.Exit(1)
 

@@ -14,6 +14,16 @@ from hora_bench.data.folders import FGVC, VTAB
 from hora_bench.recipe import Schedule, steps_of
 
 SHUFFLED: Final = "-shuffled"
+ALTERED: Final[dict[str, Callable[[Any], Any]]] = {  # endings of image tasks' names
+    SHUFFLED: lambda task: task.shuffled(),
+    "-wrong20": lambda task: task.wrong(0.2),
+    "-wrong40": lambda task: task.wrong(0.4),
+}
+
+
+def plain_of(task: str) -> str:
+    """The name of a task without the ending that alters its labels."""
+    return next((task.removesuffix(ending) for ending in ALTERED if task.endswith(ending)), task)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,7 +312,8 @@ def load_task(
     Parameters
     ----------
     task, data
-        As for `find`; the ending ``-shuffled`` permutes the labels of training and validation, as a control.
+        As for `find`; the ending ``-shuffled`` permutes the labels of training and validation, as a control, and
+        ``-wrong20`` and ``-wrong40`` make so many percent of them wrong.
     model
         Whose tokenizer, or whose normalisation of images, is used.
     image_size, scoring
@@ -315,7 +326,7 @@ def load_task(
     HoraError
         The data is not there or cannot be used.
     """
-    plain = task.removesuffix(SHUFFLED)
+    plain = plain_of(task)
     named = find(plain, data)
     if len(named) != 1:
         raise HoraError(f"one task is read at a time, got the suite {task!r}: name one of its members")
@@ -323,4 +334,8 @@ def load_task(
     found = one.family.load(Asked(model=model, data=one.data, image_size=image_size, scoring=scoring), one.member)
     if limit is not None:
         found = found.cut(limit)
-    return found if plain == task else found.shuffled()
+    if plain == task:
+        return found
+    if one.family.kind != "images":
+        raise HoraError(f"labels of image tasks are altered, got {task!r}: drop the ending")
+    return ALTERED[task.removeprefix(plain)](found)

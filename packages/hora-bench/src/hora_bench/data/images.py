@@ -140,6 +140,16 @@ class ImageTask:
         permuted = {part: replace(old, classes=rng.permutation(old.classes)) for part, old in parts.items()}
         return replace(self, name=f"{self.name}-shuffled", **permuted)
 
+    def wrong(self, share: float) -> Self:
+        """The task with another class as the label of this share of training and validation; the test stays right."""
+        rng, parts = np.random.default_rng(0), {}
+        for part in ("train", "val"):
+            classes = self._examples(part).classes.copy()
+            rows = rng.permutation(len(classes))[: round(share * len(classes))]
+            classes[rows] = (classes[rows] + rng.integers(1, self.num_classes, len(rows))) % self.num_classes
+            parts[part] = replace(self._examples(part), classes=classes)
+        return replace(self, name=f"{self.name}-wrong{100 * share:g}", **parts)
+
     def train_batch(self, split: Split, indices: np.ndarray, rng: np.random.Generator) -> Batch:
         """``image (batch, height, width, 3)`` float32 normalised, ``label (batch,)``, ``weight (batch,)``.
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from hora_bench.report.rows import Row, is_lora, name_of, proxy_of, rows_of
-from hora_bench.report.writing import save
-from hora_bench.stats import Difference
+from hora_bench.report.writing import cell, save
+from hora_bench.stats import MARGIN, Difference, Word
+
+FEWEST_RATES: Final = 5
 
 HEADER = (
     "choice",
@@ -21,6 +24,8 @@ HEADER = (
     "of other examples",
     "could have seen",
     "verdict",
+    "test loss",
+    "loss over LoRA",
     "seeds",
     "parameters",
     "labels",
@@ -50,6 +55,8 @@ def cells_of(row: Row) -> tuple[str, ...]:
         "{:+} to {:+}".format(*others) if (others := row.get("over_lora_pct", {}).get("of_other_examples_pct")) else "",
         "" if over is None or over.detectable is None else f"{over.detectable}",
         row["word"],
+        cell(row.get("test_loss")),
+        cell(row.get("loss_over_lora")),
         str(row["seeds"]),
         f"{row['params_count']:,}" if "params_count" in row else "",
         str(row.get("labels_count", "")),
@@ -61,6 +68,53 @@ def lines_of(result: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, .
     rows = [cells_of(row) for row in rows_of(result)]
     kept = [i for i in range(len(HEADER)) if any(row[i] for row in rows)]
     return tuple(HEADER[i] for i in kept), [tuple(row[i] for i in kept) for row in rows]
+
+
+def widths_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Of every choice the best rate and the range of rates around it whose mean accuracy is within the margin of it.
+
+    Between two rates accuracy is taken to be linear in the logarithm of the rate, and 0 where a seed diverged. Nothing
+    is said of fewer than five rates, and an end of the range that is an end of the grid is marked.
+    """
+    lines, margin = [], result["setting"].get("margin_pct", MARGIN)
+    for row in rows_of(result):
+        means = _means(row, result.get("search", []))
+        if len(means) < FEWEST_RATES:
+            continue
+        rates, best = sorted(means), max(means, key=lambda rate: (means[rate], -rate))
+        logs, values = np.log(rates), np.array([means[rate] for rate in rates]) - means[best] + margin
+        place, ends = rates.index(best), []
+        for side in (-1, 1):
+            inner = place
+            while 0 <= inner + side < len(rates) and values[inner + side] >= 0:
+                inner += side
+            if not 0 <= inner + side < len(rates):
+                ends.append((rates[inner], "at most " if side < 0 else "at least "))
+                continue
+            share = values[inner] / (values[inner] - values[inner + side])
+            ends.append((float(np.exp(logs[inner] + share * (logs[inner + side] - logs[inner]))), ""))
+        (low, open_low), (high, open_high) = ends
+        bound = "at least " if open_low or open_high else ""
+        lines.append(
+            (
+                name_of(row),
+                f"{100 * row['fraction']:g} %",
+                f"{best:.3g}",
+                f"{open_low}{low:.2g}",
+                f"{open_high}{high:.2g}",
+                f"{bound}{high / low:.1f}",
+            )
+        )
+    return lines
+
+
+def _means(row: Row, search: Sequence[dict[str, Any]]) -> dict[float, float]:
+    """Mean accuracy over seeds of every rate that a row's search tried."""
+    found: dict[float, list[float]] = {}
+    for trial in search:
+        if all(trial.get(key) == row.get(key) for key in ("task", "factor", "value", "fraction")):
+            found.setdefault(trial["learning_rate"], []).append(trial["accuracy_pct"])
+    return {rate: 0.0 if None in values else float(np.mean(values)) for rate, values in found.items()}
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -135,6 +189,26 @@ def found_in(result: dict[str, Any]) -> Iterator[tuple[str, Difference]]:
     for row in rows_of(result):
         if result.get("search") and row["over_lora"] is not None and not is_lora(row):
             yield f"{name_of(row)}, {100 * row['fraction']:g} % of {row['task']}", row["over_lora"]
+
+
+WORDS: Final[tuple[Word, ...]] = ("better", "equal", "not resolved", "worse")
+SCREENED: Final = ("data", "LoRA, %", *WORDS, "could have seen, points", "seeds")
+
+
+def screen_line(result: dict[str, Any]) -> tuple[str, ...]:
+    """Cells of `SCREENED` for a screen: the choices that each word was found for."""
+    rows = rows_of(result)
+    lora = next((row for row in rows if is_lora(row)), None)
+    judged = [row for row in rows if row["word"]]
+    seen = [row["over_lora"].detectable for row in judged if row["over_lora"].detectable is not None]
+    seeds = {row["seeds"] for row in judged}
+    return (
+        f"{100 * rows[0]['fraction']:g} % of {rows[0]['task']}",
+        "" if lora is None else f"{lora['mean_pct']}",
+        *(", ".join(name_of(row) for row in judged if row["word"] == word) or "none" for word in WORDS),
+        f"{min(seen)} to {max(seen)}" if seen else "",
+        f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else "".join(map(str, seeds)),
+    )
 
 
 def control_lines(records: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:

@@ -11,8 +11,8 @@ from hora_spec import HoraError
 
 from hora_bench import store
 from hora_bench.cache import new_file, read_json
-from hora_bench.report.comparisons import forest, found_in
-from hora_bench.report.rows import COMPARISONS
+from hora_bench.report.comparisons import SCREENED, forest, found_in, screen_line
+from hora_bench.report.rows import COMPARISONS, proxy_of
 from hora_bench.report.tables import notes, plots, tables
 from hora_bench.report.verdicts import verdicts
 from hora_bench.report.writing import embedded, folded, link, save, table, write_html
@@ -21,9 +21,10 @@ Records = Sequence[tuple[Path, dict[str, Any]]]
 QUESTIONS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {  # page: its title, experiments
     "comparisons": ("Is it more accurate?", COMPARISONS),
     "cost": ("What does it cost, counted?", ("cost",)),
-    "speed": ("What does it cost, measured?", ("speed",)),
+    "speed": ("What does it cost, measured?", ("speed", "screen-cost")),
     "similarity": ("How alike are the heads?", ("similarity",)),
-    "theory": ("Does the theory show?", ("theory",)),
+    "signal": ("What do heads have in common?", ("signal",)),
+    "theory": ("Does the theory show?", ("theory", "theory-activations")),
 }
 EXPERIMENTS: Final = tuple(name for _, names in QUESTIONS.values() for name in names)
 LEAD: Final = (
@@ -31,6 +32,10 @@ LEAD: Final = (
     "makes it again. *Not seen* means that the whole interval is below what is claimed; *not resolved*, that it holds "
     "both, or that a rate is at the edge of its grid. What could have been seen is the true difference that so many "
     "seeds would have shown in four of five such experiments."
+)
+PROXIES: Final = (
+    "The last blocks alone, on cached outputs of the frozen ones: proxies, by which no claim is judged. Forms of "
+    "sharing beside LoRA, each at a rate of its own; the tables say with how many parameters."
 )
 DIFFERENCES: Final = "differences"
 
@@ -99,6 +104,7 @@ def _summary(records: Records, runs: Sequence[store.RunResult], page: Path, imag
     for path, address in images.items():
         if path.stem == DIFFERENCES:
             lines += ["## Differences from LoRA", "", f"![{DIFFERENCES}]({address})", ""]
+    lines += _screens(records, page)
     if page.suffix == ".md":
         lines += ["## Questions", ""]
         lines += [f"- [{title}]({page.stem}/{name}.md)" for name, (title, _) in QUESTIONS.items()]
@@ -112,6 +118,20 @@ def _summary(records: Records, runs: Sequence[store.RunResult], page: Path, imag
     lines += table(("result", "command", "time", "machine", "versions"), where)
     lines += [f"- {letter}: {versions}" for versions, letter in letters.items()]
     return _squeezed(lines)
+
+
+def _screens(records: Records, page: Path) -> list[str]:
+    """What screens found, and that no form is better than LoRA where none is."""
+    found = [(path, c["result"]) for path, c in records if c["experiment"] in COMPARISONS and proxy_of(c["result"])]
+    if not found:
+        return []
+    lines = ["## Screens", "", PROXIES]
+    cells = [screen_line(result) for _, result in found]
+    rows = [(link(path, page), *line) for (path, _), line in zip(found, cells, strict=True)]
+    lines += table(("result", *SCREENED), rows)
+    if all(line[SCREENED.index("better")] == "none" for line in cells):
+        lines += ["No form was shown to be better than LoRA by any of them."]
+    return [*lines, ""]
 
 
 def _question(name: str, records: Records, page: Path, images: dict[Path, str]) -> str:
@@ -138,8 +158,9 @@ def _section(path: Path, content: dict[str, Any], images: dict[Path, str]) -> It
 
 def plots_of(path: Path, experiment: str) -> set[str]:
     """Names of the plots that `plots` draws of a result file."""
-    if experiment == "similarity":
-        return {f"{path.stem}-{kind}.svg" for kind in ("heatmaps", "distributions")}
+    kinds = {"similarity": ("heatmaps", "distributions"), "signal": ("similarity", "held")}
+    if experiment in kinds:
+        return {f"{path.stem}-{kind}.svg" for kind in kinds[experiment]}
     return {f"{path.stem}.svg"}
 
 

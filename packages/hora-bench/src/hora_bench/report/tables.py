@@ -12,6 +12,7 @@ from rich.console import Console
 from hora_bench.report import comparisons
 from hora_bench.report.rows import COMPARISONS
 from hora_bench.report.writing import cell
+from hora_bench.stats import MARGIN
 from hora_bench.terminal import show_table
 
 Result = dict[str, Any]
@@ -68,6 +69,10 @@ def plots(experiment: str, result: Result, folder: Path, stem: str) -> list[Path
         from hora_bench.experiments.similarity.plot import plot
 
         return plot(result, folder, stem=stem)
+    if experiment == "signal":
+        from hora_bench.experiments.signal.plot import plot as plot_signal
+
+        return plot_signal(result, folder, stem=stem)
     path = folder / f"{stem}.svg"
     if experiment == "theory":
         from hora_bench.experiments.theory.plot import plot as plot_rates
@@ -164,6 +169,23 @@ def _theory(result: Result) -> Iterator[Table]:
         yield Table("Gates on differences of slopes, shared less not shared", ("gate", "value", "bounds", ""), rows)
 
 
+def _activations(result: Result) -> Iterator[Table]:
+    rows = [
+        (
+            one["activation"],
+            one["gate"],
+            f"{one['difference']:+.3f} {_interval((one['low'], one['high']))}",
+            _bounds(*one["bounds"]),
+            one["outcome"],
+            f"{one['unreached']} of {one['fits']}",
+        )
+        for one in result["gates"]
+    ]
+    header = ("activation", "gate", "value", "bounds", "", "fits that ended above the truth's error")
+    title = "Gates on differences of slopes, shared less not shared, by the activation of the generator"
+    yield Table(title, header, rows, keys=2)
+
+
 def judged_gates(result: Result) -> list[dict[str, Any]]:
     """Gates of a result, judged anew from its trials: files of earlier versions compared a mean with a median."""
     from hora_bench.experiments.theory.rates import gates
@@ -200,6 +222,10 @@ def _comparison(result: Result) -> Iterator[Table]:
     screen = "Screen, a proxy: " if comparisons.proxy_of(result) else ""
     title = f"{'test' if result.get('search') else 'validation'} accuracy"
     yield Table(screen + title if screen else title.capitalize(), header, rows, keys=2)
+    if widths := comparisons.widths_of(result):
+        margin = result["setting"].get("margin_pct", MARGIN)
+        header = ("choice", "data", "best rate", "from", "to", "times")
+        yield Table(f"Rates within {margin:g} of the best, on validation", header, widths, keys=2)
     if result.get("controls"):
         header = ("backend", "method", "accuracy, %", "shuffled, %", "bound of chance, %", "at chance")
         yield Table("Control: shuffled labels", header, [*comparisons.control_lines(result["controls"])], keys=2)
@@ -219,6 +245,28 @@ def _similarity(result: Result) -> Iterator[Table]:
         "parametrisation",
         "participation_ratio mean_cosine_of_columns",
     )
+
+
+def _signal(result: Result) -> Iterator[Table]:
+    rows = [
+        (
+            one["task"],
+            one["state"],
+            str(one["seed"]),
+            one["projection"],
+            one["measure"].replace("_", " "),
+            f"{one['mean']} ({one['low']} to {one['high']})",
+            "{} to {}".format(*one["by_chance"]) if "by_chance" in one else "",
+        )
+        for one in result["summary"]
+    ]
+    header = ("task", "state", "seed", "projection", "measure", "mean over layers", "by chance")
+    yield Table("What heads have in common in the gradient", header, rows, keys=5)
+
+
+def _screen_cost(result: Result) -> Iterator[Table]:
+    title = "Processor seconds of a step of 16 images, a seed"
+    yield from _records(title, result["rows"], "method contender", "median_s full_over_this")
 
 
 def _speed(result: Result) -> Iterator[Table]:
@@ -242,7 +290,10 @@ def readable(count: float | None) -> str:
 TABLES: Final[dict[str, Callable[[Result], Iterator[Table]]]] = {
     "cost": _cost,
     "theory": _theory,
+    "theory-activations": _activations,
     **dict.fromkeys(COMPARISONS, _comparison),
     "similarity": _similarity,
+    "signal": _signal,
     "speed": _speed,
+    "screen-cost": _screen_cost,
 }

@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 
 from scipy import stats
 
-from hora_bench.report.comparisons import shown
+from hora_bench.report.comparisons import WORDS, shown
 from hora_bench.report.rows import COMPARISONS, Row, is_lora, name_of, proxy_of, rows_of
 from hora_bench.report.suites import CLAIMS, Claim, compared
 from hora_bench.report.tables import judged_gates
@@ -27,7 +27,6 @@ NO_SLOWER: Final = 1.05
 SIGNIFICANT: Final = 0.05
 LEAKY: Final = "leaky_relu"
 NOTHING_COMMON: Final = 0.1  # mean cosine below which heads count as unlike
-WORDS: Final = ("better", "equal", "not resolved", "worse")
 
 
 class Verdict(NamedTuple):

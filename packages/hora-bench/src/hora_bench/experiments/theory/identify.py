@@ -38,7 +38,7 @@ def _descend(problem: Problem, theta: np.ndarray, sharing: Sharing, heads: int, 
     """One descent of MINPACK's Levenberg-Marquardt with the hand-written Jacobian."""
 
     def residual(theta: np.ndarray) -> np.ndarray:
-        return (predict(problem, Factors.unpack(theta, sharing, heads), data) - data.y).ravel()
+        return (predict(problem, problem.factors(theta, sharing, heads), data) - data.y).ravel()
 
     def slope(theta: np.ndarray) -> np.ndarray:
         return jacobian(problem, theta, sharing, heads, data)
@@ -61,7 +61,7 @@ def fit(problem: Problem, sharing: Sharing, heads: int, data: Data, rng: np.rand
             theta = _descend(problem, theta, sharing, heads, data.first(COARSE_SAMPLES)).x
         found = _descend(problem, theta, sharing, heads, data)
         if 2 * found.cost < lowest:
-            best, lowest = Factors.unpack(found.x, sharing, heads), 2 * found.cost
+            best, lowest = problem.factors(found.x, sharing, heads), 2 * found.cost
     return Fit(best, starts, bool(lowest <= bound))
 
 

@@ -13,13 +13,15 @@ einsum legend: n sample, h head, j token, a and b width.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, Self
 
 import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
-from scipy.special import softmax
+from scipy.special import expit, ndtr, softmax
+from scipy.stats import norm
 
 Sharing = Literal["full", "a", "b", "none"]
 SHARINGS: Final[tuple[Sharing, ...]] = ("full", "a", "b", "none")
@@ -28,6 +30,16 @@ WIDTH: Final = 3
 TOKENS: Final = 3
 NOISE: Final = 0.1
 TOKEN_BOUND: Final = 2.0
+
+
+Elementwise = Callable[[NDArray], NDArray]
+ACTIVATIONS: Final[Mapping[str, tuple[Elementwise, Elementwise]]] = {  # of a generator, and its derivative
+    "identity": (lambda x: x, np.ones_like),
+    "relu": (lambda x: np.maximum(x, 0), lambda x: np.where(x > 0, 1.0, 0.0)),
+    "gelu": (lambda x: x * ndtr(x), lambda x: ndtr(x) + x * norm.pdf(x)),
+    "sigmoid": (expit, lambda x: expit(x) * expit(-x)),
+    "tanh": (np.tanh, lambda x: 1 - np.tanh(x) ** 2),
+}
 
 
 def owners(sharing: Sharing, heads: int) -> Int[np.ndarray, "4 heads"]:
@@ -91,18 +103,36 @@ class Data:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Known pretrained projections, and the true factors: one head, inside every sharing."""
+    """Known pretrained projections, the true factors: one head, inside every sharing; and what generates them.
+
+    With full sharing the fitted vectors go through the activation, as those of the truth did. Else factors are free.
+    """
 
     p_q: Float[np.ndarray, "width width"]
     p_k: Float[np.ndarray, "width width"]
     p_v: Float[np.ndarray, "width width"]
     truth: Factors
+    activation: str = "identity"
 
     @classmethod
-    def draw(cls, rng: np.random.Generator) -> Self:
-        """Gaussian projections of unit scale and Gaussian true factors."""
+    def draw(cls, rng: np.random.Generator, activation: str = "identity") -> Self:
+        """Gaussian projections of unit scale; true factors are the activation of Gaussian vectors, none zero."""
         p_q, p_k, p_v = rng.normal(size=(3, WIDTH, WIDTH)) / np.sqrt(WIDTH)
-        return cls(p_q, p_k, p_v, Factors.unpack(rng.normal(size=3 * WIDTH), "full", 1))
+        vectors = np.zeros((3, WIDTH))
+        while not vectors.any(axis=1).all():
+            vectors = ACTIVATIONS[activation][0](rng.normal(size=3 * WIDTH)).reshape(3, WIDTH)
+        return cls(p_q, p_k, p_v, Factors.unpack(vectors.ravel(), "full", 1), activation)
+
+    def factors(self, theta: Float[np.ndarray, " params"], sharing: Sharing, heads: int) -> Factors:
+        """Factors of every head from the numbers that are fitted."""
+        return Factors.unpack(self._of(sharing)[0](theta), sharing, heads)
+
+    def slope(self, theta: Float[np.ndarray, " params"], sharing: Sharing) -> Float[np.ndarray, " params"]:
+        """Derivative of the fitted vectors by the numbers that are fitted."""
+        return self._of(sharing)[1](theta)
+
+    def _of(self, sharing: Sharing) -> tuple[Elementwise, Elementwise]:
+        return ACTIVATIONS[self.activation if sharing == "full" else "identity"]
 
     def sample(self, n: int, rng: np.random.Generator, *, noise: float = NOISE) -> Data:
         """``n`` samples: queries and tokens uniform on ``[-2, 2]^d``, Gaussian noise on the outputs."""
@@ -130,15 +160,15 @@ def predict(problem: Problem, factors: Factors, data: Data) -> Float[np.ndarray,
 def jacobian(
     problem: Problem, theta: Float[np.ndarray, " params"], sharing: Sharing, heads: int, data: Data
 ) -> Float[np.ndarray, "outputs params"]:
-    """Derivative of the flattened outputs by the fitted vectors, by hand.
+    """Derivative of the flattened outputs by the numbers that are fitted, by hand.
 
     Per head, with ``C = sum_j s_j (x_j - c) k_j^T`` and ``W = P_V + B_V A_V^T``, ``H`` times the derivative by
     ``B_Q`` is ``(W C A_Q) q^T``, by ``A_Q`` ``W C (q . B_Q)``, by ``B_V`` ``I (A_V . c)``, by ``A_V`` ``B_V c^T``.
-    A vector that serves several places collects the sum.
+    A vector that serves several places collects the sum. The activation's derivative comes last.
     """
     owner = owners(sharing, heads)
     columns = np.zeros((*data.q.shape, theta.size // WIDTH, WIDTH))  # samples, outputs, vector, its entries
-    for h, (b_q, a_q, b_v, a_v) in enumerate(Factors.unpack(theta, sharing, heads).heads()):
+    for h, (b_q, a_q, b_v, a_v) in enumerate(problem.factors(theta, sharing, heads).heads()):
         weights = _attention(problem, b_q, a_q, data)
         context = np.einsum("nj,njb->nb", weights, data.x)
         value = problem.p_v + np.outer(b_v, a_v)
@@ -148,4 +178,4 @@ def jacobian(
         columns[:, :, owner[1, h]] += slope * (data.q @ b_q)[:, None, None]
         columns[:, :, owner[2, h]] += (context @ a_v)[:, None, None] * np.eye(WIDTH)
         columns[:, :, owner[3, h]] += b_v[:, None] * context[:, None, :]
-    return columns.reshape(data.q.size, -1) / heads
+    return columns.reshape(data.q.size, -1) * problem.slope(theta, sharing) / heads
