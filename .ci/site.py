@@ -30,6 +30,12 @@ def places() -> dict[Path, str]:
     return found | {ROOT / name: place for name, place in PROJECT.items()}
 
 
+def sources(root: Path = ROOT) -> dict[str, Path]:
+    """The file that a person changes to change a page; pages made from many files have none."""
+    written = {place: file for file, place in places().items() if file.suffix == ".md"}
+    return written | {f"recipes/{script.stem}.md": script for script in recipes.scripts(root)}
+
+
 def generated() -> dict[str, str]:
     """Pages that are made: of errors, commands, recipes and what is supported."""
     return {
@@ -40,13 +46,22 @@ def generated() -> dict[str, str]:
     }
 
 
-def stage(folder: Path = PAGES) -> None:
-    """Make `folder` hold the site's pages and nothing else; a file that is as it should be is not touched."""
+def stage(folder: Path = PAGES, address: str | None = None) -> None:
+    """Make `folder` hold the site's pages and nothing else; a file that is as it should be is not touched.
+
+    With the address of the repository (``REPO_URL`` in the environment) pages say where they can be edited, and what is
+    in the repository alone is linked there.
+    """
+    address = os.environ.get("REPO_URL", "") if address is None else address
     where = places()
     contents = {place: text.encode() for place, text in generated().items()}
     for file, place in where.items():
         content = file.read_bytes()
-        contents[place] = relinked(content.decode(), file, where).encode() if file.suffix == ".md" else content
+        text = relinked(content.decode(), file, where, address) if file.suffix == ".md" else None
+        contents[place] = content if text is None else text.encode()
+    for place, file in sources().items() if address else ():
+        line = f"\n\n[Edit this page]({address}/edit/main/{file.relative_to(ROOT).as_posix()})\n"
+        contents[place] = contents[place].rstrip() + line.encode()
     contents["index.md"] = contents["index.md"].replace(BOX, chooser.box(ROOT).encode())
     for place, content in contents.items():
         target = folder / place
@@ -60,15 +75,20 @@ def stage(folder: Path = PAGES) -> None:
             shutil.rmtree(path)
 
 
-def relinked(text: str, file: Path, where: dict[Path, str]) -> str:
-    """The text of a page with links that lead where files are on the site; what is not there is named, not linked."""
+def relinked(text: str, file: Path, where: dict[Path, str], address: str = "") -> str:
+    """The text of a page with links that lead where files are on the site; what is not there is linked at the address
+    of the repository, or named where there is none.
+    """
 
     def link(found: re.Match[str]) -> str:
         target = Path(os.path.normpath(file.parent / found[2]))
         if target in where:
             path = os.path.relpath(where[target], os.path.dirname(where[file]) or ".")
             return f"{found[1]}({Path(path).as_posix()}{found[3] or ''})"
-        return found[0] if target.is_relative_to(DOCS) else found[1][1:-1]
+        if target.is_relative_to(DOCS):  # a page that is made
+            return found[0]
+        place = target.relative_to(ROOT).as_posix()
+        return f"{found[1]}({address}/blob/main/{place}{found[3] or ''})" if address else found[1][1:-1]
 
     return LINK.sub(link, text)
 

@@ -3,6 +3,8 @@
 import ast
 import json
 import re
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import yaml
@@ -27,6 +29,32 @@ def test_rules_that_errors_cite_are_linked():
     text = SITE.errors.page(ROOT)
     for error in SITE.errors.errors(ROOT):
         assert not error.rule or f"[{error.rule}](../spec.md#{error.rule.lower()}-" in text
+
+
+def test_each_family_on_the_page_was_compiled_and_sharded():
+    """And nothing is wrong; where a library does not do it with LoRA either, the page says so."""
+    results = json.loads((ROOT / "packages/hora-torch/families/scale.json").read_text())["families"]
+    assert sorted(results) == sorted(name for names in SITE.support.FAMILIES.values() for name in names.split())
+    for name, answers in results.items():
+        assert set(answers) == set(SITE.support.SCALE), name
+        assert all(answer == "ok" or answer.endswith("(LoRA too)") for answer in answers.values()), (name, answers)
+    assert "| torch.compile | FSDP2 |" in SITE.support.page(ROOT)
+
+
+def test_notebooks_are_cells_of_the_scripts_and_call_them_with_their_arguments(monkeypatch):
+    """By their text; `nox -s notebooks` runs them."""
+    monkeypatch.syspath_prepend(ROOT / ".ci")
+    notebooks = import_module("notebooks")
+    for script in SITE.recipes.scripts(ROOT):
+        text = notebooks.cells(script, ["base", "out"])
+        code = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+        made, written = ast.parse(code).body, ast.parse(script.read_text()).body[1:]
+        main = isinstance(written[-1], ast.If)
+        assert [ast.dump(node) for node in made[: len(written) - main]] == [
+            ast.dump(n) for n in written[: -1 if main else None]
+        ]
+        assert ("sys.argv[1:] = ['base', 'out']" in text) == main
+        assert text.startswith("# %% [markdown]\n# # ")
 
 
 def test_every_command_is_on_the_page():
@@ -59,12 +87,11 @@ def test_a_recipe_is_short_and_says_what_it_is(script):
 
 
 def test_pages_in_the_navigation_exist_and_links_on_made_pages_lead_somewhere(staged):
-    loader = type("Loader", (yaml.SafeLoader,), {})
-    entries = yaml.load((ROOT / "mkdocs.yml").read_text(), loader)["nav"]
-    for name in pages_of(entries):
+    for name in pages_of(settings()["nav"]):
         assert (staged / name).is_file(), name
     for place in SITE.generated():
-        for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", (staged / place).read_text()):
+        prose = re.sub(r"^```.*?^```", "", (staged / place).read_text(), flags=re.MULTILINE | re.DOTALL)
+        for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", prose):
             assert ((staged / place).parent / target).exists(), f"{place} links to {target}"
 
 
@@ -89,10 +116,44 @@ def test_what_readers_search_for_is_in_a_heading(asked, staged):
     assert any(asked in heading.lower() for heading in headings)
 
 
+def settings() -> dict:
+    """mkdocs.yml, with the name of a variable in place of its value."""
+    loader = type("Loader", (yaml.SafeLoader,), {})
+    loader.add_constructor("!ENV", lambda loader, node: loader.construct_sequence(node))
+    return yaml.load((ROOT / "mkdocs.yml").read_text(), loader)
+
+
+def test_addresses_come_from_the_environment_and_the_workflow_sets_them():
+    read = settings()
+    variables = {"SITE_URL": read["site_url"], "REPO_URL": read["repo_url"]}
+    variables["SITE_VERSIONS"] = read["extra"]["version"]["provider"]
+    given = yaml.safe_load((ROOT / ".github/workflows/docs.yml").read_text())["env"]
+    for name, value in variables.items():
+        assert value == [name, ""]
+        assert given[name]
+
+
+def test_with_an_address_every_page_says_what_it_is_made_from_and_links_lead_to_the_repository(staged, tmp_path):
+    address = "https://example.org/somebody/hora"
+    SITE.stage(tmp_path, address)
+    for place, file in SITE.sources().items():
+        text = (tmp_path / place).read_text()
+        assert f"[Edit this page]({address}/edit/main/{file.relative_to(ROOT).as_posix()})" in text
+        assert "Edit this page" not in (staged / place).read_text()
+    linked = [target for page in tmp_path.rglob("*.md") for target in _linked_at(f"{address}/blob/main/", page)]
+    assert linked
+    for target in linked:
+        assert (ROOT / target).exists(), target
+
+
+def _linked_at(address: str, page: Path) -> list[str]:
+    return re.findall(rf"\]\({re.escape(address)}([^)#\s]+)", page.read_text())
+
+
 @pytest.fixture(scope="module")
 def staged(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
-    SITE.stage(folder)
+    SITE.stage(folder, "")
     return folder
 
 
@@ -109,11 +170,11 @@ def test_the_first_page_says_whether_to_use_it(staged):
 
 
 def test_staging_twice_touches_nothing_and_removes_what_is_gone(tmp_path):
-    SITE.stage(tmp_path)
+    SITE.stage(tmp_path, "")
     (tmp_path / "gone").mkdir()
     (tmp_path / "gone/page.md").write_text("old")
     times = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.md")}
-    SITE.stage(tmp_path)
+    SITE.stage(tmp_path, "")
     assert not (tmp_path / "gone").exists()
     assert all(file.stat().st_mtime_ns == time for file, time in times.items() if file.exists())
 

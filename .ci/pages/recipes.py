@@ -11,7 +11,7 @@ LEAD = """# Recipes
 
 Complete scripts of at most 40 lines of code. Each page is made from the script in the repository, and shows what
 `nox -s recipes` saw it print; one that was changed since it was run shows no output. Models named there are assets of
-`hora-bench`: `hora-bench assets get smollm2-135m` fetches one.
+`hora-bench`: `hora-bench assets get smollm2-135m` fetches one. `nox -s notebooks` makes notebooks of them.
 """
 
 

@@ -17,12 +17,14 @@ COLUMNS = {
     "saves": ("loaded",),
     "exports to LoRA": ("exported",),
 }
+SCALE = {"compile": "torch.compile", "fsdp2": "FSDP2"}
 LEAD = """# What works
 
 Read from result files when this site is built. Each part links to the page that says more.
 ✓ was tried and holds, · cannot be seen on the model that was tried, – was not tried.
 
-- Sharding, offload and compilation depend on the layer and not on the family: see [Large models](../guide/scale.md).
+- *torch.compile*: forward and backward are traced and compared; no kernels are generated. *FSDP2*: each block is shared
+  out over two processes. Offload, tensor parallelism and the rest: [Large models](../guide/scale.md).
 - What a method of PEFT may do, beside LoRA: [Beside LoRA](../guide/capabilities.md).
 """
 
@@ -33,22 +35,33 @@ def page(root: Path) -> str:
     families = _read(torch / "families/results.json")
     quantised = _read(torch / "quantised/results.json")
     serving = _read(root / "tests/serving/results.json")
-    lines = [LEAD, *_families(families), *_quantised(quantised), *_servers(serving)]
+    scale = _read(torch / "families/scale.json")["families"]
+    lines = [LEAD, *_families(families, scale), *_quantised(quantised), *_servers(serving)]
     return "\n".join(lines)
 
 
-def _families(results: Mapping[str, Any]) -> Iterator[str]:
+def _families(results: Mapping[str, Any], scale: Mapping[str, Any]) -> Iterator[str]:
     yield "## Families, on PyTorch\n"
     yield f"A tiny random model of each, on {_versions(results)}. [All families](../guide/families.md).\n"
     for title, names in FAMILIES.items():
-        rows = [(f"`{name}`", *_family(results["families"][name])) for name in names.split()]
-        yield from _table((title, "adapted by default", *COLUMNS), rows)
+        rows = [
+            (f"`{name}`", *_family(results["families"][name]), *_scale(scale.get(name, {}))) for name in names.split()
+        ]
+        yield from _table((title, "adapted by default", *COLUMNS, *SCALE.values()), rows)
 
 
 def _family(row: Mapping[str, Any]) -> list[str]:
     if "default_adapts" not in row:
         return ["no", *("" for _ in COLUMNS)]
     return [row["default_adapts"], *(_mark([row.get(check, "ok") for check in checks]) for checks in COLUMNS.values())]
+
+
+def _scale(answers: Mapping[str, str]) -> list[str]:
+    """One mark for each way; what LoRA does not do either says so."""
+    return [
+        _mark([answer]) + " (LoRA too)" * answer.endswith("(LoRA too)") if (answer := answers.get(way)) else "–"
+        for way in SCALE
+    ]
 
 
 def _mark(answers: Iterable[str]) -> str:

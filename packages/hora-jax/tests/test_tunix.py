@@ -1,7 +1,12 @@
 """tunix takes a HoraModel as it takes its own LoRA: models, trainer, checkpoint, sampler."""
 
+import json
+import pydoc_data.topics
+import runpy
 from importlib import import_module
+from pathlib import Path
 
+import hora_spec
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +15,7 @@ from flax import nnx
 from hora_jax import init, make_plan, presets, verify
 from hora_jax.nnx import HoraModel, HoraParam
 from hora_spec import HoraError, ProjectionShape
+from safetensors.numpy import save_file
 
 from .test_libraries import RECIPES, run
 
@@ -104,3 +110,32 @@ def test_the_sampler_writes_the_same_adapted_and_merged(library, tmp_path, monke
     adapted = names["Sampler"](names["model"], Letters(), names["cache"])("a few words", max_generation_steps=4).text
     plain = names["Sampler"](names["base"], Letters(), names["cache"])("a few words", max_generation_steps=4).text
     assert names["text"] == adapted != plain
+
+
+def test_the_example_loads_a_directory_of_the_hub_and_trains(tmp_path, library, monkeypatch, capsys):
+    """And writes an adapter with the names of transformers."""
+    library("tunix.sft.peft_trainer")
+    tokenizers = library("tokenizers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32, "head_dim": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+    config = sizes | heads | {"rope_parameters": {"rope_theta": 10_000.0}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shapes = {"input_layernorm": (16,), "post_attention_layernorm": (16,), "mlp.down_proj": (16, 24)}
+    shapes |= {"mlp.gate_proj": (24, 16), "mlp.up_proj": (24, 16)}
+    shapes |= {f"self_attn.{p}_proj": (rows, 16) for p, rows in {"q": 16, "k": 8, "v": 8, "o": 16}.items()}
+    shapes = {f"model.layers.{i}.{name}.weight": shape for i in range(2) for name, shape in shapes.items()}
+    shapes |= {"model.embed_tokens.weight": (32, 16), "model.norm.weight": (16,)}
+    draw = np.random.default_rng(0).normal
+    tensors = {name: draw(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    letters = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0, "a": 1, "b": 2}, unk_token="?"))
+    letters.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    letters.save(str(tmp_path / "tokenizer.json"))
+    monkeypatch.setattr(pydoc_data.topics, "topics", {"topic": 200 * "abba"})
+
+    example = Path(__file__).parents[1] / "examples/tunix_trainer.py"
+    runpy.run_path(str(example))["main"](str(tmp_path), str(tmp_path / "out"), steps=2, length=8)
+    before, after = (float(part.split()[0]) for part in capsys.readouterr().out.split("text: ")[1].split(", "))
+    assert after < before
+    written = hora_spec.load_adapter(tmp_path / "out/adapter")
+    assert list(written.layers) == [f"model.layers.{i}.self_attn" for i in range(2)]

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy, interpolate
 
 
-def main(name: str, output: str, steps: int = 60, size: int = 56, **kwargs: object) -> None:
+def main(name: str, output: str, steps: int = 120, size: int = 56, **kwargs: object) -> None:
     """Adapt the timm model `name`; write its adapter to `output`."""
     torch.manual_seed(0)
     base = timm.create_model(name, num_classes=10, img_size=size, **kwargs)
@@ -23,14 +23,14 @@ def main(name: str, output: str, steps: int = 60, size: int = 56, **kwargs: obje
     images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
     images = interpolate(images.float().view(-1, 1, 8, 8) / 16 - 0.5, size=size).expand(-1, 3, -1, -1)
     train, test = torch.randperm(len(labels)).split([1500, 297])
-    optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=1e-3)
+    optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=3e-3)
     for step in range(steps):
         batch = train[torch.randint(len(train), (16,))]
         loss = cross_entropy(model.train()(images[batch]), labels[batch])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if step % 20 == 0:
+        if step % 40 == 0:
             print(f"step {step}: loss {loss.item():.3f}")
     with torch.no_grad():
         right = torch.cat([model.eval()(images[part]).argmax(1) == labels[part] for part in test.split(100)])

@@ -2,6 +2,7 @@
 
 import importlib.util
 import pydoc_data.topics
+import sys
 from pathlib import Path
 
 import hora_spec
@@ -10,7 +11,11 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from huggingface_hub import constants, hf_api
 
+from .fake_hub import hub
+
+TEMPLATE = "/{repo_id}/resolve/{revision}/{filename}"
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -76,3 +81,60 @@ def test_the_few_shot_example_compares_equal_numbers_of_parameters(capsys):
     assert lora.startswith("LoRA")
     assert joint.startswith("joint A")
     assert lora.split(":")[1].split()[0] == joint.split(":")[1].split()[0]
+
+
+def test_the_hub_example_pushes_and_loads_by_name(base, tmp_path, monkeypatch, capsys):
+    """With huggingface_hub as it is, and a server of the test's own in place of the hub."""
+    with hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + TEMPLATE)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", "hf_token")
+        example("hub").main(base, "somebody/adapter", steps=2)
+        files = server.files["somebody/adapter"]
+    assert capsys.readouterr().out.endswith("by way of somebody/adapter: logits differ by 0e+00\n")
+    assert sorted(files) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    (tmp_path / "pushed").mkdir()
+    for name, content in files.items():
+        (tmp_path / "pushed" / name).write_bytes(content)
+    assert len(hora_spec.load_adapter(tmp_path / "pushed").layers) == 2
+
+
+STAND_IN = """#!{python}
+import http.server, json, pathlib, sys
+options = dict(zip(sys.argv[3:], sys.argv[4:]))
+name, _, place = options["--lora-modules"].partition("=")
+config = json.loads(pathlib.Path(place, "adapter_config.json").read_text())
+assert config["peft_type"] == "LORA" and config["r"] <= int(options["--max-lora-rank"])
+assert pathlib.Path(place, "adapter_model.safetensors").exists()
+assert pathlib.Path(options["--model"], "config.json").exists()
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        known = asked["model"] in (options["--served-model-name"], name) and self.path == "/v1/completions"
+        self.send_response(200 if known else 404)
+        self.end_headers()
+        self.wfile.write(json.dumps(dict(choices=[dict(text=asked["model"])])).encode())
+
+server = http.server.HTTPServer(("127.0.0.1", int(options["--port"])), Handler)
+print("startup complete", flush=True)
+server.serve_forever()
+"""
+
+
+def test_the_vllm_example_hands_over_what_the_server_loads(base, tmp_path, monkeypatch, capsys):
+    """A stand-in for the server: vLLM itself computes with such exports in `nox -s serving`."""
+    with hub() as free:
+        port = str(free.server_port)
+    stand_in = tmp_path / "python"
+    stand_in.write_text(STAND_IN.replace("{python}", sys.executable))
+    stand_in.chmod(0o755)
+    module = example("vllm_server")
+    monkeypatch.setattr(module, "PORT", port)
+    module.main(base, str(tmp_path / "lora"), str(stand_in), steps=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["base", "hora"]
+    assert lines[1].endswith("-> 'hora'")

@@ -31,10 +31,10 @@ class HoraConv(HoraLinear):
             y = super()._add(y, x, branches, keep)
         else:
             rows = base.out_channels // base.groups
-            whole = [_on_all_rows(branch, base.out_channels) for branch in branches]
+            whole = [_on_all_rows(branch, base.out_channels).chunk(base.groups) for branch in branches]
             parts = []
             for i, (part, own) in enumerate(zip(y.split(rows, -1), x.chunk(base.groups, -1), strict=True)):
-                mine = [branch._replace(b=branch.b[i * rows : (i + 1) * rows], stop=rows) for branch in whole]
+                mine = [branch._replace(b=b[i], start=0, stop=rows) for branch, b in zip(branches, whole, strict=True)]
                 dropped = None if keep is None else keep.chunk(base.groups, -1)[i]
                 parts.append(super()._add(part, own, mine, dropped))
             y = torch.cat(parts, -1)
@@ -46,6 +46,5 @@ def _positions(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     return x[(..., *(slice(None, None, step) for step in stride))].movedim(-1 - len(stride), -1)
 
 
-def _on_all_rows(branch: Branch, rows: int) -> Branch:
-    b = nn.functional.pad(branch.b, (0, 0, branch.start, rows - branch.stop))
-    return branch._replace(b=b, start=0, stop=rows)
+def _on_all_rows(branch: Branch, rows: int) -> Tensor:
+    return nn.functional.pad(branch.b, (0, 0, branch.start, rows - branch.stop))

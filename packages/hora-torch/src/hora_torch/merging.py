@@ -48,12 +48,10 @@ def merged_weight(
             f"only a floating base of 16 bits or more can be merged into, got {weight.dtype}: load the base in its "
             "full dtype, or serve the adapter as LoRA with hora_torch.export_lora (spec M1)"
         )
-    shape = weight.shape
-    if len(shape) > 2:  # a convolution with a kernel of one
-        weight = weight.flatten(1)
-        additions = [(layout.squeezed, a, b, scaling) for layout, a, b, scaling in additions]
+    shape, device = weight.shape, weight.device
+    weight = weight.flatten(1)  # that of a convolution has a kernel of one
+    additions = [(layout.squeezed, a.to(device), b.to(device), scaling) for layout, a, b, scaling in additions]
     limit = 0.0
-    additions = [(layout, a.to(weight.device), b.to(weight.device), scaling) for layout, a, b, scaling in additions]
     for _, a, b, scaling in additions:
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise HoraError(f"{_broken(name)}: only a finite delta can be merged, its factors are not (spec M3)")
