@@ -68,6 +68,15 @@ def scanned(p, x):
     return tuple(jax.lax.scan(lambda carry, w: (carry, x @ w), 0, p["stack"])[1])
 
 
+def scanned_in_a_scan(p, x):
+    outer = jax.lax.scan(lambda carry, _: (carry, jnp.stack(scanned(p, x))), 0, None, length=2)[1]
+    return tuple(outer.reshape(-1, *x.shape))
+
+
+def chosen(p, x):
+    return tuple(jax.lax.cond(x.sum() > v, lambda: heads(x, p["q"]), lambda: heads(x, p["v"])) for v in (0.0, 1e9))
+
+
 def looped(p, x):
     def step(i, seen):
         return seen.at[i].set(heads(x, p["q"]))
@@ -95,6 +104,8 @@ CASES = [
     (looped, "apart", "apart"),
     (in_while, "apart", "apart"),
     (scanned, "stack", "apart"),
+    (scanned_in_a_scan, "stack", "apart"),
+    (chosen, "apart", "apart"),
     (fused, "fused", "shared"),
 ]
 

@@ -72,13 +72,24 @@ def test_a_weight_is_multiplied_wherever_its_axes_stand(case, left, perturbed):
     assert_equal(adapted, fn, params, planned, phi, x)
 
 
-@pytest.mark.parametrize("join", [jnp.concatenate, jnp.stack])
+def in_turn(params, free):
+    """Joined, rearranged, parted and joined again."""
+    both = jnp.concatenate([params["q"], free, params["q"]], axis=1)
+    one, two = jnp.split(both.transpose(0, 2, 1).reshape(6, 24)[None], 2, axis=2)
+    return jnp.stack([two[0], one[0, :, ::1]], axis=1)
+
+
+def beside(join):
+    return lambda params, free: join([params["q"], free], axis=1)
+
+
+@pytest.mark.parametrize("join", [beside(jnp.concatenate), beside(jnp.stack), in_turn])
 def test_trained_values_beside_a_planned_weight_keep_their_gradient(join, perturbed):
     params, planned = planned_as("dhk")
     x = some(1, "sd")
 
     def fn(params, free):
-        return jnp.tensordot(x, join([params["q"], free], axis=1), 1)
+        return jnp.tensordot(x, join(params, free), 1)
 
-    adapted = [adapt(fn, planned, route=route) for route in ROUTES]
+    adapted = [adapt(fn, planned, route=route, dense="error") for route in ROUTES]
     assert_equal(adapted, fn, params, planned, perturbed(init(planned)), some(2, "dhk"))

@@ -148,6 +148,15 @@ def test_weights_that_are_not_those_of_the_checkpoint_are_refused(change, traine
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
 
 
+def test_a_refusal_says_how_far_the_weights_are_and_progress_how_much_is_written(trained, base, tmp_path):
+    _, plan, params, phi = trained
+    with pytest.raises(HoraError, match=r"by up to 1\.0e-03"):
+        save_merged(tmp_path / "out", plan, one_value_moved(params), phi, base=base)
+    seen = []
+    save_merged(tmp_path / "out", plan, params, phi, base=base, progress=lambda *counts: seen.append(counts))
+    assert seen[-1][0] == seen[-1][1] > 0
+
+
 def test_codes_are_refused_with_the_way_out(base, tmp_path):
     params = {"w": jnp.zeros((D, H, K), "float8_e4m3fn")}
     plan = make_plan(params, SPEC, Target("w", "q", "d h k", layer="model.layers.0.self_attn", module="q_proj"))

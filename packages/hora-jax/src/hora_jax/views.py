@@ -32,7 +32,7 @@ class View:
     a: Array
     b: Array
     path: str = field(metadata={"static": True})
-    constant: bool = field(default=True, metadata={"static": True})
+    constant: bool = field(metadata={"static": True})
     codes: bool = field(default=False, metadata={"static": True})
     decoded: bool = field(default=False, metadata={"static": True})
     axes: tuple[int, ...] | None = field(default=None, metadata={"static": True})
