@@ -193,8 +193,8 @@ def model_of(request: Request, task: Any, seen: Tokens, members: np.ndarray) -> 
     seen, members
         The split that is learned from, and numbers of its examples: a method may start from the first batches.
     """
-    head = head_init(load.num_features(request.model), task.num_classes, request.seed)
     model = deepcopy(_base(request.model, request.image_size_px or 0))
+    head = head_init(model.num_features, task.num_classes, request.seed)
     frozen = len(model.blocks) - (request.last_blocks or 0)
     if frozen < 1:
         raise HoraError(
