@@ -5,7 +5,7 @@
 MODULE is a pattern such as ``hora_torch.linear`` or ``hora_jax.*``; by default all modules of ``modules.toml``. What
 survives must stand in ``survivors.toml`` with a reason, and what stands there must survive; then ``ran.json`` says so
 of this source. A run that was stopped goes on where it was: results lie in ``results/mutation/``, and hold as long as
-the module does; those of survivors as long as its tests do, too. Needs `os.fork`.
+the module does; those of survivors as long as its tests do, too. Needs Linux.
 """
 
 import argparse

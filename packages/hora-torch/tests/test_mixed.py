@@ -10,6 +10,7 @@ from hora_torch import HoraConfig
 from hora_torch.hypernet import HoraHypernet
 from hora_torch.mixed import add_by_sample
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 NAMES = [
     *itertools.permutations(["a", "b", "other"]),
@@ -32,6 +33,13 @@ def test_each_sample_gets_what_its_own_adapter_adds(names):
     expected = torch.stack([y[i] + {"a": 2, "b": 3, "other": 0}[name] * x[i, :, :4] for i, name in enumerate(names)])
     assert torch.equal(result, expected)
     assert asked == Counter(set(names) & {"a", "b"})
+
+
+def test_samples_are_sorted_on_the_device_of_the_inputs():
+    with FakeTensorMode():  # says when an operation reads two devices, and needs no second one
+        y, x = torch.empty(3, 4, device="cuda"), torch.empty(3, 4, device="cuda")
+        result = add_by_sample(y, x, ["b", "a", "b"], {"a", "b"}, lambda name, own, inputs: own + inputs)
+    assert result.device.type == "cuda"
 
 
 class Attention(nn.Module):

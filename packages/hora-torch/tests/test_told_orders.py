@@ -7,11 +7,27 @@ import torch
 import transformers as tf
 from hora_spec import HoraError, ProjectionShape, load_adapter, to_lora
 from hora_torch import HoraConfig
+from hora_torch.order import Order
 from torch import nn
 
 from .oracle import agree, differ, evaluate, merged, written
 
 HEADS, KV_HEADS, WIDTH = 8, 4, 4
+
+
+@pytest.mark.parametrize(
+    ("text", "one"),
+    [
+        ("points:1", True),
+        ("q:1", False),
+        ("points:2", False),
+        ("points:8*4", False),
+        ("q k", False),
+        ("k:2*4 p:2*4", False),
+    ],
+)
+def test_s3_rows_are_one_map_where_they_are_one_part_of_no_role_without_heads(text, one):
+    assert Order.parse(text).is_one_map is one
 
 
 class Split(nn.Module):

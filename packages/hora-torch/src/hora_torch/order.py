@@ -86,8 +86,8 @@ class Order:
     @property
     def is_one_map(self) -> bool:
         """Whether the rows are not split into heads, so that all of them are one (spec S3), as in ``"points:1"``."""
-        first = self.parts[0]
-        return len(self.parts) == 1 and first.numbers == ("1",) and first.name not in ROLES
+        first = self.parts[0]  # the only one, where it has one number
+        return first.numbers == ("1",) and first.name not in ROLES
 
     @property
     def sized(self) -> bool:
