@@ -214,12 +214,23 @@ def test_alike_heads_say_what_the_generator_does_without_any_data():
 def test_the_guide_says_of_a_joint_a_what_its_result_says():
     path = RESULTS / "joint-sign-digits.json"
     rows = {row["value"]: row["mean_pct"] for row in read_json(path)["result"]["rows"]}
-    (said,) = (one for one in verdicts([(path, read_json(path))]) if one.claim.startswith("ours"))
+    (said,) = (one for one in verdicts([(path, read_json(path))]) if one.claim.startswith("ours: a joint"))
     assert said.word == "not resolved"
     assert "over a random A, fixed" in said.why
     assert rows["random-fixed-a"] >= rows["joint"]
     guide = " ".join((ROOT / "docs/guide/settings.md").read_text().split())
     assert "on one task: not resolved, and a random A that is fixed did as well" in guide
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "word"), [(0.3, 0.5, "confirmed"), (-0.02, 0.02, "not seen"), (0.0, 0.4, "not resolved")]
+)
+def test_heads_are_asked_alike_where_their_signals_are_more_alike_than_by_chance(low, high, word):
+    bounds = {"mean": (low + high) / 2, "low": low, "high": high, "by_chance": [-0.01, 0.01]}
+    names = ("similarity", "similarity_in_frame", "inputs_one", "inputs_own")
+    which = {"task": "made", "state": "start", "seed": 0}
+    summary = [{**which, "projection": p, "measure": name, **bounds} for p in "qv" for name in names]
+    assert said("signal", {"setting": {"rank": 8}, "summary": summary}) == [word]
 
 
 def test_the_summary_says_of_screens_what_was_found_and_that_nothing_won(tmp_path):
@@ -229,6 +240,7 @@ def test_the_summary_says_of_screens_what_was_found_and_that_nothing_won(tmp_pat
         row("hora", [48.0, 49.0, 50.0], 0.1, task="made", learning_rate=2, **over_lora(-3.0, -1.0)),
         row("dora", [50.0, 51.0, 52.5], 0.1, task="made", learning_rate=2, **over_lora(-2.0, 3.0)),
     ]
+    rows[1]["loss_over_lora"] = {"mean": 0.2, "low": 0.1, "high": 0.3}
     trials = [
         {**which, "factor": "method", "value": one["value"], "learning_rate": rate, "accuracy_pct": 50.0}
         for one in rows
@@ -239,7 +251,7 @@ def test_the_summary_says_of_screens_what_was_found_and_that_nothing_won(tmp_pat
     write_experiment(tmp_path / "screen.json", "sweep", "test", seconds=1.0, result=result)
     write_page(tmp_path, tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
-    assert "| 10 % of made | 51.0 | none | none | dora | hora |" in page
+    assert "| 10 % of made | 51.0 | none | none | dora | hora (test loss +0.20, +0.10 to +0.30) |" in page
     assert "No form was shown to be better than LoRA by any of them." in page
     assert "more accurate than LoRA | not measured" in page  # a screen judges no claim
 
@@ -272,7 +284,7 @@ def test_the_text_says_of_a_screen_what_was_measured():
 
 def test_every_claim_has_a_verdict_without_any_result():
     assert {verdict.word for verdict in verdicts([])} == {"not measured"}
-    assert len(verdicts([])) == 12
+    assert len(verdicts([])) == 13
 
 
 @pytest.mark.parametrize(

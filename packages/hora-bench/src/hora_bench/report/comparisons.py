@@ -192,22 +192,34 @@ def found_in(result: dict[str, Any]) -> Iterator[tuple[str, Difference]]:
 
 
 WORDS: Final[tuple[Word, ...]] = ("better", "equal", "not resolved", "worse")
-SCREENED: Final = ("data", "LoRA, %", *WORDS, "could have seen, points", "seeds")
+SCREENED: Final = ("data", "LoRA, %", *WORDS, "joint over a random A, points", "could have seen, points", "seeds")
 
 
 def screen_line(result: dict[str, Any]) -> tuple[str, ...]:
-    """Cells of `SCREENED` for a screen: the choices that each word was found for."""
+    """Cells of `SCREENED` for a screen: the choices of each word, and how the test loss of what differs differs."""
     rows = rows_of(result)
     lora = next((row for row in rows if is_lora(row)), None)
     judged = [row for row in rows if row["word"]]
     seen = [row["over_lora"].detectable for row in judged if row["over_lora"].detectable is not None]
     seeds = {row["seeds"] for row in judged}
+    joint, random = (next((row for row in rows if name_of(row).startswith(name)), None) for name in ("joint", "random"))
+    over = None
+    if joint is not None and random is not None:
+        over = Difference.of(*(row["accuracies_pct"][: min(seeds)] for row in (joint, random)))
     return (
         f"{100 * rows[0]['fraction']:g} % of {rows[0]['task']}",
         "" if lora is None else f"{lora['mean_pct']}",
-        *(", ".join(name_of(row) for row in judged if row["word"] == word) or "none" for word in WORDS),
+        *(", ".join(_with_loss(row) for row in judged if row["word"] == word) or "none" for word in WORDS),
+        shown(over),
         f"{min(seen)} to {max(seen)}" if seen else "",
         f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else "".join(map(str, seeds)),
+    )
+
+
+def _with_loss(row: Row) -> str:
+    loss = row.get("loss_over_lora") if row["word"] in ("better", "worse") else None
+    return name_of(row) + (
+        f" (test loss {loss['mean']:+.2f}, {loss['low']:+.2f} to {loss['high']:+.2f})" if loss else ""
     )
 
 

@@ -215,6 +215,32 @@ def _why_alike(result: Result, activation: str, free: float | None) -> str:
     return "".join(f"; {part}" for part in parts)
 
 
+def _asked_alike(result: Result) -> Said:
+    """By the similarity of gradient signals, coordinate by coordinate: what a generator that serves all heads sees."""
+    rank = result["setting"]["rank"]
+    found = {(one["task"], one["state"], one["seed"]): {} for one in result["summary"]}
+    for one in result["summary"]:
+        found[one["task"], one["state"], one["seed"]][one["projection"], one["measure"]] = one
+    for (task, state, _), of in found.items():
+        alike = [of[p, "similarity"] for p in "qv"]
+        above = all(one["low"] > one["by_chance"][1] for one in alike)
+        absent = all(one["high"] < NOTHING_COMMON for one in alike)
+        frame, inputs, own = (
+            " and ".join(f"{of[p, name]['mean']:.2f}" for p in "qv")
+            for name in ("similarity_in_frame", "inputs_one", "inputs_own")
+        )
+        means = " and ".join(f"{one['mean']:+.3f}" for one in alike)
+        chance = max(one["by_chance"][1] for one in alike)
+        yield (
+            CONFIRMED if above else ABSENT if absent else UNRESOLVED,
+            (
+                f"{state}, {task}: similarity of Q and V {means}, by chance up to {chance:.3f}; in a frame free of a "
+                f"head's coordinates {frame}. One basis of {rank} directions that all heads read holds {inputs} of the "
+                f"signal, a basis for each {own}, random directions {of['q', 'inputs_one']['by_chance'][0]:.2f}"
+            ),
+        )
+
+
 def _paired(row: Row, other: Row) -> Difference:
     return Difference.of(row["accuracies_pct"], other["accuracies_pct"])
 
@@ -267,5 +293,6 @@ JUDGES: Final[tuple[tuple[str, tuple[str, ...], Callable[[Result], Said]], ...]]
     ("about 6 times LoRA's FLOPs", ("cost",), _macs),
     ("no cost at inference once merged", ("speed",), _merged_inference),
     ("sharing makes the heads' updates alike", ("similarity",), _alike_heads),
+    ("ours: data ask the heads for alike updates", ("signal",), _asked_alike),
     ("ours: a joint A, fixed, is more accurate than LoRA", COMPARISONS, _joint),
 )

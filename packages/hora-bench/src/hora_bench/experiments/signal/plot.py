@@ -23,18 +23,18 @@ def plot(result: dict[str, Any], folder: Path, *, stem: str = "signal") -> list[
     """Write ``STEM-similarity.svg`` and ``STEM-held.svg`` into `folder`; what chance gives is a grey bar."""
     rank = result["setting"]["rank"]
     axes = {
-        "similarity": (SIMILARITIES, "similarity of two heads' signals; grey: by chance"),
-        "held": (HELD, f"part of the signal held by {rank} directions; grey: random ones"),
+        "similarity": (SIMILARITIES, (-0.4, 1.05), "similarity of two heads' signals; grey: by chance"),
+        "held": (HELD, (-0.1, 1.2), f"part of the signal held by {rank} directions; grey: random ones"),
     }
     paths = []
-    for kind, (names, label) in axes.items():
+    for kind, (names, limits, label) in axes.items():
         paths.append(folder / f"{stem}-{kind}.svg")
-        save(_points(result["summary"], names, label), paths[-1])
+        save(_points(result["summary"], names, limits, label), paths[-1])
     return paths
 
 
-def _points(summary: list[dict[str, Any]], names: dict[str, str], label: str) -> Figure:
-    """A measure of a projection a line, states in colours, tasks and seeds as points with their intervals."""
+def _points(summary: list[dict[str, Any]], names: dict[str, str], limits: tuple[float, float], label: str) -> Figure:
+    """A measure of a projection a line, states in colours, tasks and seeds as points; intervals may leave the plot."""
     lines = [(name, p) for name in names for p in dict.fromkeys(one["projection"] for one in summary)]
     states = list(dict.fromkeys(one["state"] for one in summary))
     figure = Figure(figsize=(7, 1.2 + 0.5 * len(lines)), layout="constrained")
@@ -45,7 +45,7 @@ def _points(summary: list[dict[str, Any]], names: dict[str, str], label: str) ->
             for turn, one in enumerate(own):
                 y = line + 0.6 * ((index + (turn + 1) / (len(own) + 1)) / len(states) - 0.5)
                 low, high = one["by_chance"]
-                axis.plot([low, high], [y, y], color="0.75", linewidth=6, solid_capstyle="round")
+                axis.plot([low, high], [y, y], "o-", color="0.75", linewidth=6, markersize=6)
                 bounds = [[one["mean"] - one["low"]], [one["high"] - one["mean"]]]
                 axis.errorbar(
                     one["mean"], y, xerr=bounds, fmt="o", color=f"C{index}", markersize=4, capsize=2,
@@ -55,5 +55,6 @@ def _points(summary: list[dict[str, Any]], names: dict[str, str], label: str) ->
     axis.set_yticks(range(len(lines)), [f"{p.upper()}, {names[name]}" for name, p in lines], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel(label)
+    axis.set_xlim(*limits)
     axis.legend(frameon=False, fontsize=8)
     return figure
