@@ -115,6 +115,10 @@ def test_the_sampler_writes_the_same_adapted_and_merged(library, tmp_path, monke
 def test_the_example_loads_a_directory_of_the_hub_and_trains(tmp_path, library, monkeypatch, capsys):
     """And writes an adapter with the names of transformers."""
     library("tunix.sft.peft_trainer")
+    rope = library("tunix.models.llama3.model").apply_rope
+    monkeypatch.setattr(
+        rope, "__defaults__", rope.__defaults__
+    )  # restored: the example sets the base of the checkpoint
     tokenizers = library("tokenizers")
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32, "head_dim": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
@@ -139,3 +143,4 @@ def test_the_example_loads_a_directory_of_the_hub_and_trains(tmp_path, library, 
     assert after < before
     written = hora_spec.load_adapter(tmp_path / "out/adapter")
     assert list(written.layers) == [f"model.layers.{i}.self_attn" for i in range(2)]
+    assert rope.__defaults__ == (10_000,)
