@@ -16,6 +16,7 @@ from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.ast.ast_query import ASTQuery
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.operators.boolean_replacer import AddNot
+from cosmic_ray.operators.exception_replacer import ExceptionReplacer
 from cosmic_ray.operators.number_replacer import NumberReplacer
 from cosmic_ray.operators.operator import Operator
 from cosmic_ray.plugins import get_operator
@@ -53,7 +54,6 @@ _OTHERS = (
     "ReplaceOrWithAnd",
     "ReplaceBreakWithContinue",
     "ReplaceContinueWithBreak",
-    "ExceptionReplacer",
     "NumberReplacer",
     "RemoveDecorator",
     "ZeroIterationForLoop",
@@ -109,6 +109,17 @@ class RemoveArgument(Operator):
         return ()
 
 
+class ReplaceException(ExceptionReplacer):
+    """Cosmic Ray's operator, which knows exceptions by a name alone, for those named through their module, too."""
+
+    @staticmethod
+    def _name_nodes(node: Any) -> list[Any]:
+        what = node.children[1]
+        within = what.children[1] if what.type == "atom" else what
+        each = within.children[::2] if within.type == "testlist_comp" else [within]
+        return [one.get_last_leaf() for one in each]
+
+
 class Mutant(NamedTuple):
     """A changed module and its name, which holds as long as the changed lines stay what they are."""
 
@@ -147,7 +158,11 @@ def mutants(source: str) -> Iterator[Mutant]:
 def _operators() -> list[Operator]:
     names = [f"ReplaceBinaryOperator_{one}_{other}" for one, other in _BINARY]
     names += [f"ReplaceComparisonOperator_{one}_{other}" for one, other in _COMPARISON]
-    return [get_operator(f"core/{name}")() for name in (*names, *_OTHERS)] + [RemoveStatement(), RemoveArgument()]
+    return [get_operator(f"core/{name}")() for name in (*names, *_OTHERS)] + [
+        ReplaceException(),
+        RemoveStatement(),
+        RemoveArgument(),
+    ]
 
 
 def _positions(source: str, operator: Operator) -> list[tuple[Position, str]]:
