@@ -25,6 +25,10 @@ def scaled(x: int, *, by: float = 2) -> int:
     """A docstring with 1 number."""
     if x is None:
         raise ValueError(f"x is a number, got {x - 1}")
+    try:
+        by = by.value
+    except (AttributeError, numpy.exceptions.AxisError):
+        pass
     total: int | float = 0
     for one, other in zip([x], [by], strict=True):
         total += round(one * other, ndigits=0)
@@ -95,6 +99,13 @@ def test_each_mutant_differs_in_meaning_from_its_source_and_has_a_name_of_its_ow
         "scaled: total += round(one * other, ndigits=0) -> total += round(one / other, ndigits=0)",
         "scaled: total += round(one * other, ndigits=0) -> total += round(one * other,)",
         'scaled: raise ValueError(f"x is a number, got {x - 1}") -> pass',
+        *(
+            f"scaled: except (AttributeError, numpy.exceptions.AxisError): -> except ({names}):"
+            for names in (
+                "CosmicRayTestingException, numpy.exceptions.AxisError",
+                "AttributeError, numpy.exceptions.CosmicRayTestingException",
+            )
+        ),
         "scaled: for one, other in zip([x], [by], strict=True): -> for one, other in []:",
         "scaled: def scaled(x: int, *, by: float = 2) -> int: -> def scaled(x: int, *, by: float = 3) -> int:",
     ],
