@@ -23,7 +23,9 @@ def picture() -> bytes:
     axes.set_axis_off()
 
     def box(x, y, width, text, filled=True):
-        style = {"facecolor": BLUE, "edgecolor": BLUE} if filled else {"facecolor": "none", "edgecolor": INK, "ls": "--"}
+        style = (
+            {"facecolor": BLUE, "edgecolor": BLUE} if filled else {"facecolor": "none", "edgecolor": INK, "ls": "--"}
+        )
         axes.add_patch(FancyBboxPatch((x, y), width, 50, boxstyle="round,pad=0,rounding_size=8", lw=2.5, **style))
         color = PAPER if filled else INK
         axes.text(x + width / 2, y + 26, text, size=19, ha="center", va="center", color=color)
