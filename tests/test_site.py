@@ -58,6 +58,23 @@ def test_notebooks_are_cells_of_the_scripts_and_call_them_with_their_arguments(m
         assert text.startswith("# %% [markdown]\n# # ")
 
 
+@pytest.mark.parametrize("framework", ["PyTorch", "JAX"])
+def test_the_walk_to_a_served_model_has_all_that_it_needs(framework, monkeypatch):
+    """By its words; `nox -s walk` runs it."""
+    monkeypatch.syspath_prepend(ROOT / ".ci")
+    walk = import_module("walk")
+    lines = walk.commands(walk.PAGE.read_text(), framework)
+    (train,) = [line for line in lines if "examples/" in line]
+    asked = {line.split("hora-")[1].split("/")[0] for line in lines if line.startswith("python packages/")}
+    assert (ROOT / train.split()[1]).is_file()
+    assert asked == {{"PyTorch": "torch", "JAX": "jax"}[framework]}
+    assert lines.index(walk.DOWNLOAD) < lines.index(train)
+    kinds = [line.split()[1] for line in lines if line.startswith("hora ")]
+    assert kinds == ["inspect", "merge", "verify", "export-lora"]
+    assert [line.split()[0] for line in lines if "serve" in line.split() or "curl" in line] == ["transformers", "curl"]
+    assert "server.log 2>&1 &" in walk.script(lines, Path("base"))
+
+
 def test_every_command_is_on_the_page():
     text = SITE.commands.page()
     for command in ("hora inspect", "hora export-gguf", "hora-bench demo", "hora-bench run", "hora-bench assets get"):
