@@ -39,6 +39,8 @@ def _measured(root: Path) -> Iterator[tuple[str, str]]:
     compared = [why for claim, _, why in _claims(root) if claim == "more accurate than LoRA"]
     most = max(compared, key=lambda why: int(re.search(r"over (\d+) paired seeds", why)[1]))
     yield "accuracy, the comparison with most seeds", most.split("; ")[0].split(". Of ")[0]
+    if screens := "; ".join(_screens(root)):
+        yield "accuracy on a screen, a proxy: the last blocks alone", screens
     yield "trained parameters, times LoRA's", "; ".join(_parameters(root))
     speeds = [_read(root, path.stem) for path in sorted((root / RESULTS).glob("speed-*.json"))]
     steps = [step for speed in speeds for step in speed["steps"] if step["method"] == "hora" and "over_lora" in step]
@@ -50,6 +52,16 @@ def _measured(root: Path) -> Iterator[tuple[str, str]]:
     calls = [one for speed in speeds for one in speed["inference"] if one["method"] == "hora"]
     merged = [one["over_frozen"]["ratio"] for one in calls if one["form"] == "merged"]
     yield "inference once merged, times the base model's", _range(merged)
+
+
+def _screens(root: Path) -> Iterator[str]:
+    """The default beside LoRA on each task that was screened."""
+    for path in sorted((root / RESULTS).glob("screen-*.json")):
+        for row in _read(root, path.stem).get("rows", ()):
+            if row.get("value") == "default":
+                over, which = row["over_lora_pct"], f"{100 * row['fraction']:.0f} % of {row['task']}"
+                points = f"{over['mean_pct']:+.2f} ({over['low_pct']:+.2f} to {over['high_pct']:+.2f}) points"
+                yield f"default on {which}: {points} over {over['seeds_count']} paired seeds"
 
 
 def _parameters(root: Path) -> Iterator[str]:
