@@ -147,6 +147,15 @@ def over_recipes(session: nox.Session, script: str, *groups: str) -> None:
 
 
 @nox.session(python=False)
+def walk(session):
+    """Run the commands of docs/start/served.md, from nothing to a served model (``-- JAX`` for one way)."""
+    tools = everything(session)
+    torch = ROOT / f".nox/torch-{VERSION}.txt"  # the build that `run` chose
+    env = {"PIP_CONSTRAINT": str(torch)} if torch.exists() else {}
+    run(session, tools, "python", ".ci/walk.py", *session.posargs, env=env)
+
+
+@nox.session(python=False)
 def docs_screens(session):
     """Build the site, and photograph every top page, wide and narrow, light and dark, into results/screens/; fails on
     sideways scrolling, console messages and requests to elsewhere (``-- PAGE ...`` for some pages).
@@ -187,8 +196,9 @@ def newest_jax(session):
     packages = ("hora-spec", "hora-jax")
     groups = ("test", "jax", "jax-newest")
     tools = environment(session, "newest-jax", packages=packages, groups=groups, constrained=False)
-    libraries = beside(session, tools, "jax-libraries", constrained=False)
-    path = (str(libraries), str(ROOT / "packages/hora-bench/src"))  # hora-bench's models need nothing else
+    beside_it = ("jax-libraries", *(["maxtext"] if sys.version_info >= (3, 12) else []))
+    libraries = (str(beside(session, tools, group, constrained=False)) for group in beside_it)
+    path = (*libraries, str(ROOT / "packages/hora-bench/src"))  # hora-bench's models need nothing else
     env = TEST_ENV | {"PYTHONPATH": os.pathsep.join(path), "HORA_TEST_LIBRARIES": "all"}
     paths = [f"packages/{name}" for name in packages]
     run(session, tools, "pytest", *paths, *parallel(), *session.posargs, env=env)

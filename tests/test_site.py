@@ -4,10 +4,13 @@ import ast
 import json
 import re
 from importlib import import_module
+from importlib.metadata import requires
 from pathlib import Path
 
+import jinja2
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from .test_documents import ROOT, SITE
 
@@ -57,6 +60,23 @@ def test_notebooks_are_cells_of_the_scripts_and_call_them_with_their_arguments(m
         assert text.startswith("# %% [markdown]\n# # ")
 
 
+@pytest.mark.parametrize("framework", ["PyTorch", "JAX"])
+def test_the_walk_to_a_served_model_has_all_that_it_needs(framework, monkeypatch):
+    """By its words; `nox -s walk` runs it."""
+    monkeypatch.syspath_prepend(ROOT / ".ci")
+    walk = import_module("walk")
+    lines = walk.commands(walk.PAGE.read_text(), framework)
+    (train,) = [line for line in lines if "examples/" in line]
+    asked = {line.split("hora-")[1].split("/")[0] for line in lines if line.startswith("python packages/")}
+    assert (ROOT / train.split()[1]).is_file()
+    assert asked == {{"PyTorch": "torch", "JAX": "jax"}[framework]}
+    assert lines.index(walk.DOWNLOAD) < lines.index(train)
+    kinds = [line.split()[1] for line in lines if line.startswith("hora ")]
+    assert kinds == ["inspect", "merge", "verify", "export-lora"]
+    assert [line.split()[0] for line in lines if "serve" in line.split() or "curl" in line] == ["transformers", "curl"]
+    assert "server.log 2>&1 &" in walk.script(lines, Path("base"))
+
+
 def test_every_command_is_on_the_page():
     text = SITE.commands.page()
     for command in ("hora inspect", "hora export-gguf", "hora-bench demo", "hora-bench run", "hora-bench assets get"):
@@ -84,6 +104,31 @@ def test_a_recipe_is_short_and_says_what_it_is(script):
     text = script.read_text()
     assert ast.get_docstring(ast.parse(text))
     assert len([line for line in text.split('"""', 2)[2].splitlines() if line.strip()]) <= 40
+
+
+def test_a_recipe_says_what_it_needs_and_what_is_not_named_comes_along():
+    needs = {script.stem: SITE.recipes.needs(script.read_text()) for script in SITE.recipes.scripts(ROOT)}
+    assert needs["llama_trainer"] == "pip install ./packages/hora-spec ./packages/hora-torch"
+    assert needs["llama_cpp"] == 'pip install "./packages/hora-spec[gguf]" ./packages/hora-torch xllamacpp'
+    assert needs["four_bit"].endswith("./packages/hora-torch bitsandbytes")
+    assert needs["train_nnx"] == 'pip install ./packages/hora-spec "./packages/hora-jax[flax]"'
+    assert needs["equinox_digits"].endswith("./packages/hora-jax equinox optax scikit-learn")
+    for package, modules in SITE.recipes.BROUGHT.items():
+        name, _, extra = package.partition("[")
+        assert modules <= brought(name, extra.rstrip("]")), package
+
+
+def brought(name: str, extra: str = "") -> set[str]:
+    """A distribution, with an extra of it, and all that these ask for."""
+    found, left = set(), [(name, extra)]
+    while left:
+        one, extra = left.pop()
+        for line in (requires(one) or []) if one not in found else []:
+            asked = Requirement(line)
+            if asked.marker is None or asked.marker.evaluate({"extra": extra}):
+                left.append((asked.name, ""))
+        found.add(one)
+    return {one.replace("-", "_") for one in found}
 
 
 def test_pages_in_the_navigation_exist_and_links_on_made_pages_lead_somewhere(staged):
@@ -163,6 +208,28 @@ def pages_of(entries) -> list[str]:
     if isinstance(entries, dict):
         return [page for value in entries.values() for page in pages_of(value)]
     return [page for entry in entries for page in pages_of(entry)]
+
+
+def test_beside_a_link_to_the_site_stands_a_picture_that_the_site_holds(staged, tmp_path):
+    """The tags by the template; `nox -s docs` asks the same of the page that it built."""
+    card, theme = SITE.card, ROOT / settings()["theme"]["custom_dir"]
+    loader = jinja2.ChoiceLoader(
+        [jinja2.FileSystemLoader(theme), jinja2.DictLoader({"base.html": "{% block extrahead %}{% endblock %}"})]
+    )
+    template = jinja2.Environment(loader=loader).get_template("main.html")
+    home = {"title": "HoRA", "is_homepage": True}
+    for address, expected in (("", "./assets/card.png"), ("https://example.org/hora/", None)):
+        config = {"site_url": address, "site_name": "HoRA", "site_description": "words"}
+        text = template.render(config=config, page=home, base_url=".")
+        assert card.NAMED.findall(text) == 2 * [expected or f"{address}assets/card.png"]
+    (tmp_path / "index.html").write_text(text)
+    (tmp_path / "assets").mkdir()
+    (tmp_path / card.PLACE).write_bytes((staged / card.PLACE).read_bytes())
+    assert card.fault(tmp_path) is None
+    (tmp_path / card.PLACE).write_bytes(b"no picture")
+    assert "1200" in card.fault(tmp_path)
+    (tmp_path / "index.html").write_text("")
+    assert "must name" in card.fault(tmp_path)
 
 
 def test_the_first_page_says_whether_to_use_it(staged):
