@@ -1,10 +1,17 @@
-"""The experiment files of the package are found by name, and a file of the caller's goes first."""
+"""The experiment files of the package are found by name, a file of the caller's goes first, and results are theirs."""
 
+import re
 from pathlib import Path
 
 import pytest
 import typer
+from hora_bench.cache import read_json
+from hora_bench.choices import Sweep, choices
 from hora_bench.experiments.files import SHIPPED, experiment_file
+from hora_bench.report.rows import COMPARISONS, rows_of
+from hora_bench.setting import read_setting
+
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 @pytest.mark.parametrize("text", ["control-digits", "control-digits.toml", "experiments/control-digits.toml"])
@@ -23,3 +30,21 @@ def test_a_file_of_the_caller_goes_first(tmp_path, monkeypatch):
 def test_what_is_not_there_is_answered_with_what_is(text):
     with pytest.raises(typer.BadParameter, match=r"one of ablate-sign-digits, .*control-digits"):
         experiment_file(text)
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_a_committed_result_is_of_its_experiment_file_as_it_is_now(path):
+    content = read_json(path)
+    named = re.search(r"experiments/(\S+\.toml)(?: --data FOLDER)?(?: --task (\S+))?$", content["command"])
+    if named is None:
+        return
+    setting, result = read_setting(SHIPPED / named[1], quick=None, data=None), content["result"]
+    if content["experiment"] not in COMPARISONS:
+        assert {name: result["setting"][name] for name in setting.vary if name in result["setting"]}.items() <= (
+            setting.vary.items()
+        )
+        return
+    asked = Sweep.of({**setting.vary, **({"tasks": [named[2]]} if named[2] else {})})
+    rows = [(row["factor"], row["value"], row["fraction"]) for row in rows_of(result)]
+    assert {(one.factor, one.value, one.request.fraction) for one in choices(setting.base, asked)} <= {*rows}
+    assert tuple(result["setting"]["seeds"]) == asked.seeds

@@ -16,7 +16,6 @@ import pytest
 from hora_bench import backends, methods, search, store
 from hora_bench import run as runs
 from hora_bench.cache import write_json
-from hora_bench.commands.run import parse_mesh
 from hora_bench.data.records import TextTask, read_records, records_task
 from hora_bench.models import load
 from hora_bench.models.load import tokenizer
@@ -404,19 +403,3 @@ def test_a_smaller_fraction_is_part_of_a_larger_one():
     assert set(small) <= set(large)
     assert [int((labels[small] == c).sum()) for c in range(3)] == [5, 3, 2]
     assert len(subset(labels, 0.001, 0)) == 3
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: methods.find("lara"), "a method is one of hora"),
-        (lambda: methods.find("lora").configured({"hidden_dim": 3}), "options of lora are rank, alpha"),
-        (lambda: methods.find("hora-joint").configured({"start_scale": "rms"}), "start_scale of .* kaiming, rows"),
-        (lambda: methods.find("hora-joint").configured({"start_batches": 0}), "start_batches of .* whole number"),
-        (lambda: methods.find("hora-a").configured({"start_batches": 4}), "options of hora-a are"),
-        (lambda: parse_mesh("dp=2"), "axes fsdp and tp"),
-    ],
-)
-def test_bad_requests_say_rule_and_fix(call, message):
-    with pytest.raises(HoraError, match=message):
-        call()

@@ -109,6 +109,12 @@ class Sweep:
                 f"what every choice has of its own cannot be varied, got {', '.join(idle)}: seeds are a list, and with "
                 "a search it finds the rates and the test split judges; drop it"
             )
+        if "last_blocks" in varied:
+            raise HoraError("a comparison is a screen as a whole or not at all, got last_blocks varied: set it for all")
+        if self.search_seeds and self.search is None:
+            raise HoraError(f"search_seeds are those of a search, got {[*self.search_seeds]} without: drop them")
+        if twice := sorted(set(self.search_seeds) & set(self.seeds)):
+            raise HoraError(f"seeds that search and seeds that judge are different, got {twice} in both: change one")
         if type(self.race) is not int or (self.race and not 2 <= self.race < seeds):
             raise HoraError(
                 f"a race runs two seeds or more at a time, of more, got race {self.race} of {seeds}: change it"

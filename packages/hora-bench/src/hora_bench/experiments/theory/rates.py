@@ -74,7 +74,8 @@ OF_ACTIVATIONS: Final = tuple(
     """\
 With sharing A and B go through the activation, as those of the truth did; without, they are free, so that both hold \
 the truth. The same problems and samples for both. A truth is drawn again while a vector of it is zero.
-Where more than one fit in ten ended above the truth's error, nothing is said: those are no least-squares estimates. \
+Where more than one fit in ten of either side ended above the truth's error, nothing is said: those are no \
+least-squares estimates. \
 Descents do not leave the flat side of relu.
 Everything else as in the regression with its limits, which has the activation identity.\
 """.splitlines()
@@ -185,21 +186,25 @@ def gates(sizes: tuple[int, ...], pieces: list[dict[str, Any]]) -> list[dict[str
     Returns
     -------
     list of dict
-        ``gate``, ``difference`` of slopes with ``low`` and ``high``, the ``bounds`` it should keep, and ``outcome``:
-        passed where the whole interval keeps them, failed where none of it does, else not resolved.
+        ``gate``, ``difference`` of slopes with ``low`` and ``high``, the ``bounds`` it should keep, the share of fits
+        with and without sharing that ended above the truth's error, ``unreached``, and ``outcome``: passed where the
+        whole interval keeps the bounds, failed where none of it does, else not resolved; nor where more than one fit
+        in ten of either side is no least-squares estimate, which says nothing of its rate.
     """
 
-    def of(heads: int, sharing: Sharing, loss: str) -> np.ndarray:
+    def of(heads: int, sharing: Sharing, key: str) -> np.ndarray:
         own = [piece for piece in pieces if (piece["fitted_heads"], piece["sharing"]) == (heads, sharing)]
-        return np.array([piece[loss] for piece in sorted(own, key=lambda piece: piece["trial"])])
+        return np.array([piece[key] for piece in sorted(own, key=lambda piece: piece["trial"])])
 
     judged, fitted = [], {piece["fitted_heads"] for piece in pieces}
     for name, heads, loss, low, high in (gate for gate in GATES if gate[1] in fitted):
         difference, *interval = slope_difference(sizes, of(heads, "full", loss), of(heads, "none", loss))
         kept = [low < bound < high for bound in interval]
         apart = interval[0] >= high or interval[1] <= low
+        unreached = [float(of(heads, s, "unreached").mean()) / len(sizes) for s in ("full", "none")]
         outcome = "passed" if all(kept) else "failed" if apart else "not resolved"
-        numbers = {"difference": difference, "low": interval[0], "high": interval[1]}
+        outcome = outcome if max(unreached) <= UNREACHED else "not resolved"
+        numbers = {"difference": difference, "low": interval[0], "high": interval[1], "unreached": unreached}
         judged.append({"gate": name, **numbers, "bounds": [low, high], "outcome": outcome})
     return judged
 
@@ -268,13 +273,6 @@ def theory(
     }
 
 
-def _gates_where_reached(grid: Grid, pieces: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Gates of one activation: a fit that is no least-squares estimate says nothing of its rate."""
-    fits, unreached = len(pieces) * len(grid.sizes), sum(piece["unreached"] for piece in pieces)
-    judged = [{**gate, "fits": fits, "unreached": unreached} for gate in gates(grid.sizes, pieces)]
-    return [{**gate, "outcome": "not resolved"} for gate in judged] if unreached > UNREACHED * fits else judged
-
-
 def activations(
     *,
     seed: int = 0,
@@ -294,8 +292,7 @@ def activations(
     Returns
     -------
     dict
-        ``setting``; ``gates`` of each ``activation``, not resolved where more than one fit in ten ended above the
-        truth's error; ``pieces``, losses of every trial; ``limits``.
+        ``setting``; ``gates`` of each ``activation``; ``pieces``, losses of every trial; ``limits``.
     """
     journal, pieces = journal or Journal(None), []
     asked = [(name, *piece) for name in ACTIVATIONS for piece in grid.pieces()]
@@ -310,7 +307,7 @@ def activations(
         "gates": [
             {"activation": name, **gate}
             for name in ACTIVATIONS
-            for gate in _gates_where_reached(grid, [piece for piece in pieces if piece["activation"] == name])
+            for gate in gates(grid.sizes, [piece for piece in pieces if piece["activation"] == name])
         ],
         "pieces": pieces,
         "limits": list(OF_ACTIVATIONS),
