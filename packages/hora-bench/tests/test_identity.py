@@ -5,14 +5,15 @@ import shutil
 
 import numpy as np
 import pytest
-from hora_bench import backends, methods, store
+from hora_bench import backends, store
 from hora_bench import run as runs
 from hora_bench.commands import experiments
 from hora_bench.data.records import records_task
 from hora_bench.models import load
 from hora_bench.models.load import tokenizer
 from hora_bench.recipe import Recipe, kept_paths
-from hora_bench.request import Inputs, Request, name_of
+from hora_bench.request import FINAL, Inputs, name_of
+from hora_bench.request import request as made
 from hora_bench.versions import sources_sha256
 from hora_spec import HoraError, load_adapter
 from safetensors.numpy import load_file
@@ -22,10 +23,8 @@ QWIX = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # qwix 0.1.8 ca
 
 
 def request(model, **changes):
-    method = methods.find(changes.pop("method", "hora"))
-    settings = {"task": "made", "model": str(model), "method": method.name, "options": method.options, "steps": 3}
-    settings |= {"image_size_px": 32, "learning_rate": 1e-2, "batch_size": 8, "warmup_steps": 1}
-    return Request(**(settings | {"train_on": "train+val", "score_on": "test"} | changes))
+    settings = {"task": "made", "model": str(model), "image_size_px": 32, "learning_rate": 1e-2, "batch_size": 8}
+    return made(**{**settings, "steps": 3, "warmup_steps": 1, **FINAL, **changes})
 
 
 def predictions(result, out):

@@ -65,7 +65,8 @@ def test_the_html_page_holds_its_plots_and_every_command(pages, tmp_path):
     for name in few:
         shutil.copy(RESULTS / name, tmp_path / name)
     html = write_page(tmp_path, tmp_path / "page.html")[0].read_text()
-    own = [path for path in pages if path.stem in ("theory", "joint-sign-digits", "signal-held", "signal-similarity")]
+    own = {f"{stem}.svg" for stem in ("theory", "joint-sign-digits", "signal-held", "signal-similarity")}
+    own = [path for path in pages if path.name in own]
     assert all(embedded(path) in html for path in own)
     assert html.count('src="data:image/svg+xml;base64,') == html.count("<img") == len(own) + 1  # and all differences
     for name in few:

@@ -20,7 +20,8 @@ from hora_bench.data.records import TextTask, read_records, records_task
 from hora_bench.models import load
 from hora_bench.models.load import tokenizer
 from hora_bench.recipe import Recipe, batch_indices, subset
-from hora_bench.request import Inputs, Request, name_of
+from hora_bench.request import FINAL, Inputs, name_of
+from hora_bench.request import request as made
 from hora_bench.training import Checkpoint, fit
 from hora_spec import HoraError
 from safetensors.numpy import load_file
@@ -30,21 +31,9 @@ QWIX = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # qwix 0.1.8 ca
 
 
 def request(model, **changes):
-    method = methods.find(changes.pop("method", "hora")).configured(changes.pop("options", {}))
-    settings = {
-        "task": "made",
-        "model": str(model),
-        "method": method.name,
-        "options": method.options,
-        "image_size_px": 32,
-        "learning_rate": 1e-2,
-        "batch_size": 8,
-        "steps": 6,
-        "warmup_steps": min(2, changes.get("steps", 6)),
-        "train_on": "train+val",
-        "score_on": "test",
-    }
-    return Request(**(settings | changes))
+    settings = {"task": "made", "model": str(model), "image_size_px": 32, "learning_rate": 1e-2, "batch_size": 8}
+    settings |= {"steps": 6, "warmup_steps": min(2, changes.get("steps", 6)), **FINAL, **changes}
+    return made(**settings)
 
 
 def stored(asked, task, out):

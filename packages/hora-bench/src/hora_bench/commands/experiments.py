@@ -110,7 +110,7 @@ def _pieces(
 ) -> None:
     """An experiment whose finished pieces are kept beside its result until it is whole."""
     setting = read_setting(file, quick=QUICK[name] if quick else None, data=data)
-    arguments = arguments_of(setting, run, *varied)
+    arguments = arguments_of(setting.vary, run, *varied)
     journal = _journal(out)
     with _timed(name, _command(name, file), out) as (progress, finish):
         finish(run(setting, **arguments, journal=journal, progress=progress))
@@ -142,7 +142,7 @@ def speed(
     setting = read_setting(file, quick=QUICK["speed"] if quick else None, data=data)
     if dtype is not None:
         setting = replace(setting, base=vary(setting.base, dtype=dtype))
-    arguments = arguments_of(setting, run, "torch", "jax", "seq", "rounds")
+    arguments = arguments_of(setting.vary, run, "torch", "jax", "seq", "rounds")
     flags = " --cpu-clock" * cpu_clock + f" --device {device}" * (device != "cpu") + f" --dtype {dtype}" * bool(dtype)
     with _timed("speed", _command("speed", file, flags), out) as (progress, finish):
         clock = "cpu" if cpu_clock else "wall"
