@@ -14,6 +14,7 @@ from hora_bench.models.load import tokenizer
 from hora_bench.recipe import Recipe, kept_paths
 from hora_bench.request import FINAL, Inputs, name_of
 from hora_bench.request import request as made
+from hora_bench.store import Journal
 from hora_bench.versions import sources_sha256
 from hora_spec import HoraError, load_adapter
 from safetensors.numpy import load_file
@@ -263,3 +264,17 @@ def test_image_models_train_in_bfloat16_by_autocast_on_torch(vit_directory, imag
     )
     np.testing.assert_allclose(half.loss, full.loss, rtol=0.1)
     assert half.loss != full.loss
+
+
+def test_a_journal_drops_a_line_cut_by_a_kill_and_pieces_of_other_code(tmp_path):
+    path = tmp_path / "pieces.jsonl"
+    for key in "ab":
+        Journal(path, "code").once(key, lambda key=key: key.upper())
+    path.write_text(path.read_text()[:-3])
+    journal = Journal(path, "code")
+    assert journal.once("a", lambda: pytest.fail("forgotten")) == "A"
+    assert journal.once("b", lambda: 2) == 2
+    assert Journal(path, "code").once("b", lambda: pytest.fail("forgotten")) == 2
+    assert Journal(path, "other code").once("a", lambda: "new") == "new"
+    journal.remove()
+    assert not path.exists()
