@@ -58,7 +58,8 @@ def test_both_backends_agree_on_every_loss_and_score(method, vit_directory, imag
 
 @QWIX
 @pytest.mark.parametrize("method", [m.name for m in methods.METHODS if m.library.get("torch") == "peft"])
-def test_peers_train_through_their_own_libraries(method, vit_directory, image_task, tmp_path):
+def test_peers_train_as_many_values_through_their_own_libraries(method, vit_directory, image_task, tmp_path):
+    counts = set()
     for backend in methods.find(method).library:
         head, peer = (
             runs.run(
@@ -69,14 +70,7 @@ def test_peers_train_through_their_own_libraries(method, vit_directory, image_ta
         assert np.isfinite(peer.loss).all()
         assert peer.loss[-1] != head.loss[-1]
         assert head.trained_params_count < peer.trained_params_count < peer.total_params_count
-
-
-@QWIX
-def test_lora_trains_as_many_values_on_both_backends(vit_directory, image_task, tmp_path):
-    counts = set()
-    for backend in ("torch", "jax"):
-        asked = request(vit_directory, method="lora", backend=backend, steps=1)
-        counts.add(runs.run(asked, image_task, tmp_path, command="test").trained_params_count)
+        counts.add(peer.trained_params_count)
     assert len(counts) == 1
 
 
@@ -226,12 +220,6 @@ def test_ten_kills_end_in_the_same_file(backend, processes, vit_directory, image
         assert file.read_bytes() == (killed / file.relative_to(whole)).read_bytes()
 
 
-def test_a_finished_run_is_read_and_not_repeated(vit_directory, image_task, tmp_path):
-    asked = request(vit_directory, steps=1)
-    first = runs.run(asked, image_task, tmp_path, command="test")
-    assert runs.run(asked, image_task, tmp_path, command="another") == first
-
-
 @contextmanager
 def disk_that_takes(size):
     """Files of this process end at `size` bytes, as on a disk that is full then."""
@@ -373,11 +361,6 @@ def test_a_result_that_breaks_the_schema_is_refused_on_reading(vit_directory, im
         path.write_text(json.dumps(content | change))
         with pytest.raises(HoraError, match=f"follow schema version 2.*at {next(iter(change))}"):
             store.read(path)
-
-
-def test_the_schema_names_every_field_and_unit():
-    fields = store.schema()["$defs"]["Measured"]["properties"]
-    assert {"train_time_s", "step_time_s", "peak_memory_bytes"} <= set(fields)
 
 
 def test_data_order_depends_on_seed_and_step_alone():

@@ -15,7 +15,6 @@ from hora_bench.experiments.theory.model import (
     predict,
 )
 from hora_bench.experiments.theory.rates import (
-    GRIDS,
     LOSSES,
     Grid,
     activations,
@@ -160,7 +159,7 @@ def measured(monkeypatch):
     """A tiny grid whose fits are replaced by numbers from a seed; the pieces asked for."""
     asked = []
 
-    def measure(heads, sharing, trial, *, sizes, seed):
+    def measure(heads, sharing, trial, *, sizes, seed, activation):
         asked.append((heads, sharing, trial))
         rng = np.random.default_rng([heads, len(sharing), trial, seed])
         return {name: rng.uniform(1, 2, len(sizes)).tolist() for name in LOSSES} | {"starts": 2, "unreached": 0}
@@ -227,8 +226,3 @@ def test_every_activation_is_judged_by_the_gates_of_a_redundant_head(tmp_path, m
         "trial": 0,
         **measure(2, "full", 0, sizes=(60, 120), seed=0),
     }
-
-
-def test_sizes_grow_from_quick_to_full():
-    work = [sum(grid.sizes) * len(list(grid.pieces())) for grid in GRIDS.values()]
-    assert work == sorted(work)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Final
@@ -29,6 +29,8 @@ INTERVAL_PCT: Final = (2.5, 97.5)
 TEST_SAMPLES: Final = 4000
 DIGITS: Final = 6
 UNREACHED: Final = 0.1
+SIDES: Final[tuple[Sharing, Sharing]] = ("full", "none")
+Pieces = Sequence[Mapping[str, Any]]
 
 GATES: Final = (  # fitted heads, loss, bounds of the difference of slopes, shared less not shared
     ("a redundant head: D2 falls faster with sharing", 2, "d2", -np.inf, 0.0),
@@ -138,14 +140,20 @@ def summarise(sizes: tuple[int, ...], values: Float[np.ndarray, "trials sizes"],
     return summary
 
 
-def curves(grid: Grid, measured: Mapping[tuple[int, Sharing, int], Mapping[str, Any]]) -> list[dict[str, Any]]:
+def values_of(pieces: Pieces, heads: int, sharing: Sharing, key: str) -> np.ndarray:
+    """What every trial has of a measure, in the order of the trials."""
+    own = [piece for piece in pieces if (piece["fitted_heads"], piece["sharing"]) == (heads, sharing)]
+    return np.array([piece[key] for piece in sorted(own, key=lambda piece: piece["trial"])])
+
+
+def curves(grid: Grid, pieces: Pieces) -> list[dict[str, Any]]:
     """One record per fitted heads, sharing and loss, with what ``summarise`` returns."""
     return [
         {
             "fitted_heads": heads,
             "sharing": sharing,
             "loss": loss,
-            **summarise(grid.sizes, np.array([measured[heads, sharing, t][loss] for t in range(grid.trials)])),
+            **summarise(grid.sizes, values_of(pieces, heads, sharing, loss)),
         }
         for heads in grid.fitted_heads
         for sharing in grid.sharings
@@ -173,7 +181,7 @@ def slope_difference(
     return float(found), float(low), float(high)
 
 
-def gates(sizes: tuple[int, ...], pieces: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def gates(sizes: tuple[int, ...], pieces: Pieces) -> list[dict[str, Any]]:
     """Whether sharing changes the rates as the theorems say, decided by whole intervals.
 
     Parameters
@@ -191,22 +199,25 @@ def gates(sizes: tuple[int, ...], pieces: list[dict[str, Any]]) -> list[dict[str
         whole interval keeps the bounds, failed where none of it does, else not resolved; nor where more than one fit
         in ten of either side is no least-squares estimate, which says nothing of its rate.
     """
-
-    def of(heads: int, sharing: Sharing, key: str) -> np.ndarray:
-        own = [piece for piece in pieces if (piece["fitted_heads"], piece["sharing"]) == (heads, sharing)]
-        return np.array([piece[key] for piece in sorted(own, key=lambda piece: piece["trial"])])
-
     judged, fitted = [], {piece["fitted_heads"] for piece in pieces}
     for name, heads, loss, low, high in (gate for gate in GATES if gate[1] in fitted):
-        difference, *interval = slope_difference(sizes, of(heads, "full", loss), of(heads, "none", loss))
+        difference, *interval = slope_difference(sizes, *(values_of(pieces, heads, s, loss) for s in SIDES))
         kept = [low < bound < high for bound in interval]
         apart = interval[0] >= high or interval[1] <= low
-        unreached = [float(of(heads, s, "unreached").mean()) / len(sizes) for s in ("full", "none")]
+        unreached = [float(values_of(pieces, heads, s, "unreached").mean()) / len(sizes) for s in SIDES]
         outcome = "passed" if all(kept) else "failed" if apart else "not resolved"
         outcome = outcome if max(unreached) <= UNREACHED else "not resolved"
         numbers = {"difference": difference, "low": interval[0], "high": interval[1], "unreached": unreached}
         judged.append({"gate": name, **numbers, "bounds": [low, high], "outcome": outcome})
     return judged
+
+
+def trials(grid: Grid, activation: str, seed: int, journal: Journal) -> Iterator[dict[str, Any]]:
+    """Losses of every trial of a grid; those that the journal has are not measured again."""
+    for heads, sharing, trial in grid.pieces():
+        which = {"fitted_heads": heads, "sharing": sharing, "trial": trial}
+        how = {"sizes": grid.sizes, "seed": seed, "activation": activation}
+        yield which | journal.once({**which, **how}, partial(measure, heads, sharing, trial, **how))
 
 
 def theory(
@@ -237,19 +248,10 @@ def theory(
         ``gates`` (empty when quick) and ``limits``.
     """
     grid = GRIDS[size]
-    journal = journal or Journal(None)
-    pieces, done = list(grid.pieces()), {}
-    for heads, sharing, trial in pieces:
-        key = {"heads": heads, "sharing": sharing, "trial": trial, "sizes": list(grid.sizes), "seed": seed}
-        done[heads, sharing, trial] = journal.once(
-            key, partial(measure, heads, sharing, trial, sizes=grid.sizes, seed=seed)
-        )
-        progress(len(done), len(pieces))
-    records = curves(grid, done)
-    found = [
-        {"fitted_heads": heads, "sharing": sharing, "trial": trial, **done[heads, sharing, trial]}
-        for heads, sharing, trial in pieces
-    ]
+    found, total = [], len(list(grid.pieces()))
+    for piece in trials(grid, "identity", seed, journal or Journal(None)):
+        found.append(piece)
+        progress(len(found), total)
     return {
         "setting": {
             "size": size,
@@ -267,7 +269,7 @@ def theory(
             for found in (identify(sharing, seed=seed) for sharing in SHARINGS)
         ],
         "pieces": found,
-        "curves": records,
+        "curves": curves(grid, found),
         "gates": [] if size == "quick" else gates(grid.sizes, found),
         "limits": list(LIMITS),
     }
@@ -294,14 +296,11 @@ def activations(
     dict
         ``setting``; ``gates`` of each ``activation``; ``pieces``, losses of every trial; ``limits``.
     """
-    journal, pieces = journal or Journal(None), []
-    asked = [(name, *piece) for name in ACTIVATIONS for piece in grid.pieces()]
-    for done, (name, heads, sharing, trial) in enumerate(asked, 1):
-        key = {"activation": name, "heads": heads, "sharing": sharing, "trial": trial, "sizes": list(grid.sizes)}
-        how = {"sizes": grid.sizes, "seed": seed, "activation": name}
-        found = journal.once({**key, "seed": seed}, partial(measure, heads, sharing, trial, **how))
-        pieces.append({"activation": name, "fitted_heads": heads, "sharing": sharing, "trial": trial, **found})
-        progress(done, len(asked))
+    pieces, total = [], len(ACTIVATIONS) * len(list(grid.pieces()))
+    for name in ACTIVATIONS:
+        for piece in trials(grid, name, seed, journal or Journal(None)):
+            pieces.append({"activation": name, **piece})
+            progress(len(pieces), total)
     return {
         "setting": {"seed": seed, "sizes": list(grid.sizes), "trials": grid.trials, "activations": list(ACTIVATIONS)},
         "gates": [
