@@ -196,8 +196,9 @@ def newest_jax(session):
     packages = ("hora-spec", "hora-jax")
     groups = ("test", "jax", "jax-newest")
     tools = environment(session, "newest-jax", packages=packages, groups=groups, constrained=False)
-    libraries = beside(session, tools, "jax-libraries", constrained=False)
-    path = (str(libraries), str(ROOT / "packages/hora-bench/src"))  # hora-bench's models need nothing else
+    beside_it = ("jax-libraries", *(["maxtext"] if sys.version_info >= (3, 12) else []))
+    libraries = (str(beside(session, tools, group, constrained=False)) for group in beside_it)
+    path = (*libraries, str(ROOT / "packages/hora-bench/src"))  # hora-bench's models need nothing else
     env = TEST_ENV | {"PYTHONPATH": os.pathsep.join(path), "HORA_TEST_LIBRARIES": "all"}
     paths = [f"packages/{name}" for name in packages]
     run(session, tools, "pytest", *paths, *parallel(), *session.posargs, env=env)

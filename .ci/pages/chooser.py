@@ -79,7 +79,7 @@ def _parameters(root: Path) -> Iterator[str]:
         ratio = f"{ours['params_count'] / lora:.2f} ({model})"
         ranks.setdefault(ours["spec"]["rank"], []).append((ours["params_count"], ratio))
     for rank, ratios in sorted(ranks.items()):
-        yield f"at rank {rank} {', '.join(ratio for _, ratio in sorted(ratios))}"
+        yield f"at rank {rank}: {', '.join(ratio for _, ratio in sorted(ratios))}"
 
 
 def _verdicts(root: Path) -> Iterator[tuple[str, str]]:
