@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hora_jax.follow import regroup
 from hora_jax.views import View
 from hora_jax.walk import Walk
 from hora_spec import HoraError
@@ -145,3 +146,16 @@ def test_a_dense_weight_is_summed_at_the_highest_precision():
     with jax.default_matmul_precision("bfloat16"):
         program = str(jax.make_jaxpr(View.dense)(view_of("shared")))
     assert program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == program.count("dot_general") == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "groups"),
+    [
+        ((2, 3), (6,), [((0, 1), (6,))]),
+        ((6,), (2, 1, 3), [((0,), (2, 1, 3))]),
+        ((1, 4, 5), (4, 5, 1), [((0, 1), (4,)), ((2,), (5,)), ((), (1,))]),
+        ((4, 6), (8, 3), [((0, 1), (8, 3))]),
+    ],
+)
+def test_axes_are_regrouped(old, new, groups):
+    assert regroup(old, new) == groups

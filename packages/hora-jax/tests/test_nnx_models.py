@@ -203,3 +203,4 @@ def test_a_call_that_assigns_to_a_planned_weight_is_refused(method, change):
     with pytest.raises(HoraError, match=r"frozen.*body\.kernel"):
         model.apply(assign, change)
     model.apply(assign, lambda w: w)
+    model.apply(assign, jax.lax.stop_gradient)
