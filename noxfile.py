@@ -147,6 +147,15 @@ def over_recipes(session: nox.Session, script: str, *groups: str) -> None:
 
 
 @nox.session(python=False)
+def walk(session):
+    """Run the commands of docs/start/served.md, from nothing to a served model (``-- JAX`` for one way)."""
+    tools = everything(session)
+    torch = ROOT / f".nox/torch-{VERSION}.txt"  # the build that `run` chose
+    env = {"PIP_CONSTRAINT": str(torch)} if torch.exists() else {}
+    run(session, tools, "python", ".ci/walk.py", *session.posargs, env=env)
+
+
+@nox.session(python=False)
 def docs_screens(session):
     """Build the site, and photograph every top page, wide and narrow, light and dark, into results/screens/; fails on
     sideways scrolling, console messages and requests to elsewhere (``-- PAGE ...`` for some pages).

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / ".ci"))
 
-from pages import chooser, commands, entries, errors, recipes, support  # noqa: E402, F401
+from pages import card, chooser, commands, entries, errors, recipes, support  # noqa: E402, F401
 
 PAGES = ROOT / ".nox/pages"
 DOCS, RESULTS = ROOT / "docs", ROOT / "packages/hora-bench/results"
@@ -63,6 +63,7 @@ def stage(folder: Path = PAGES, address: str | None = None) -> None:
         line = f"\n\n[Edit this page]({address}/edit/main/{file.relative_to(ROOT).as_posix()})\n"
         contents[place] = contents[place].rstrip() + line.encode()
     contents["index.md"] = contents["index.md"].replace(BOX, chooser.box(ROOT).encode())
+    contents[card.PLACE] = card.picture()
     for place, content in contents.items():
         target = folder / place
         if not target.is_file() or target.read_bytes() != content:
@@ -96,6 +97,12 @@ def relinked(text: str, file: Path, where: dict[Path, str], address: str = "") -
 def on_pre_build(**_: object) -> None:
     """As a hook of MkDocs."""
     stage()
+
+
+def on_post_build(config: dict[str, object], **_: object) -> None:
+    """As a hook of MkDocs: what links to the site must find the picture that stands beside them."""
+    if wrong := card.fault(Path(str(config["site_dir"]))):
+        raise ValueError(wrong)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 
 import hora_torch
+import jax
 import peft
 import pytest
+import torch
 from hora_spec import HoraError
 
 FROM_LORA = (Path(__file__).parents[1] / "docs/start/from-lora.md").read_text()
@@ -40,3 +42,15 @@ def test_every_field_of_qwix_has_its_row():
     table = FROM_LORA.split("| `qwix.LoraRule` |")[1].split("\n\n")[0]
     named = [name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split("|")[1])]
     assert sorted(named) == sorted(field.name for field in dataclasses.fields(qwix.LoraRule))
+
+
+def test_how_much_wider_qwix_starts_a():
+    qwix = pytest.importorskip("qwix")
+    (initializer,) = [f.default for f in dataclasses.fields(qwix.LoraRule) if f.name == "lora_a_initializer"]
+    wide = initializer(jax.random.key(0), (1024, 64)).std()
+    model = peft.get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(1024, 8)), peft.LoraConfig(r=64, target_modules=["0"])
+    )
+    (narrow,) = [param.std().item() for name, param in model.named_parameters() if "lora_A" in name]
+    (said,) = re.findall(r"qwix's own A starts ([\d.]+) times as wide as PEFT's", FROM_LORA)
+    assert float(wide) / narrow == pytest.approx(float(said), rel=0.02)

@@ -6,6 +6,7 @@ import re
 from importlib import import_module
 from pathlib import Path
 
+import jinja2
 import pytest
 import yaml
 
@@ -55,6 +56,23 @@ def test_notebooks_are_cells_of_the_scripts_and_call_them_with_their_arguments(m
         ]
         assert ("sys.argv[1:] = ['base', 'out']" in text) == main
         assert text.startswith("# %% [markdown]\n# # ")
+
+
+@pytest.mark.parametrize("framework", ["PyTorch", "JAX"])
+def test_the_walk_to_a_served_model_has_all_that_it_needs(framework, monkeypatch):
+    """By its words; `nox -s walk` runs it."""
+    monkeypatch.syspath_prepend(ROOT / ".ci")
+    walk = import_module("walk")
+    lines = walk.commands(walk.PAGE.read_text(), framework)
+    (train,) = [line for line in lines if "examples/" in line]
+    asked = {line.split("hora-")[1].split("/")[0] for line in lines if line.startswith("python packages/")}
+    assert (ROOT / train.split()[1]).is_file()
+    assert asked == {{"PyTorch": "torch", "JAX": "jax"}[framework]}
+    assert lines.index(walk.DOWNLOAD) < lines.index(train)
+    kinds = [line.split()[1] for line in lines if line.startswith("hora ")]
+    assert kinds == ["inspect", "merge", "verify", "export-lora"]
+    assert [line.split()[0] for line in lines if "serve" in line.split() or "curl" in line] == ["transformers", "curl"]
+    assert "server.log 2>&1 &" in walk.script(lines, Path("base"))
 
 
 def test_every_command_is_on_the_page():
@@ -163,6 +181,28 @@ def pages_of(entries) -> list[str]:
     if isinstance(entries, dict):
         return [page for value in entries.values() for page in pages_of(value)]
     return [page for entry in entries for page in pages_of(entry)]
+
+
+def test_beside_a_link_to_the_site_stands_a_picture_that_the_site_holds(staged, tmp_path):
+    """The tags by the template; `nox -s docs` asks the same of the page that it built."""
+    card, theme = SITE.card, ROOT / settings()["theme"]["custom_dir"]
+    loader = jinja2.ChoiceLoader(
+        [jinja2.FileSystemLoader(theme), jinja2.DictLoader({"base.html": "{% block extrahead %}{% endblock %}"})]
+    )
+    template = jinja2.Environment(loader=loader).get_template("main.html")
+    home = {"title": "HoRA", "is_homepage": True}
+    for address, expected in (("", "./assets/card.png"), ("https://example.org/hora/", None)):
+        config = {"site_url": address, "site_name": "HoRA", "site_description": "words"}
+        text = template.render(config=config, page=home, base_url=".")
+        assert card.NAMED.findall(text) == 2 * [expected or f"{address}assets/card.png"]
+    (tmp_path / "index.html").write_text(text)
+    (tmp_path / "assets").mkdir()
+    (tmp_path / card.PLACE).write_bytes((staged / card.PLACE).read_bytes())
+    assert card.fault(tmp_path) is None
+    (tmp_path / card.PLACE).write_bytes(b"no picture")
+    assert "1200" in card.fault(tmp_path)
+    (tmp_path / "index.html").write_text("")
+    assert "must name" in card.fault(tmp_path)
 
 
 def test_the_first_page_says_whether_to_use_it(staged):

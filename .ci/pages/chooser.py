@@ -39,11 +39,9 @@ def _measured(root: Path) -> Iterator[tuple[str, str]]:
     compared = [why for claim, _, why in _claims(root) if claim == "more accurate than LoRA"]
     most = max(compared, key=lambda why: int(re.search(r"over (\d+) paired seeds", why)[1]))
     yield "accuracy, the comparison with most seeds", most.split("; ")[0].split(". Of ")[0]
-    counted = _read(root, "cost")["params"]
-    by = {(one["model"], one["method"]): one["params_count"] for one in counted}
-    models = [model for model, method in by if method == "hora" and (model, "lora") in by]
-    ratios = ", ".join(f"{by[model, 'hora'] / by[model, 'lora']:.2f} ({model})" for model in models)
-    yield "trained parameters, times LoRA's", ratios
+    if screens := "; ".join(_screens(root)):
+        yield "accuracy on a screen, a proxy: the last blocks alone", screens
+    yield "trained parameters, times LoRA's", "; ".join(_parameters(root))
     speeds = [_read(root, path.stem) for path in sorted((root / RESULTS).glob("speed-*.json"))]
     steps = [step for speed in speeds for step in speed["steps"] if step["method"] == "hora" and "over_lora" in step]
     yield "a training step, times LoRA's", _range([step["over_lora"]["ratio"] for step in steps])
@@ -54,6 +52,34 @@ def _measured(root: Path) -> Iterator[tuple[str, str]]:
     calls = [one for speed in speeds for one in speed["inference"] if one["method"] == "hora"]
     merged = [one["over_frozen"]["ratio"] for one in calls if one["form"] == "merged"]
     yield "inference once merged, times the base model's", _range(merged)
+
+
+def _screens(root: Path) -> Iterator[str]:
+    """The default beside LoRA on each task that was screened."""
+    for path in sorted((root / RESULTS).glob("screen-*.json")):
+        for row in _read(root, path.stem).get("rows", ()):
+            if row.get("value") == "default":
+                over, which = row["over_lora_pct"], f"{100 * row['fraction']:.0f} % of {row['task']}"
+                points = f"{over['mean_pct']:+.2f} ({over['low_pct']:+.2f} to {over['high_pct']:+.2f}) points"
+                yield f"default on {which}: {points} over {over['seeds_count']} paired seeds"
+
+
+def _parameters(root: Path) -> Iterator[str]:
+    """By rank, for each model that was counted, from the smallest."""
+    counted = [one for one in _read(root, "cost")["params"] if one["method"] in ("lora", "hora")]
+    by = {(one["model"], one["method"]): one for one in counted}
+    for path in sorted((root / RESULTS).glob("speed-*.json")):
+        found = _read(root, path.stem)
+        for one in found["steps"]:
+            if one["method"] in ("lora", "hora"):
+                by[found["setting"]["model"], one["method"]] = one | {"spec": found["setting"]["options"]}
+    ranks: dict[int, list[tuple[int, str]]] = {}
+    for model in [model for model, method in by if method == "lora" and (model, "hora") in by]:
+        ours, lora = by[model, "hora"], by[model, "lora"]["params_count"]
+        ratio = f"{ours['params_count'] / lora:.2f} ({model})"
+        ranks.setdefault(ours["spec"]["rank"], []).append((ours["params_count"], ratio))
+    for rank, ratios in sorted(ranks.items()):
+        yield f"at rank {rank} {', '.join(ratio for _, ratio in sorted(ratios))}"
 
 
 def _verdicts(root: Path) -> Iterator[tuple[str, str]]:

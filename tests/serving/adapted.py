@@ -17,6 +17,9 @@ PROMPTS = ([5, 9, 20, 17, 26, 30, 42], [7], [60, 3, 3, 11, 59, 23, 23, 8, 15, 44
 TARGETS = {"phi3": ["qkv_proj"], "gpt2": ["c_attn"]}
 """Modules of an architecture; q_proj and v_proj of others. HoRA adapts the rows of q and v of a fused weight."""
 
+FELT = 0.3
+"""By how much each adapter here moves log-probabilities at least: a lost or misplaced part of it would be seen."""
+
 
 def adapted(model: Any, arch: str, sharing: str, *, seed: int = 0) -> Any:
     """The model with a random adapter, of another scaling than 1, in PEFT."""

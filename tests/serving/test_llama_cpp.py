@@ -7,15 +7,12 @@ import transformers
 from gguf import GGMLQuantizationType
 from hora_spec import HoraError, export_gguf, gguf_adapter, save_merged
 
-from .adapted import adapted, distance, log_probs, saved
+from .adapted import FELT, adapted, distance, log_probs, saved
 from .llama_cpp import LlamaCpp
 from .tiny import ARCHITECTURES, language_model, rewritten, write_gguf
 
 BOUND = 1e-3
 """By how much an adapted model may be further from transformers than its base is."""
-
-FELT = 0.3
-"""By how much each adapter here moves log-probabilities at least: a lost or misplaced part of it would be seen."""
 
 SHARINGS = ("full", "a", "b", "none")
 

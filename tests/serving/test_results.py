@@ -4,6 +4,7 @@ import json
 
 from hora_spec.gguf_adapter import ARCHITECTURES
 
+from .adapted import FELT
 from .guide import blocks
 from .table import BEGIN, BOUND, ENGINES, FORMS, MANY, MANY_BEGIN, METHODS, PAGE, RESULTS, SERVERS, filled
 
@@ -39,6 +40,10 @@ def test_the_commands_of_servers_were_run_as_the_guide_has_them_now():
             assert entry["lines"] == shown[heading, kind]
             assert entry["right"]
             assert entry["version"]
+
+
+def test_the_guide_says_how_far_adapters_move_what_is_compared():
+    assert f"adapters move these by more than {FELT}, under every" in PAGE.read_text()
 
 
 def test_many_adapters_were_measured_on_both_methods_and_the_control_is_lora():

@@ -154,6 +154,15 @@ def test_the_module_runs(saved):
     assert subprocess.run([sys.executable, "-m", "hora_spec"], capture_output=True).returncode == 2
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(saved):
+    run = subprocess.Popen(
+        [sys.executable, "-m", "hora_spec", "inspect", saved], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    run.stdout.close()
+    assert (run.stderr.read(), run.wait()) == ("", 0)
+    run.stderr.close()
+
+
 def test_f1_adapters_in_folders_are_named(saved, tmp_path, capsys):
     (tmp_path / "all").mkdir()
     saved.rename(tmp_path / "all/other")

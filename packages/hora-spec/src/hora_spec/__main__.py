@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -26,7 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 if it worked, 2 and one line on stderr if the input is bad."""
     options = _parser().parse_args(argv)
     try:
-        print(options.run(options))
+        said = options.run(options)
+        try:
+            print(said, flush=True)
+        except BrokenPipeError:  # who reads, such as head, has seen enough; the rest goes nowhere, at exit too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (HoraError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

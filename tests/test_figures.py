@@ -1,0 +1,95 @@
+"""Numbers and judgements in prose are those of the committed results, or of a count."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hora_spec import LayerShape, count_params, preset
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "packages/hora-bench/results"
+VERDICTS = (ROOT / "docs/benchmarks.md").read_text()  # written from the results, as a test of hora-bench asks
+
+
+def prose(page: str) -> str:
+    """The words of a page, each a space apart."""
+    return " ".join((ROOT / page).read_text().split())
+
+
+def result(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())["result"]
+
+
+def words(screen: str) -> dict[str, tuple[str, bool]]:
+    """What a screen says of each choice, and whether its test loss is lower than LoRA's, higher, or may be either."""
+    rows = [row for row in result(screen)["rows"] if row["value"] != "lora"]
+    loss = {row["value"]: row["loss_over_lora"] for row in rows}
+    return {row["value"]: (row["word"], loss[row["value"]]["high"] < 0, loss[row["value"]]["low"] > 0) for row in rows}
+
+
+def test_the_flops_of_the_readme():
+    (row,) = re.findall(r"^\| about 6 times LoRA's FLOPs \|.*$", VERDICTS, re.MULTILINE)
+    assert "6.24 times, if one token is counted and a dense update formed" in row
+    (branch,) = re.findall(r"by branch ([\d.]+) times at one token", row)
+    assert f"by a branch, as few tokens go here, it is {branch} times" in prose("README.md")
+
+
+def test_how_alike_heads_are():
+    text = prose("docs/guide/method.md")
+    leaky, lora = re.search(
+        r"cosine of two heads' updates ([\d.]+) with HoRA \(leaky_relu\), ([\d.]+) with LoRA", VERDICTS
+    ).groups()
+    (tanh,) = re.findall(r"cosine of two heads' updates ([\d.]+) with HoRA \(tanh\)", VERDICTS)
+    assert f"have a mean cosine of {lora} after training; with a generated B it is {leaky} with leaky ReLU" in text
+    assert f"and {tanh} with tanh. That is one task and one seed" in text
+
+
+def test_how_much_of_the_signal_a_common_a_reads():
+    rows = [row for row in result("signal")["summary"] if row["state"] == "start"]
+    found = {(row["projection"], row["measure"]): f"{row['mean']:.2f}" for row in rows}
+    shared, own = (" and ".join(found[p, f"inputs_{which}"] for p in "qv") for which in ("one", "own"))
+    text = prose("docs/guide/method.md")
+    assert result("signal")["setting"]["rank"] == 8
+    assert f"lies to {shared} in 8 input directions that all heads share, and to {own} in 8 of each head's own" in text
+
+
+def test_what_screens_say_of_settings_with_a_name():
+    forms, first = words("screen-forms-sign-digits"), words("screen-sign-digits")
+    text = prose("docs/guide/settings.md")
+    assert forms["paper-equal"] == forms["gated"] == ("worse", True, False)
+    assert "`paper` and `gated` were less accurate than LoRA, with a lower test loss" in text
+    assert first["joint"] == ("better", False, True)
+    assert "and `joint` more accurate, with a higher one" in text
+    judged = {"hora": first["default"], "residual": first["residual"], "tied-lora": forms["tied"]}
+    judged["multi-head-lora"] = forms["mh-lora"]
+    assert {word for word, _, _ in judged.values()} == {"not resolved"}
+    names = " and ".join(", ".join(f"`{name}`" for name in judged).rsplit(", ", 1))
+    assert f"of {names} no difference in accuracy was resolved" in text
+
+
+def test_what_a_joint_start_costs():
+    found, text = result("speed-joint-vit-s14"), prose("docs/guide/settings.md")
+    torch, jax = found["starts"]
+    assert round(torch["over_step"]["ratio"] / torch["batches_count"]) == 4
+    assert "on PyTorch the time of some four training steps a batch, in JAX two compilations besides" in text
+    compiling = next(step["compile_s"] for step in found["steps"] if step["backend"] == "jax")
+    assert jax["median_s"] > compiling
+    assert all(step["over_lora"]["ratio"] <= 1 for step in found["steps"])
+    assert "Afterwards a step is as fast as LoRA's or faster" in text
+
+
+def test_how_many_parameters_a_small_model_trains():
+    layer = LayerShape.attention(embed_dim=384, num_heads=6)
+    ours, lora = (count_params(preset(name, 8), layer) for name in ("hora", "lora"))
+    assert f"At rank 8, a ViT-S/14 takes {ours / lora:.1f} times those of LoRA" in prose("docs/help/faq.md")
+
+
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("packages/*/README.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_our_packages_are_installed_from_the_clone_as_long_as_no_index_has_them(page):
+    for line in re.findall(r"pip install[^`\n]*", page.read_text()):
+        for asked in re.findall(r"\S*hora-\w+\S*", line):
+            assert "packages/hora-" in asked, f"{page.name}: {line}"
