@@ -4,11 +4,13 @@ import ast
 import json
 import re
 from importlib import import_module
+from importlib.metadata import requires
 from pathlib import Path
 
 import jinja2
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from .test_documents import ROOT, SITE
 
@@ -102,6 +104,31 @@ def test_a_recipe_is_short_and_says_what_it_is(script):
     text = script.read_text()
     assert ast.get_docstring(ast.parse(text))
     assert len([line for line in text.split('"""', 2)[2].splitlines() if line.strip()]) <= 40
+
+
+def test_a_recipe_says_what_it_needs_and_what_is_not_named_comes_along():
+    needs = {script.stem: SITE.recipes.needs(script.read_text()) for script in SITE.recipes.scripts(ROOT)}
+    assert needs["llama_trainer"] == "pip install ./packages/hora-spec ./packages/hora-torch"
+    assert needs["llama_cpp"] == 'pip install "./packages/hora-spec[gguf]" ./packages/hora-torch xllamacpp'
+    assert needs["four_bit"].endswith("./packages/hora-torch bitsandbytes")
+    assert needs["train_nnx"] == 'pip install ./packages/hora-spec "./packages/hora-jax[flax]"'
+    assert needs["equinox_digits"].endswith("./packages/hora-jax equinox optax scikit-learn")
+    for package, modules in SITE.recipes.BROUGHT.items():
+        name, _, extra = package.partition("[")
+        assert modules <= brought(name, extra.rstrip("]")), package
+
+
+def brought(name: str, extra: str = "") -> set[str]:
+    """A distribution, with an extra of it, and all that these ask for."""
+    found, left = set(), [(name, extra)]
+    while left:
+        one, extra = left.pop()
+        for line in (requires(one) or []) if one not in found else []:
+            asked = Requirement(line)
+            if asked.marker is None or asked.marker.evaluate({"extra": extra}):
+                left.append((asked.name, ""))
+        found.add(one)
+    return {one.replace("-", "_") for one in found}
 
 
 def test_pages_in_the_navigation_exist_and_links_on_made_pages_lead_somewhere(staged):

@@ -1,6 +1,7 @@
 """Eight CPU devices, float64 on request, this package as a backend of the conformance kit, and small models."""
 
 import os
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
@@ -134,12 +135,22 @@ def x() -> jax.Array:
     return jax.random.normal(jax.random.key(1), (2, 5, 16))
 
 
+SINCE = {"maxtext": (3, 12)}
+"""Python from which on a library is there."""
+
+
 @pytest.fixture
 def library() -> Callable[[str], Any]:
     """Import a library of users; where it is missing the test is skipped, but in the session that installs them all."""
     if os.environ.get("HORA_TEST_LIBRARIES"):
-        return import_module
+        return _import
     return lambda name: pytest.importorskip(name, reason=f"{name} is not installed", exc_type=ImportError)
+
+
+def _import(name: str) -> Any:
+    if sys.version_info < (since := SINCE.get(name, (3,))):
+        pytest.skip(f"{name} needs Python {'.'.join(map(str, since))}")
+    return import_module(name)
 
 
 def perturbed(phi: Any, seed: int = 0) -> Any:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from hora_spec import AdapterSpec, Factors, LayerShape
-from hora_torch.functional import factor_a, factor_b, stacked
+from hora_spec import AdapterSpec, Factors, LayerShape, param_shapes
+from hora_torch.functional import delta, factor_a, factor_b, factors, hora_linear, stacked
 from hora_torch.hypernet import HoraHypernet
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 LAYER = LayerShape.attention(16, 4)
 
@@ -30,3 +31,25 @@ def test_heads_that_own_their_a_stand_beside_each_other_in_their_own_dtype(dtype
     left, right = stacked(Factors(a, b))
     assert left.dtype == right.dtype == dtype
     torch.testing.assert_close(right @ left, torch.cat(list(b @ a)))
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        AdapterSpec(2),
+        AdapterSpec(2, a_source="hypernetwork", residual=True),
+        AdapterSpec(2, sharing="a", tie_a=True),
+        AdapterSpec(2, sharing="b", residual=True, gate=0.5),
+        AdapterSpec(2, sharing="none"),
+    ],
+    ids=str,
+)
+def test_everything_is_computed_on_the_device_of_the_parameters(spec, grouped):
+    layer = LayerShape.attention(16, 4, num_kv_heads=2 if grouped else 4)
+    with FakeTensorMode():  # says when an operation reads two devices, and needs no second one
+        params = {key: torch.empty(shape, device="cuda") for key, shape in param_shapes(spec, layer).items()}
+        x, weight = torch.empty(2, 3, 16, device="cuda"), torch.empty(16, 16, device="cuda")
+        y = hora_linear(x, weight, None, factors(spec, layer, params)["q"], spec.scaling)
+        found = [y, *delta(spec, layer, params).values()]
+    assert {one.device.type for one in found} == {"cuda"}

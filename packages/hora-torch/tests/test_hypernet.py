@@ -7,6 +7,7 @@ from hora_spec import AdapterSpec, HoraError, LayerShape, init_params
 from hora_torch import HoraConfig
 from hora_torch.hypernet import HoraHypernet
 from torch import nn
+from torch.nn.utils import parametrize
 
 SPECS = {
     "shared": AdapterSpec(3, hidden_dim=6, head_embed_dim=5),
@@ -124,3 +125,63 @@ def test_awaited_values_that_may_come_later_are_those_of_the_start_until_then():
     with pytest.warns(UserWarning, match="it starts anew"):
         torch.testing.assert_close(hypernet(), made()(), rtol=0, atol=0)
     torch.testing.assert_close(hypernet(), made()(), rtol=0, atol=0)  # says so once
+
+
+@pytest.mark.parametrize(
+    ("spec", "apart"),
+    [
+        *((spec, True) for spec in SPECS.values()),
+        *((spec.replace(gain=3.0), True) for spec in SPECS.values()),
+        (SPECS["generated a"].replace(residual=True, gain=3.0), False),
+        (SPECS["generated a"].replace(sharing="a", gain=3.0), True),
+        (AdapterSpec(3, sharing="none"), False),
+    ],
+    ids=str,
+)
+def test_factors_without_the_gain_need_it_once_in_their_product(spec, apart):
+    hypernet = made(spec)
+    hypernet.randomize()
+    bare = hypernet(gained=False)
+    for projection, (a, b) in hypernet().items():
+        torch.testing.assert_close(hypernet.gain * bare[projection].b @ bare[projection].a, b @ a)
+    assert (hypernet.gain != 1) == apart
+
+
+def offload(hypernet):
+    hypernet.to("meta")
+
+
+def partition(hypernet):  # as DeepSpeed leaves it between calls
+    hypernet.a.q.data = torch.empty(0)
+
+
+def shard(hypernet):  # as a subclass of Parameter does
+    hypernet.a.q = type("Sharded", (nn.Parameter,), {})(hypernet.a.q)
+
+
+def register(hypernet):
+    parametrize.register_parametrization(hypernet.a, "q", nn.Tanh())
+
+
+def hook(hypernet):
+    hypernet.a.register_forward_hook(print)
+
+
+def wait(hypernet):
+    hypernet.await_values(needed=False)
+
+
+@pytest.mark.parametrize("change", [offload, partition, shard, register, hook, wait])
+def test_parameters_that_a_call_brings_or_changes_are_not_at_hand_before_it(change):
+    hypernet = made()
+    assert hypernet.at_hand
+    change(hypernet)
+    assert not hypernet.at_hand
+
+
+@pytest.mark.parametrize("spec", [*SPECS.values(), AdapterSpec(3, a_source="fixed")], ids=str)
+def test_registered_parameters_are_those_of_the_spec_or_unknown(spec):
+    hypernet = made(spec)
+    assert {id(param) for param in hypernet.registered()} == {id(param) for param in hypernet.params().values()}
+    parametrize.register_parametrization(hypernet.b_out, "q", nn.Identity())
+    assert hypernet.registered() is None

@@ -233,12 +233,13 @@ def test_windows_may_overlap_and_each_is_added_with_its_gradients(route, windows
     x, weight, *_ = given()
     branches, delta = [], 0
     for i, (start, stop) in enumerate(windows):
-        a, b = torch.randn(RANK + i, EMBED, dtype=x.dtype), torch.randn(stop - start, RANK + i, dtype=x.dtype)
+        a, b = torch.randn(6 + i, EMBED, dtype=x.dtype), torch.randn(stop - start, 6 + i, dtype=x.dtype)
         branches.append(Branch(a.requires_grad_(), b.requires_grad_(), 1.0 + i, start, stop))
         delta = delta + nn.functional.pad(branches[-1].scaling * b @ a, (0, 0, start, 6 - stop))
     wrt = [x, *(factor for branch in branches for factor in branch[:2])]
     y, expected = low_rank_linear(x, weight, None, branches, route=route), x @ (weight + delta).T
     torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(add_branches(x @ weight.T, x, branches), expected)
     torch.testing.assert_close(torch.autograd.grad(y.sin().sum(), wrt), torch.autograd.grad(expected.sin().sum(), wrt))
 
 

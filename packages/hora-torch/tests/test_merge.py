@@ -214,14 +214,17 @@ def test_safe_merge_looks_at_every_entry_of_the_base():
     assert not layer(adapted).merged
 
 
-def test_a_base_that_changed_between_two_merges_is_the_one_that_is_merged_into_and_restored():
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_base_that_changed_between_two_merges_is_the_one_that_is_merged_into_and_restored(inplace):
     adapted = model(torch.float32)
     weight = layer(adapted).base_layer.weight
     adapted.merge_adapter()
     adapted.unmerge_adapter()
-    with torch.no_grad():
-        weight.mul_(2)
-    changed = weight.clone()
+    if inplace:
+        weight.data.mul_(2)
+    else:
+        weight.data = 2 * weight.data
+    changed = weight.detach().clone()
     adapted.merge_adapter()
     torch.testing.assert_close(weight, changed + layer(adapted).get_delta_weight("default"))
     adapted.unmerge_adapter()

@@ -76,7 +76,7 @@ class HoraLinear(nn.Module, HoraLayer):
         passes: list[tuple[Tensor | None, list[Branch]]] = []
         for name in names:
             rate = self._drops(name)
-            branches = list(self._branches_of_call(name, 1 - rate).values())
+            branches = list(self._branches_of(name, 1 - rate).values())
             if rate:
                 passes.append((torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - rate), branches))
             elif passes:
@@ -89,7 +89,7 @@ class HoraLinear(nn.Module, HoraLayer):
         self._check_mixed(len(x), adapter_names)
 
         def add(name: str, result: Tensor, x: Tensor) -> Tensor:
-            return self._add(result, x, list(self._branches_of_call(name).values()))
+            return self._add(result, x, list(self._branches_of(name, 1.0).values()))
 
         return add_by_sample(self.base_layer(x, *args, **kwargs), x, adapter_names, self.hora_attached, add)
 

@@ -121,7 +121,7 @@ class HoraMultiheadAttention(nn.Module, HoraLayer):
     def _project(self, inputs: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
         """Projected query, key and value; one product when they are one tensor and one weight."""
         passes = [(name, self._drops(name)) for name in names]
-        branches = [self._branches_of_call(name, 1 - rate) for name, rate in passes]
+        branches = [self._branches_of(name, 1 - rate) for name, rate in passes]
         base, dim = self.get_base_layer(), self.get_base_layer().embed_dim
         if not any(rate for _, rate in passes) and inputs[0] is inputs[1] is inputs[2] and base._qkv_same_embed_dim:
             every = [branch for found in branches for branch in found.values()]
@@ -152,7 +152,7 @@ class HoraMultiheadAttention(nn.Module, HoraLayer):
         for part, x in zip(_PARTS, inputs, strict=True):
 
             def add(name: str, y: Tensor, x: Tensor, part: str = part) -> Tensor:
-                return add_branches(y, x, [_alone(self._branches_of_call(name)[part])])
+                return add_branches(y, x, [_alone(self._branches_of(name, 1.0)[part])])
 
             present = [name for name in names if part in self.hora_attached[name].sites]
             y = nn.functional.linear(x, *self._weight(part))

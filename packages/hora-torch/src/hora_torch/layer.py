@@ -60,7 +60,6 @@ class HoraLayer(BaseTunerLayer):
     cast_input_dtype_enabled = True  # PEFT's helper turns it off for a while; inputs are never cast, factors are
 
     def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
         self.base_layer = base_layer
         self.hora_hyper = nn.ModuleDict()
         self.hora_attached: dict[str, Attachment] = {}
@@ -89,7 +88,6 @@ class HoraLayer(BaseTunerLayer):
         )
         self._scaling[adapter_name] = plan.spec.scaling
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @property
     def in_features(self) -> int:
@@ -166,26 +164,19 @@ class HoraLayer(BaseTunerLayer):
             )
         return (self if leader is None else leader).hora_hyper[adapter_name]
 
-    def branches(self, adapter_name: str, *, keep_rate: float = 1.0) -> dict[str, Branch]:
-        """Branches of one adapter by projection, generated now; inputs of which `keep_rate` survive dropout."""
+    def _branches_of(self, adapter_name: str, keep_rate: float) -> dict[str, Branch]:
+        """Branches of one adapter by projection, on inputs of which `keep_rate` survive dropout.
+
+        From one generation for the whole layer where a call of the model or a scope is open.
+        """
         attached, hypernet = self.hora_attached[adapter_name], self.hypernet(adapter_name)
         scaling = self._scaling[adapter_name] * hypernet.gain / keep_rate
-        return _branches(attached, hypernet(attached.sites, gained=False), scaling)
-
-    def _branches_of_call(self, adapter_name: str, keep_rate: float = 1.0) -> dict[str, Branch]:
-        """As `branches`, from one generation for the whole layer where a call of the model or a scope is open."""
-        hypernet, scaling = self.hypernet(adapter_name), self._scaling[adapter_name]
-        if torch.is_grad_enabled():
-            attached = self.hora_attached[adapter_name]
-            if (factors := handed(hypernet, attached.sites)) is None:
-                return self.branches(adapter_name, keep_rate=keep_rate)
-            return _branches(attached, factors, scaling * hypernet.gain / keep_rate)
-        if keep_rate != 1 or (store := kept(hypernet)) is None:
-            return self.branches(adapter_name, keep_rate=keep_rate)
-        if (branches := store.get((self, scaling))) is None:
-            attached = self.hora_attached[adapter_name]
-            branches = store[self, scaling] = _branches(attached, store[hypernet], scaling * hypernet.gain)
-        return branches
+        if (store := kept(hypernet)) is not None:
+            if (self, scaling) not in store:
+                store[self, scaling] = _branches(attached, store[hypernet], scaling)
+            return store[self, scaling]
+        factors = handed(hypernet, attached.sites) or hypernet(attached.sites, gained=False)
+        return _branches(attached, factors, scaling)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor | dict[str, Tensor]:
         """Dense update in the stored form of the weight, zero outside the adapted windows.
@@ -196,8 +187,8 @@ class HoraLayer(BaseTunerLayer):
         deltas = {}
         with torch.no_grad():
             for parameter, additions in self._additions([adapter_name]).items():
-                zero = torch.zeros(shapes[parameter], device=additions[0][1].device)
-                deltas[parameter] = merged_weight(zero, additions)
+                _, a, *_ = additions[0]
+                deltas[parameter] = merged_weight(a.new_zeros(shapes[parameter]), additions)
         return next(iter(deltas.values())) if len(deltas) == 1 else deltas
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
