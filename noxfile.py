@@ -22,6 +22,7 @@ from environments import (  # noqa: E402
     VERSION,
     beside,
     constraints,
+    consumers,
     environment,
     everything,
     pins,
@@ -120,26 +121,19 @@ def notebooks(session):
 
 def over_recipes(session: nox.Session, script: str, *groups: str) -> None:
     """Give a script the names of recipes, in the environment that has the libraries of each."""
-    tools = everything(session)
-    consumers = environment(session, "integrations", packages=PACKAGES, groups=("test", "consumers"))
     names = {path: path.stem for path in sorted(ROOT.glob("packages/*/examples/*.py"))}
     chosen = {path: name for path, name in names.items() if not session.posargs or name in session.posargs}
     kinds = {name: "trl" if name.startswith("trl_") else path.parts[-3] for path, name in chosen.items()}
-    for kind, binaries, library in (
-        ("hora-torch", tools, "libraries"),
-        ("hora-jax", tools, "jax-libraries"),
+    for kind, environment_of, library in (
+        ("hora-torch", everything, "libraries"),
+        ("hora-jax", everything, "jax-libraries"),
         ("trl", consumers, ""),
     ):
         if own := [name for name, each in kinds.items() if each == kind]:
+            binaries = environment_of(session)
             if groups:
-                run(
-                    session,
-                    binaries,
-                    "python",
-                    *PIP_INSTALL,
-                    *constraints(),
-                    *nox.project.dependency_groups(PYPROJECT, *groups),
-                )
+                extra = nox.project.dependency_groups(PYPROJECT, *groups)
+                run(session, binaries, "python", *PIP_INSTALL, *constraints(), *extra)
             env = TEST_ENV | ({"PYTHONPATH": str(beside(session, binaries, library))} if library else {})
             if "vllm_server" in own:
                 env["VLLM"] = str(vllm_environment(session) / "python")
@@ -243,7 +237,7 @@ def families(session):
 @nox.session(python=False)
 def integrations(session):
     """trl, sentence-transformers, diffusers, lm-eval and accelerate, as they are, with adapters of HoRA."""
-    tools = environment(session, "integrations", packages=PACKAGES, groups=("test", "consumers"))
+    tools = consumers(session)
     options = ("--override-ini=python_files=check_*.py", "--override-ini=filterwarnings=")  # warnings are theirs
     folders = ("packages/hora-torch/integrations", "packages/hora-bench/integrations")
     run(session, tools, "pytest", *folders, *options, *session.posargs, env=TEST_ENV)

@@ -83,6 +83,11 @@ def everything(session: nox.Session) -> Path:
     return environment(session, "all", packages=PACKAGES, groups=("test", "integrations", "types"))
 
 
+def consumers(session: nox.Session) -> Path:
+    """Bin folder of the environment with all four packages and what trains and scores with adapters."""
+    return environment(session, "integrations", packages=PACKAGES, groups=("test", "consumers"))
+
+
 def vllm_environment(session: nox.Session) -> Path:
     """Bin folder of an environment with vLLM for CPUs."""
     vllm = environment(session, "serving-vllm", groups=("serving-vllm",), constrained=False)

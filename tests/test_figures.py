@@ -68,6 +68,17 @@ def test_what_screens_say_of_settings_with_a_name():
     assert f"of {names} no difference in accuracy was resolved" in text
 
 
+def test_which_rates_were_best():
+    rates = {row["value"]: row["learning_rate"] for row in result("screen-sign-digits")["rows"]}
+    assert rates["default"] == rates["lora"]
+    rates = {row["value"]: row["learning_rate"] for row in result("screen-forms-sign-digits")["rows"]}
+    assert [rates[form] / rates["lora"] for form in ("paper-equal", "paper")] == [0.5, 0.25]
+    text = prose("docs/guide/settings.md")
+    assert (
+        "both were best at the same rate, and the paper's form, whose gain is 1.0, at a half or a quarter of it" in text
+    )
+
+
 def test_what_a_joint_start_costs():
     found, text = result("speed-joint-vit-s14"), prose("docs/guide/settings.md")
     torch, jax = found["starts"]

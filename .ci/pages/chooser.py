@@ -57,11 +57,12 @@ def _measured(root: Path) -> Iterator[tuple[str, str]]:
 def _screens(root: Path) -> Iterator[str]:
     """The default beside LoRA on each task that was screened."""
     for path in sorted((root / RESULTS).glob("screen-*.json")):
-        for row in _read(root, path.stem).get("rows", ()):
-            if row.get("value") == "default":
-                over, which = row["over_lora_pct"], f"{100 * row['fraction']:.0f} % of {row['task']}"
-                points = f"{over['mean_pct']:+.2f} ({over['low_pct']:+.2f} to {over['high_pct']:+.2f}) points"
-                yield f"default on {which}: {points} over {over['seeds_count']} paired seeds"
+        rows = {row.get("value"): row for row in _read(root, path.stem).get("rows", ())}
+        if row := rows.get("default"):
+            over, which = row["over_lora_pct"], f"{100 * row['fraction']:.0f} % of {row['task']}"
+            points = f"{over['mean_pct']:+.2f} ({over['low_pct']:+.2f} to {over['high_pct']:+.2f}) points"
+            size = f"{row['params_count'] / rows['lora']['params_count']:.2f} times LoRA's parameters"
+            yield f"default on {which}, {size}: {points} over {over['seeds_count']} paired seeds"
 
 
 def _parameters(root: Path) -> Iterator[str]:

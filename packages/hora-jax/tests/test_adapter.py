@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hora_jax import Target, delta, factors, init, make_plan, merge, presets, replace_weights, weights
+from hora_jax import Target, delta, factors, functional, init, make_plan, merge, presets, replace_weights, weights
 from hora_spec import AdapterSpec, HoraError, init_params, reference
 from hora_spec.testing import REFERENCE, Case, check_merge_refuses
 
@@ -44,6 +44,7 @@ def per_layer(the_plan, phi) -> list[dict]:
 def test_i6_initial_values_are_the_specification_s_and_independent_of_stacking(stack):
     (spec, *_) = METHODS
     the_plan = planned(spec, stack=stack)
+    jax.tree.map(np.testing.assert_array_equal, init(the_plan), init(the_plan, seed=0))
     for i, layer in enumerate(per_layer(the_plan, init(the_plan, seed=7))):
         for name, expected in init_params(spec, the_plan.layers[0].shape, 7, f"block.{i}").items():
             np.testing.assert_array_equal(layer[name], expected)
@@ -179,12 +180,14 @@ def test_nothing_is_donated_when_a_merge_is_refused():
         (lambda phi: {"block.0": {k: v[:2] for k, v in phi["block.0"].items()}}, "has the shapes"),
         (lambda phi: {"block.0": {k: v for k, v in phi["block.0"].items() if k != "b_in"}}, "they differ in.*b_in"),
         (lambda phi: jax.tree.map(lambda v: v.astype(int), phi), "cast to float32"),
+        (lambda phi: jax.tree.map(lambda v: "text", phi), "holds arrays, got .*b_in.* of another kind"),
     ],
 )
-def test_s7_a_phi_that_does_not_fit_is_refused(change, message):
+@pytest.mark.parametrize("use", [factors, lambda the_plan, phi: merge(the_plan, tree(), phi)], ids=["factors", "merge"])
+def test_s7_a_phi_that_does_not_fit_is_refused(change, message, use):
     the_plan = planned(METHODS[0])
     with pytest.raises(HoraError, match=message):
-        merge(the_plan, tree(), change(init(the_plan)))
+        use(the_plan, change(init(the_plan)))
 
 
 def test_a_tree_that_does_not_fit_the_plan_is_refused():
@@ -206,3 +209,35 @@ def test_float64_must_be_switched_on():
 def test_a_bad_seed_is_refused():
     with pytest.raises(HoraError, match="seed must be"):
         init(planned(METHODS[0]), seed=-1)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float31", 32, None])
+def test_parameters_are_floating(dtype):
+    with pytest.raises(HoraError, match="parameters are floating, got dtype"):
+        init(planned(METHODS[0]), dtype=dtype)
+
+
+@pytest.mark.parametrize("use", [init, lambda the_plan: weights(the_plan, {})], ids=["init", "weights"])
+def test_what_is_no_plan_is_refused(use):
+    with pytest.raises(HoraError, match="a plan is what"):
+        use({})
+
+
+@pytest.mark.parametrize(("new", "got"), [({"block.0.k": jnp.ones(2)}, r"\['block\.0\.k'\]"), (3, "3"), ([], r"\[\]")])
+def test_only_leaves_that_are_there_are_replaced(new, got):
+    with pytest.raises(HoraError, match=f"got {got}: see"):
+        replace_weights(tree(), new)
+
+
+def test_a_stack_and_a_layer_alone_are_generated_together(perturbed):
+    (spec, *_), params = METHODS, {"alone": tree()["block"]["0"], "stack": tree(stack=0)}
+    places = {"alone": ("d h k", "b"), "stack": ("l d h k", "a.{l}")}
+    targets = [Target(f"{k}.{p}", p, pattern, layer=name) for k, (pattern, name) in places.items() for p in "qv"]
+    the_plan = make_plan(params, spec, targets)
+    phi = perturbed(init(the_plan))
+    ((_, values),) = phi.items()
+    alone = functional.factors(spec, SHAPE, {name: value[3] for name, value in values.items()})
+    found = factors(the_plan, phi)
+    assert {name: f["q"].b.ndim for name, f in found.items()} == {"a.*": 4, "b": 3}
+    for p, factor in alone.items():
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found["b"][p], factor)

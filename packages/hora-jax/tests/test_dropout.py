@@ -246,6 +246,11 @@ def test_a_model_drops_with_a_key_and_after_eval_without_one(model):
     assert len(model.report(X, dropout_key=KEY).low_rank) == 2
 
 
+def test_a_report_takes_the_key_that_a_call_takes():
+    plan = plan_of("apart")
+    assert len(adapt(apart, plan, dropout=RATE).report(PARAMS, identity(plan), X, dropout_key=KEY).low_rank) == 2
+
+
 def call(**kwargs):
     def run(plan):
         adapted = adapt(

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from hora_jax import Target, functional
+from hora_jax import Target
 from hora_jax.nnx import HoraModel
-from hora_spec import AdapterSpec, HoraError, Layout, preset
+from hora_spec import AdapterSpec, HoraError, preset
 
 JUNK = [None, 0, -1, 1.5, True, "", "junk", (), [1], {}, {"a": 1}, object(), b"x", float("nan"), jnp.ones(3), len]
 
@@ -165,23 +165,3 @@ def test_the_calls_that_get_junk_work_with_what_they_should_get(call, tmp_path):
 
 def test_a_call_is_named_once():
     assert len(set(map(name_of, CALLS))) == len(CALLS)
-
-
-@pytest.mark.parametrize(
-    ("weight", "delta", "layout"),
-    [
-        ((16, 4), (16, 16), Layout("d h k")),
-        ((16, 4, 4), (16, 15), Layout("d h k")),
-        ((16, 4, 4), (3, 16, 16), Layout("d h k")),
-        ((3, 16, 4, 4), (2, 16, 16), Layout("l d h k")),
-        ((16, 4, 4), (16, 16), "d h k"),
-    ],
-)
-def test_a_delta_of_another_shape_is_not_merged(weight, delta, layout):
-    with pytest.raises(HoraError, match="got"):
-        functional.merge(jnp.ones(weight), jnp.ones(delta), layout)
-
-
-def test_a_leaf_that_is_not_there_is_not_replaced():
-    with pytest.raises(HoraError, match=r"got \['a\.k'\]"):
-        hora_jax.replace_weights(PARAMS, {"a.k": jnp.ones(2)})

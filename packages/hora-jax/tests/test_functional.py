@@ -11,6 +11,7 @@ from hora_spec import (
     Golden,
     HoraError,
     LayerShape,
+    Layout,
     load_goldens,
     param_shapes,
     reference,
@@ -253,6 +254,31 @@ def test_s6_parameters_that_do_not_fit_are_refused():
         functional.factors(AdapterSpec(3, residual=True), GQA, params)
     with pytest.raises(HoraError, match="leading axes that all parameters share"):
         functional.factors(AdapterSpec(3), GQA, params | {"b_in": np.stack([params["b_in"]] * 2)})
+
+
+@pytest.mark.parametrize(
+    ("weight", "delta", "layout"),
+    [
+        ((16, 4), (16, 16), Layout("d h k")),
+        ((16, 4, 4), (16, 15), Layout("d h k")),
+        ((16, 4, 4), (3, 16, 16), Layout("d h k")),
+        ((3, 16, 4, 4), (2, 16, 16), Layout("l d h k")),
+        ((16, 4, 4), (16, 16), "d h k"),
+    ],
+)
+def test_a_delta_of_another_shape_is_not_merged(weight, delta, layout):
+    with pytest.raises(HoraError, match="got"):
+        functional.merge(jnp.ones(weight), jnp.ones(delta), layout)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_d3_heads_that_own_their_a_read_inputs_of_their_own(route):
+    case = Case(AdapterSpec(3, sharing="none"), GQA)
+    inputs = case.inputs()
+    for p, factors in reference.factors(case.spec, case.layer, inputs.params).items():
+        args = inputs.x[p], inputs.weight[p]
+        got = functional.hora_linear(*args, None, Factors(*map(jnp.asarray, factors)), 2.0, route=route)
+        np.testing.assert_allclose(got, reference.hora_linear(*args, None, factors, 2.0), rtol=1e-3, atol=1e-3)
 
 
 def linear_inputs(dtype: str = "float32"):

@@ -9,6 +9,7 @@ from flax import nnx
 from hora_jax import Target, adapt, init, make_plan, merge, presets
 from hora_jax.nnx import HoraModel, HoraParam
 from hora_spec import AdapterSpec, HoraError
+from jax import lax
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # qwix 0.1.8 calls old names of flax
 KINDS = {"int8": None, "int4": None, "nf4": 16}
@@ -84,3 +85,30 @@ def test_eight_bit_floats_are_adapted_and_not_merged_into(perturbed):
     )
     with pytest.raises(HoraError, match="float8_e4m3fn"):
         merge(planned, params, phi)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda p, x: jnp.tanh(p["w"]),
+        lambda p, x: lax.dot_general(x.astype("float8_e4m3fn"), p["w"], (((1,), (0,)), ((), ()))),
+    ],
+)
+def test_eight_bits_are_too_few_for_a_delta_or_its_factors(fn):
+    params = {"w": jnp.ones((16, 4, 4), "float8_e4m3fn")}
+    planned = make_plan(params, AdapterSpec(4), Target("w", "q", "d h k", layer="a"))
+    with pytest.raises(HoraError, match="dequantise this weight"):
+        adapt(fn, planned)(params, init(planned), jnp.ones((3, 16)))
+
+
+def test_eight_bit_activations_meet_the_sum_of_a_wider_weight_and_its_delta(perturbed):
+    params = {"w": jax.random.normal(jax.random.key(0), (16, 4, 4)).astype("bfloat16")}
+    planned = make_plan(params, AdapterSpec(4), Target("w", "q", "d h k", layer="a"))
+    phi, x = perturbed(init(planned)), jax.random.normal(jax.random.key(1), (3, 16)).astype("float8_e4m3fn")
+
+    def fn(p, x):
+        return lax.dot_general(x, p["w"], (((1,), (0,)), ((), ())), preferred_element_type="float32")
+
+    adapted = adapt(fn, planned)
+    np.testing.assert_array_equal(adapted(params, phi, x), fn(merge(planned, params, phi), x))
+    assert len(adapted.report(params, phi, x).dense) == 1

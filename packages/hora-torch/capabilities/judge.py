@@ -316,7 +316,7 @@ REASONS: Mapping[str, str] = {
     "target: LayerNorm": "a vector has no low-rank update; modules_to_save trains it whole",
     "target: a bare parameter": "stacked experts are many maps in one, and PEFT's wrapper of parameters is LoRA's",
     "adapters of several methods (PeftMixedModel)": "PEFT keeps a closed list of methods for it",
-    "use_dora": "DoRA scales the columns of the summed weight, which HoRA never forms; it is another method",
+    "use_dora": "DoRA learns norms of the summed weight beside its factors; it is another method",
     "layer_replication": "the replicas are one weight, into which each adapter would merge its own update",
 }
 """Why HoRA says no."""

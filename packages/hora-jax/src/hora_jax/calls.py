@@ -95,8 +95,8 @@ def _row(whole: Any, part: Any) -> Any:
     if not isinstance(whole, View):
         return part
     w, *own = part
-    a, b = (f[0] if row is None else row for f, row in zip((whole.a, whole.b), own, strict=True))
-    return replace(whole, w=w, a=a, b=b, axes=None)
+    a, b = (f.squeeze(0) if row is None else row for f, row in zip((whole.a, whole.b), own, strict=True))
+    return whole.moved(w, a, b)
 
 
 def _while(walk: "Walk", eqn: JaxprEqn, ins: Sequence[Any]) -> Sequence[Any]:

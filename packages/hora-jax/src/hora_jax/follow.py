@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from hora_jax.routes import aligned
 from hora_jax.views import View
 
 Operands = Sequence[Any]
@@ -52,19 +53,16 @@ def _squeeze(ins: Operands, bind: Bind, params: Mapping[str, Any]) -> list[Any]:
 def _expand(ins: Operands, bind: Bind, params: Mapping[str, Any]) -> list[Any] | None:
     """New axes of length one; longer ones would be copies."""
     view, shape, places = ins[0], params["shape"], params["broadcast_dimensions"]
-    if len(ins) > 1 or [shape[i] for i in places] != list(view.w.shape):
-        return None
     new = [i for i in range(len(shape)) if i not in places]
-    if any(shape[i] != 1 for i in new):
+    if [shape[i] for i in places] != list(view.w.shape) or any(shape[i] != 1 for i in new):
         return None
     return [view.moved(bind(view.w)[0], jnp.expand_dims(view.a, new), jnp.expand_dims(view.b, new))]
 
 
 def _reshape(ins: Operands, bind: Bind, params: Mapping[str, Any]) -> list[Any] | None:
     """Axes joined or split, as long as the joined ones belong to the same factors."""
-    view, *rest = ins
-    groups = regroup(view.w.shape, params["new_sizes"])
-    if rest or params.get("dimensions") is not None:
+    view, groups = ins[0], regroup(ins[0].w.shape, params["new_sizes"])
+    if params.get("dimensions") is not None:
         return None
     factors = [regrouped(view, factor, groups) for factor in (view.a, view.b)]
     if any(factor is None for factor in factors):
@@ -113,10 +111,8 @@ def _split(ins: Operands, bind: Bind, params: Mapping[str, Any]) -> list[Any]:
     return [view.moved(w, a, b) for w, a, b in zip(bind(view.w), a, b, strict=True)]
 
 
-def _dynamic_slice(ins: Operands, bind: Bind, params: Mapping[str, Any]) -> list[Any] | None:
+def _dynamic_slice(ins: Operands, bind: Bind, params: Mapping[str, Any]) -> list[Any]:
     view, *starts = ins
-    if not isinstance(view, View) or any(isinstance(start, View) for start in starts) or len(starts) != view.w.ndim:
-        return None
 
     def cut(factor: Array) -> Array:
         for axis in view.owned(factor):
@@ -185,11 +181,12 @@ def _side_by_side(factors: Sequence[Array]) -> Array:
 
 
 def _all_gather(ins: Operands, bind: Bind, params: Mapping[str, Any]) -> list[Any] | None:
-    """Shards of a weight inside `jax.shard_map`, put together along an axis that one factor has."""
+    """Shards of a weight inside `jax.shard_map`, put together along an axis; whose it is, a length of one hides."""
     view, axis = ins[0], params["all_gather_dimension"]
-    if not params["tiled"] or len(ins) > 1:
+    if not params["tiled"]:
         return None
-    a, b = (bind(f)[0] if axis in view.owned(f) else f for f in (view.a, view.b))
+    alone = view.w.shape[axis] == 1
+    a, b = (bind(aligned(f, view.w)[0])[0] if alone or axis in view.owned(f) else f for f in (view.a, view.b))
     return [view.moved(bind(view.w)[0], a, b)]
 
 

@@ -89,7 +89,7 @@ def delta(
 
     Notes
     -----
-    For merging and inspection; training uses `hora_linear`, which never forms it (spec D1, D2).
+    For merging and inspection; training uses `hora_linear`, which has it at most in a sum with the weight (spec D1).
     """
     return {p: dense(f, spec.scaling) for p, f in factors(spec, layer, params).items()}
 

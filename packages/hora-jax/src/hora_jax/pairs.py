@@ -5,7 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from hora_spec import Factors, HoraError, Layout
+from hora_spec import Factors, HoraError, Layout, Window
 from jaxtyping import Array
 
 from hora_jax.adapter import unstack
@@ -42,16 +42,15 @@ def pairs(members: tuple[Layer, ...], stacked: Mapping[str, Factors]) -> Iterato
     inputs; heads that own their A stand block-diagonally. Layers apart are assembled all at once, then split.
     """
     scaled = {p: Factors(f.a, members[0].spec.scaling * f.b) for p, f in stacked.items()}
-    apart = None if members[0].stacked else scaled
     made: dict[tuple[object, ...], list[list[Pair]]] = {}
     for index, (layer, own) in enumerate(zip(members, unstack(members, scaled), strict=True)):
         by_path = _by_path(layer)
         places = tuple((site.projection, site.layout, site.shape) for site in layer.sites)
-        if apart is None:
+        if layer.stacked:
             found = _pairs(tuple(by_path.values()), own)
         else:
             if places not in made:
-                made[places] = unstack(members, jax.vmap(partial(_pairs, tuple(by_path.values())))(apart))
+                made[places] = unstack(members, jax.vmap(partial(_pairs, tuple(by_path.values())))(scaled))
             found = made[places][index]
         for path, (a, b) in zip(by_path, found, strict=True):
             yield path, a, b
@@ -93,24 +92,21 @@ def _inputs(site: Site, a: Array) -> Array:
     if [axes[i] for i in own] == ["d", "l"]:
         a = jnp.swapaxes(a, 0, 1)
     a = jnp.expand_dims(a, [i for i in range(len(axes)) if i not in own])
-    return _padded(site, a) if window is not None and axes[window.axis] == "d" else a
+    return _padded(window, site.shape, a) if window is not None and axes[window.axis] == "d" else a
 
 
 def _rows(site: Site, b: Array) -> Array:
     """B (..., rows, ranks) along the axes of the weight: written as a weight whose embed axis holds the ranks."""
     embed, window = site.layout.axes.index("d"), site.layout.window
-    within = window is not None and window.axis != embed
-    shape = (*site.shape[:embed], b.shape[-1], *site.shape[embed + 1 :])
-    b = (site.layout if within else Layout(site.layout.pattern)).write(b, shape)
-    b = jnp.expand_dims(jnp.moveaxis(b, embed, -1), embed)
-    return _padded(site, b) if within else b
+    if window is None or window.axis == embed:
+        return jnp.expand_dims(jnp.moveaxis(Layout(site.layout.pattern).write(b, site.shape), embed, -1), embed)
+    b = jnp.expand_dims(jnp.moveaxis(site.layout.write(b, site.shape), embed, -1), embed)
+    return _padded(window, site.shape, b)
 
 
-def _padded(site: Site, factor: Array) -> Array:
+def _padded(window: Window, shape: tuple[int, ...], factor: Array) -> Array:
     """A factor of the window, with zeros in the rest of the weight: around the span in each of its blocks."""
-    window, span = site.layout.window, site.layout.span(site.shape)
-    if window is None or span is None:
-        return factor
+    span = window.span(shape[window.axis])
     before, after = factor.shape[: window.axis], factor.shape[window.axis + 1 :]
     around = [*((0, 0),) * (window.axis + 1), span.around, *((0, 0),) * len(after)]
     blocks = factor.reshape(*before, span.blocks, -1, *after)

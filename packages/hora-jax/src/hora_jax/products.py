@@ -18,8 +18,8 @@ _WEIGHT, _INPUT = "abcdefghijklmnopq", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 def multiply(eqn: JaxprEqn, lhs: Any, rhs: Any, route: Way, drop: Drop | None) -> Array | None:
     """The result of a ``dot_general`` one of whose operands is a view; None where no factor meets the other operand."""
     view, x = (lhs, rhs) if isinstance(lhs, View) else (rhs, lhs)
-    if not all(jnp.issubdtype(v.dtype, jnp.floating) for v in (view.w, x)):
-        return None
+    if not all(jnp.issubdtype(v.dtype, jnp.floating) for v in (view.w, x)) or x.dtype.itemsize < 2:
+        return None  # factors are cast to x's dtype, and 8 bits are too few for them
     letters = _letters(eqn, view, x, isinstance(lhs, View))
     gone = {letter for letter, size in zip(letters.weight, view.w.shape, strict=True) if size == 1}
     contraction = _contraction(eqn, view, letters, gone)

@@ -1,6 +1,7 @@
 """A planned weight, or a part or rearrangement of one, as it moves through a function."""
 
 from dataclasses import dataclass, field, replace
+from string import ascii_lowercase
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ class View:
 
     def dense(self) -> Array:
         """``w + delta``, summed in float32 or better and rounded once to w's dtype (spec M1)."""
-        letters = [chr(ord("a") + i) for i in range(self.w.ndim)]
+        letters = ascii_lowercase[: self.w.ndim]
         names = ["".join(letters[i] for i in self.owned(f)) + "R" for f in (self.a, self.b)]
         out = "".join(letter for letter in letters if any(letter in name for name in names))
         small = [f.reshape(*(f.shape[i] for i in self.owned(f)), -1) for f in (self.a, self.b)]

@@ -71,7 +71,7 @@ class Walk:
         if not isinstance(value, View):
             return value
         use = self._note(value, eqn, low_rank=False)
-        if value.codes or value.decoded:
+        if value.codes or value.decoded or value.w.dtype.itemsize < 2:
             raise HoraError(
                 "a quantised weight is followed from codes through one scale to products with floating activations, "
                 f"got {use.path} in {use.primitive} at {use.place}: dequantise this weight before planning it (spec D3)"
@@ -97,7 +97,7 @@ class Walk:
     def _note(self, view: View, eqn: JaxprEqn | None, *, low_rank: bool) -> Use:
         name, place = ("output", "") if eqn is None else (eqn.primitive.name, _place(eqn) or self.place)
         use = Use(view.path, name, place, low_rank)
-        self.uses[(*self.within, id(eqn), view.path)] = use
+        self.uses[(*self.within, id(eqn), view.path, low_rank)] = use
         return use
 
     def _run(self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
