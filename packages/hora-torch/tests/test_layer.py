@@ -126,3 +126,22 @@ def test_a_hypernetwork_lives_where_its_offloaded_base_runs(runs_on):
     for projection in base.children():
         projection._hf_hook = SimpleNamespace(execution_device=runs_on)
     assert {param.device.type for param in adapted(base).parameters() if param.requires_grad} == {runs_on or "cpu"}
+
+
+def test_it_is_converted_to_lora_by_peft():
+    model, x = adapted(), torch.randn(3, 6)
+    assert model.supports_lora_conversion()
+    config, tensors = peft.convert_to_lora(model, rank=2)
+    assert config.r == 2
+    expected = model(x)
+    lora = peft.get_peft_model(model.unload(), config)
+    peft.set_peft_model_state_dict(lora, tensors)
+    torch.testing.assert_close(lora(x), expected)
+
+
+def test_nothing_is_cast_to_the_precision_of_a_base_that_peft_is_told_to_leave():
+    model, x = adapted(), torch.randn(3, 6)
+    expected = model(x)
+    assert all(layer.cast_input_dtype_enabled for layer in layers(model))
+    with peft.helpers.disable_input_dtype_casting(model):
+        assert torch.equal(model(x), expected)
