@@ -69,6 +69,7 @@ REFUSED = {
 def test_other_codes_are_refused(how):
     def dense():
         found = walked(REFUSED[how], codes_of("shared"), codes_of("shared", "other"))
+        assert not any(isinstance(value, View) and value.decoded for value in found)
         return [Walk("branch", "allow").plain(value, None) for value in found]
 
     with pytest.raises(HoraError, match="through one scale"):
