@@ -34,7 +34,9 @@ PYTEST = (
     "-p",
     "no:randomly",
 )
-OUTCOMES = {0: "survived", 1: "killed", 2: "killed", 4: "killed", -signal.SIGXCPU: "timeout", -signal.SIGSEGV: "killed"}
+CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV)
+NOTICED = (1, 2, 4, *(-crash for crash in CRASHES))
+OUTCOMES = {0: "survived", -signal.SIGXCPU: "timeout"} | dict.fromkeys(NOTICED, "killed")
 AFRESH = 70
 """Exit code of a child that cannot plant a mutant by swapping functions."""
 Job = dict[str, Any]

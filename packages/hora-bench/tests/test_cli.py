@@ -124,16 +124,10 @@ def test_peers_are_planned_on_abstract_weights(name):
     assert peer.step_flops < full.step_flops
 
 
-def test_an_image_task_is_planned_without_its_data(vit_directory):
-    text = run("run", "vtab/svhn", "--dry-run", "--model", vit_directory, "--image-size", 32, "--method", "lora")
-    assert "counted by torch" in text
-    assert "memory per device" in text
-
-
 def test_a_whole_command_is_planned_with_the_number_of_its_runs(vit_directory):
     command = ["run", "vtab", "--dry-run", "--model", vit_directory, "--image-size", 32, "--method", "hora,lora"]
     text = run(*command, "--tune", "--seeds", "0-4")
-    assert text.count("memory per device") == 2 * 19
+    assert text.count("counted by torch") == text.count("memory per device") == 2 * 19  # without any data
     assert "in all 190 runs of such steps, and 760 trials before them" in text
 
 
@@ -185,69 +179,47 @@ BAD = [
     ([*DIGITS, "--model", "/nowhere"], "--model must be an asset"),
     ([*DIGITS, "--model", "EMPTY"], "--model must be an asset"),
     ([*DIGITS, "--model", "vit_base_patch16_224.typo"], "--model must be an asset"),
-    ([*TEXT, "--model", "EMPTY"], "--model must be an asset"),
     ([*DIGITS, "--backend", "jax", "--method", "dora"], "dora exists on torch, got --backend jax"),
     # numbers
     ([*DIGITS, "--lr", "-1"], "learning_rate of a run: input should be greater than 0, got -1"),
-    ([*DIGITS, "--lr", "0"], "learning_rate of a run"),
     ([*DIGITS, "--lr", "nan"], "learning_rate of a run: input should be a finite number"),
-    ([*DIGITS, "--lr", "inf"], "learning_rate of a run: input should be a finite number"),
     ([*DIGITS, "--wd", "-0.1"], "weight_decay of a run"),
-    ([*DIGITS, "--wd", "nan"], "weight_decay of a run"),
     ([*DIGITS, "--fraction", "0"], "fraction of a run: input should be greater than 0, got 0"),
     ([*DIGITS, "--fraction", "nan"], "should be less than or equal to 1"),
     ([*DIGITS, "--epochs", "nan"], "--epochs is a positive number, got nan"),
-    ([*DIGITS, "--epochs", "inf"], "--epochs is a positive number"),
     ([*DIGITS, "--epochs", "-3"], "--epochs is a positive number, got -3.0"),
-    ([*DIGITS, "--epochs", "0"], "--epochs is a positive number"),
     ([*DIGITS, "--epochs", "1e300"], "steps of a run"),
-    ([*DIGITS, "--steps", "1000000000"], "steps of a run"),
     ([*DIGITS, "--seed", "-1"], "seed of a run: input should be greater than or equal to 0, got -1"),
-    ([*DIGITS, "--seed", "4294967296"], "seed of a run"),
     ([*DIGITS, "--seeds", "3-1"], "write 0-19"),
-    ([*DIGITS, "--seeds", "all"], "write 0-19"),
     ([*DIGITS, "--batch-size", "100000"], "batch_size of a run"),
     ([*DIGITS, "--image-size", "33"], "--image-size is a multiple of the patches"),
-    ([*DIGITS, "--image-size", "100000"], "image_size_px of a run"),
     ([*DIGITS, "--limit", "3"], "--limit leaves at least one example of each of 10 classes, got 3"),
     ([*DIGITS, "--tune", "--tune-lr", "high"], "--tune-lr takes numbers, got 'high'"),
-    ([*DIGITS, "--tune", "--tune-lr", "1e-3,,1"], "--tune-lr takes numbers"),
     ([*DIGITS, "--tune", "--tune-lr", "1,1"], "--tune-lr takes different numbers"),
-    ([*DIGITS, "--tune", "--tune-lr", "nan"], "learning_rate of a run"),
     ([*DIGITS, "--tune", "--tune-wd", "-1"], "weight_decay of a run"),
     # options of methods, ours and the peers'
     ([*DIGITS, "--option", "rank"], "--option takes key=value"),
     ([*DIGITS, "--option", "rank=2", "--option", "rank=4"], "each key once"),
     ([*DIGITS, "--option", "width=2"], "the options of hora are"),
-    ([*DIGITS, "--option", "rank=[8]"], "[8]"),
-    ([*DIGITS, "--option", "rank=0"], "got 0"),
     ([*DIGITS, "--option", "rank=1000000"], "from 1 to 4096, got 1000000"),
     ([*DIGITS, "--option", "activation=selu"], "selu"),
     ([*DIGITS, "--option", "alpha=nan"], "nan"),
     ([*DIGITS, "--option", "gain=x"], "x"),
-    *(
-        ([*DIGITS, "--method", method, "--option", option], message)
-        for method in ("lora", "dora")
-        for option, message in (
-            ("rank=-1", "from 1 to 4096, got -1"),
-            ("rank=2.5", "from 1 to 4096, got 2.5"),
-            ("rank=true", "got True"),
-            ("alpha=high", "alpha of"),
-            ("alpha=-1", "alpha of"),
-            ("alpha=Infinity", "alpha of"),
-            ("gain=1", "options of"),
-        )
-    ),
+    ([*DIGITS, "--method", "lora", "--option", "rank=-1"], "from 1 to 4096, got -1"),
+    ([*DIGITS, "--method", "lora", "--option", "rank=2.5"], "from 1 to 4096, got 2.5"),
+    ([*DIGITS, "--method", "lora", "--option", "rank=true"], "got True"),
+    ([*DIGITS, "--method", "dora", "--option", "alpha=high"], "alpha of"),
+    ([*DIGITS, "--method", "dora", "--option", "alpha=Infinity"], "alpha of"),
+    ([*DIGITS, "--method", "eva", "--option", "rho=0.5"], "rho of"),
+    ([*DIGITS, "--method", "hora-joint", "--option", "start_scale=rms"], "one of kaiming, rows, got 'rms'"),
+    ([*DIGITS, "--method", "hora-joint", "--option", "start_batches=0"], "start_batches of hora-joint is a whole"),
     ([*DIGITS, "--method", "vera", "--option", "rank=0"], "rank of vera is a whole number"),
     ([*DIGITS, "--method", "vblora", "--option", "vectors=0"], "vectors of vblora is a whole number"),
-    ([*DIGITS, "--method", "vblora", "--option", "rank=null"], "rank of vblora is a whole number"),
     ([*DIGITS, "--method", "linear-probe", "--option", "rank=2"], "the options of linear-probe are none"),
     ([*TEXT, "--method", "linear-probe"], "linear-probe trains a classification head"),
     # what would change nothing
     ([*DIGITS, "--tune", "--lr", "1e-3"], "some options are what --tune chooses, got --lr"),
-    ([*DIGITS, "--tune", "--wd", "0"], "got --wd"),
     ([*DIGITS, "--tune-lr", "1e-3"], "belong to --tune, got --tune-lr"),
-    ([*DIGITS, "--tune-wd", "1e-3"], "belong to --tune, got --tune-wd"),
     ([*DIGITS, "--steps", "2", "--epochs", "3"], "another way to say --steps, got --epochs"),
     ([*DIGITS, "--seeds", "0-1", "--seed", "3"], "another way to say --seeds, got --seed"),
     ([*DIGITS, "--scoring", "generation"], "belong to language models, got --scoring"),
@@ -256,19 +228,12 @@ BAD = [
     ([*TEXT, "--beams", "4"], "beams are torch's, for answers that are generated"),
     ([*TEXT, "--beams", "4", "--scoring", "generation", "--backend", "jax"], "beams are torch's"),
     ([*DIGITS, "--mesh", "fsdp=2"], "mesh is JAX's, got --backend torch"),
-    ([*DIGITS, "--remat"], "remat is JAX's, got --backend torch"),
-    ([*DIGITS, "--scan"], "scan is JAX's, got --backend torch"),
     ([*DIGITS, "--dry-run", "--lr", "1"], "change nothing of a step's cost, got --lr"),
-    ([*DIGITS, "--dry-run", "--fraction", "0.5"], "change nothing of a step's cost, got --fraction"),
-    ([*DIGITS, "--method", "hora,lara"], "a method is one of hora"),
     ([*DIGITS, "--method", "lora,lora"], "--method names each method once"),
     ([*DIGITS, "--method", "hora,lora", "--option", "residual=true"], "the options of lora are rank, alpha"),
-    ([*DIGITS, "--method", "hora,dora", "--backend", "jax"], "dora exists on torch"),
     ([*DIGITS, "--dry-run", "--json"], "change nothing of a step's cost, got --json"),
     ([*DIGITS, "--dry-run", "--backend", "jax", "--scan"], "change nothing of a step's cost, got --scan"),
     ([*DIGITS, "--dry-run", "--backend", "jax", "--method", "dora"], "dora exists on torch, got --backend jax"),
-    ([*DIGITS, "--dry-run", "--backend", "jax", "--dtype", "bfloat16"], "on JAX image models are trained in float32"),
-    ([*DIGITS, "--dry-run", "--mesh", "fsdp=2"], "mesh is JAX's, got --backend torch"),
     ([*DIGITS, "--dry-run", "--method", "vblora"], "whose forward looks at its values"),
     # devices
     ([*DIGITS, "--backend", "jax", "--mesh", "dp=2"], "--mesh names the axes fsdp and tp"),
@@ -279,7 +244,6 @@ BAD = [
     ([*DIGITS, "--device", "cuda"], "--device cuda needs a cuda device"),
     # files
     ([*DIGITS, "--out", "FILE"], "must be a directory that can be written to"),
-    ([*DIGITS, "--out", "/proc/results"], "must be a directory that can be written to"),
     ([*DIGITS, "--config", "/nowhere"], "--config is one of llama-7b"),
     ([*DIGITS, "--config", "FILE"], "a configuration is JSON"),
     ([*DIGITS, "--config", "TYPO"], "options of a configuration are those of run, got learning_rate"),

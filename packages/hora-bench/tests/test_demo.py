@@ -1,7 +1,6 @@
 """The page that the demonstration leaves behind, and what it does not overwrite."""
 
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -18,20 +17,6 @@ def row(label, **more):
     return Row(label, 10.0, 90.0, 1000, 3850, 0.1, 2**28, curve, np.zeros((4, 10)), b_factors=factors, **more)
 
 
-class Tags(HTMLParser):
-    """How often each tag is opened and closed."""
-
-    def __init__(self):
-        super().__init__()
-        self.opened, self.closed = [], []
-
-    def handle_starttag(self, tag, attributes):
-        self.opened.append(tag)
-
-    def handle_endtag(self, tag):
-        self.closed.append(tag)
-
-
 def test_the_page_holds_every_number_and_asks_nobody(tmp_path):
     merged = {"forward_s": 0.1, "merged_forward_s": 0.1, "merged_pct": 89.9, "merged_difference": 1e-6}
     rows = [row("HoRA · torch", **merged), row("HoRA · JAX", **merged), row("LoRA (PEFT) · torch")]
@@ -43,10 +28,8 @@ def test_the_page_holds_every_number_and_asks_nobody(tmp_path):
             assert f"<td>{cell}</td>" in text
     assert page.CAUTION in text
     assert not re.findall(r'(?:src|href)="(?!data:)', text)
-    tags = Tags()
-    tags.feed(text)
-    assert tags.opened.count("img") == 3
-    assert tags.opened.count("table") == tags.closed.count("table") == 2
+    assert text.count("<img ") == 3
+    assert text.count("<table>") == text.count("</table>") == 2
 
 
 def test_a_folder_of_something_else_is_not_replaced(tmp_path):

@@ -1,10 +1,24 @@
-"""The experiment files of the package are found by name, and a file of the caller's goes first."""
+"""The experiment files of the package are found by name, a file of the caller's goes first, and results are theirs."""
 
+import inspect
+import re
 from pathlib import Path
 
 import pytest
 import typer
+from hora_bench import methods
+from hora_bench.cache import read_json
+from hora_bench.choices import Sweep, choices
 from hora_bench.experiments.files import SHIPPED, experiment_file
+from hora_bench.experiments.signal.run import signal
+from hora_bench.experiments.similarity.run import similarity
+from hora_bench.experiments.speed.run import speed
+from hora_bench.report.rows import COMPARISONS, rows_of
+from hora_bench.request import vary
+from hora_bench.setting import read_setting
+from hora_spec import HoraError
+
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 @pytest.mark.parametrize("text", ["control-digits", "control-digits.toml", "experiments/control-digits.toml"])
@@ -23,3 +37,58 @@ def test_a_file_of_the_caller_goes_first(tmp_path, monkeypatch):
 def test_what_is_not_there_is_answered_with_what_is(text):
     with pytest.raises(typer.BadParameter, match=r"one of ablate-sign-digits, .*control-digits"):
         experiment_file(text)
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_a_committed_result_is_of_its_experiment_file_as_it_is_now(path):
+    content = read_json(path)
+    named = re.search(r"experiments/(\S+\.toml)(?: --data FOLDER)?(?: --task (\S+))?$", content["command"])
+    if named is None:
+        return
+    setting, result = read_setting(SHIPPED / named[1], quick=None, data=None), content["result"]
+    if content["experiment"] not in COMPARISONS:
+        assert {name: result["setting"][name] for name in setting.vary if name in result["setting"]}.items() <= (
+            setting.vary.items()
+        )
+        return
+    asked = Sweep.of({**setting.vary, **({"tasks": [named[2]]} if named[2] else {})})
+    rows = [(row["factor"], row["value"], row["fraction"]) for row in rows_of(result)]
+    assert {(one.factor, one.value, one.request.fraction) for one in choices(setting.base, asked)} <= {*rows}
+    assert tuple(result["setting"]["seeds"]) == asked.seeds
+
+
+def test_an_experiment_file_gives_request_and_what_varies(tmp_path):
+    path = tmp_path / "one.toml"
+    path.write_text('[request]\nsteps = 70\n[vary]\nmethods = ["hora"]\nseeds = "0-3"\n')
+    found = read_setting(path, quick=None, data=None)
+    assert (found.base.steps, Sweep.of(found.vary).seeds) == (70, (0, 1, 2, 3))
+    assert read_setting(None, quick={"seeds": [3]}, data=None).vary == {"seeds": [3]}
+    for text, message in (
+        ("[request]\nstep = 7\n", r"got \['step'\] in one.toml"),
+        ("[request", "is TOML, got"),
+        ("[vary]\nmethod = 'hora'\n", "is varied is among methods, .*got method"),
+    ):
+        path.write_text(text)
+        with pytest.raises(HoraError, match=message):
+            Sweep.of(read_setting(path, quick=None, data=None).vary)
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_experiment_file_fits_its_command(path):
+    found = read_setting(path, quick=None, data=None)
+    others = {"similarity": similarity, "signal": signal, "speed": speed}
+    own = next((run for name, run in others.items() if path.stem.startswith(name)), None)
+    if own is not None:
+        assert set(found.vary) <= set(inspect.signature(own).parameters)
+        return
+    asked = Sweep.of(found.vary)
+    for method in (*asked.methods, *asked.references):
+        assert methods.find(method).configured(vary(found.base, method=method).options)
+    for changes in asked.variants.values():
+        assert vary(found.base, **changes) != found.base
+
+
+@pytest.mark.parametrize(("path", "quick", "given"), [(None, None, "neither"), (Path("one.toml"), {}, "both")])
+def test_an_experiment_takes_a_file_or_is_quick(path, quick, given):
+    with pytest.raises(HoraError, match=f"--quick, got {given}"):
+        read_setting(path, quick=quick, data=None)

@@ -5,13 +5,16 @@ import shutil
 
 import numpy as np
 import pytest
-from hora_bench import backends, methods, store
+from hora_bench import backends, store
 from hora_bench import run as runs
+from hora_bench.commands import experiments
 from hora_bench.data.records import records_task
 from hora_bench.models import load
 from hora_bench.models.load import tokenizer
 from hora_bench.recipe import Recipe, kept_paths
-from hora_bench.request import Inputs, Request, name_of
+from hora_bench.request import FINAL, Inputs, name_of
+from hora_bench.request import request as made
+from hora_bench.store import Journal
 from hora_bench.versions import sources_sha256
 from hora_spec import HoraError, load_adapter
 from safetensors.numpy import load_file
@@ -21,10 +24,8 @@ QWIX = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # qwix 0.1.8 ca
 
 
 def request(model, **changes):
-    method = methods.find(changes.pop("method", "hora"))
-    settings = {"task": "made", "model": str(model), "method": method.name, "options": method.options, "steps": 3}
-    settings |= {"image_size_px": 32, "learning_rate": 1e-2, "batch_size": 8, "warmup_steps": 1}
-    return Request(**(settings | {"train_on": "train+val", "score_on": "test"} | changes))
+    settings = {"task": "made", "model": str(model), "image_size_px": 32, "learning_rate": 1e-2, "batch_size": 8}
+    return made(**{**settings, "steps": 3, "warmup_steps": 1, **FINAL, **changes})
 
 
 def predictions(result, out):
@@ -122,12 +123,30 @@ def test_a_digest_of_sources_sees_every_file(tmp_path):
     assert sources_sha256(tmp_path) != found[0]
 
 
+def test_pieces_of_an_experiment_that_other_code_measured_are_measured_again(tmp_path, monkeypatch):
+    out = tmp_path / "signal.json"
+    assert experiments._journal(out).once("piece", lambda: 1) == experiments._journal(out).once("piece", lambda: 2) == 1
+    monkeypatch.setattr(experiments, "sources_sha256", lambda *_: "other")
+    assert experiments._journal(out).once("piece", lambda: 3) == 3
+
+
 def test_a_result_without_its_files_is_no_result(vit_directory, image_task, tmp_path):
     asked = request(vit_directory, method="linear-probe")
     first = runs.run(asked, image_task, tmp_path, command="one")
     shutil.rmtree(tmp_path / first.name)
     assert runs.run(asked, image_task, tmp_path, command="two").command == "two"
     assert (tmp_path / first.name / "predictions.jsonl").exists()
+
+
+@pytest.mark.parametrize("last_blocks", [None, 1])
+def test_a_finished_run_tells_the_search_of_the_one_who_asks(last_blocks, vit_directory, image_task, tmp_path):
+    asked = request(vit_directory, method="linear-probe", fraction=0.2, last_blocks=last_blocks)
+    first = runs.run(asked, image_task, tmp_path, command="test")
+    trial = {"learning_rate": 1e-2, "weight_decay": 0.0, "accuracy_pct": 3.0, "final_loss": 1.0, "file": None}
+    again = runs.run(asked, image_task, tmp_path, command="test", trials=[store.Trial(**trial)])
+    assert (again.loss, len(again.trials)) == (first.loss, 1)
+    assert again.labels_count > first.labels_count  # those of validation
+    assert store.read(tmp_path / f"{first.name}.json") == again
 
 
 def test_results_of_the_first_schema_are_read_with_their_values_untouched(tmp_path):
@@ -245,3 +264,17 @@ def test_image_models_train_in_bfloat16_by_autocast_on_torch(vit_directory, imag
     )
     np.testing.assert_allclose(half.loss, full.loss, rtol=0.1)
     assert half.loss != full.loss
+
+
+def test_a_journal_drops_a_line_cut_by_a_kill_and_pieces_of_other_code(tmp_path):
+    path = tmp_path / "pieces.jsonl"
+    for key in "ab":
+        Journal(path, "code").once(key, lambda key=key: key.upper())
+    path.write_text(path.read_text()[:-3])
+    journal = Journal(path, "code")
+    assert journal.once("a", lambda: pytest.fail("forgotten")) == "A"
+    assert journal.once("b", lambda: 2) == 2
+    assert Journal(path, "code").once("b", lambda: pytest.fail("forgotten")) == 2
+    assert Journal(path, "other code").once("a", lambda: "new") == "new"
+    journal.remove()
+    assert not path.exists()

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from hora_bench.cache import read_json
 from hora_bench.experiments.cost.run import cost
-from hora_bench.report.comparisons import widths_of
+from hora_bench.report.comparisons import lines_of, screen_lines, widths_of
 from hora_bench.report.page import write_page
 from hora_bench.report.suites import members_of
 from hora_bench.report.tables import judged_gates
 from hora_bench.report.verdicts import verdicts
+from hora_bench.report.writing import embedded
 from hora_bench.request import Inputs, request
 from hora_bench.store import Measured, RunResult, Scores, Trial, read, write_experiment
 from hora_spec import HoraError
@@ -22,23 +23,28 @@ PLACE = "packages/hora-bench/results"
 in_repository = pytest.mark.skipif(not (ROOT / "noxfile.py").exists(), reason="the page is in the repository")
 
 
-@pytest.fixture
-def checkout(tmp_path):
-    """The committed results where they are in the repository, and a folder for pages."""
-    shutil.copytree(RESULTS, tmp_path / PLACE)
-    return tmp_path
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """The committed results where they are in the repository."""
+    folder = tmp_path_factory.mktemp("checkout")
+    shutil.copytree(RESULTS, folder / PLACE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pages(checkout):
+    """Pages and plots of the committed results."""
+    return write_page(checkout / PLACE, checkout / "docs/benchmarks.md")
 
 
 @in_repository
-def test_the_committed_page_is_what_the_committed_results_say(checkout):
-    written = write_page(checkout / PLACE, checkout / "docs/benchmarks.md")
-    for path in written:
+def test_the_committed_page_is_what_the_committed_results_say(checkout, pages):
+    for path in pages:
         assert path.read_bytes() == (ROOT / path.relative_to(checkout)).read_bytes(), path.name
-    assert {path.name for path in written[1:]} == {path.name for path in (ROOT / "docs/benchmarks").iterdir()}
+    assert {path.name for path in pages[1:]} == {path.name for path in (ROOT / "docs/benchmarks").iterdir()}
 
 
-def test_every_link_of_the_pages_leads_to_a_file(checkout):
-    pages = write_page(checkout / PLACE, checkout / "docs/benchmarks.md")
+def test_every_link_of_the_pages_leads_to_a_file(pages):
     linked = set()
     for page in (path for path in pages if path.suffix == ".md"):
         targets = re.findall(r"\]\(([^)]+)\)", page.read_text())
@@ -48,31 +54,30 @@ def test_every_link_of_the_pages_leads_to_a_file(checkout):
     assert {path.name for path in pages[1:]} <= linked
 
 
-def test_versions_stand_once_on_the_pages(checkout):
-    pages = write_page(checkout / PLACE, checkout / "docs/benchmarks.md")
+def test_versions_stand_once_on_the_pages(pages):
     text = "".join(page.read_text() for page in pages if page.suffix == ".md")
     places = re.findall(r"hora-spec 0\.1\.0, .*", text)
     assert len(places) == len(set(places))
 
 
-@in_repository
-def test_the_html_page_holds_everything_and_is_the_same_twice(checkout):
-    first, second = (
-        write_page(checkout / PLACE, checkout / folder / "page.html")[0].read_bytes() for folder in ("one", "two")
-    )
-    assert first == second
-    html = first.decode()
-    plots = list((ROOT / "docs/benchmarks").glob("*.svg"))
-    assert html.count('src="data:image/svg+xml;base64,') == html.count("<img") == len(plots)
-    for path in RESULTS.glob("*.json"):
-        assert f">{path.name}</a>: <code>{read_json(path)['command']}</code>" in html
+def test_the_html_page_holds_its_plots_and_every_command(pages, tmp_path):
+    few = ("theory.json", "joint-sign-digits.json", "signal.json")
+    for name in few:
+        shutil.copy(RESULTS / name, tmp_path / name)
+    html = write_page(tmp_path, tmp_path / "page.html")[0].read_text()
+    own = {f"{stem}.svg" for stem in ("theory", "joint-sign-digits", "signal-held", "signal-similarity")}
+    own = [path for path in pages if path.name in own]
+    assert all(embedded(path) in html for path in own)
+    assert html.count('src="data:image/svg+xml;base64,') == html.count("<img") == len(own) + 1  # and all differences
+    for name in few:
+        assert f">{name}</a>: <code>{read_json(RESULTS / name)['command']}</code>" in html
 
 
 @pytest.mark.parametrize(
     ("results", "page", "message"), [("results", "p.pdf", "Markdown .* or HTML"), ("empty", "p.md", "got none")]
 )
 def test_a_page_that_cannot_be_written_says_why(checkout, results, page, message):
-    (checkout / "empty").mkdir()
+    (checkout / "empty").mkdir(exist_ok=True)
     with pytest.raises(HoraError, match=message):
         write_page(checkout / results, checkout / page)
 
@@ -233,6 +238,17 @@ def test_heads_are_asked_alike_where_their_signals_are_more_alike_than_by_chance
     assert said("signal", {"setting": {"rank": 8}, "summary": summary}) == [word]
 
 
+@pytest.mark.parametrize(
+    ("outcomes", "word"),
+    [("passed passed", "confirmed"), ("passed failed", "not seen"), ("passed not-resolved", "not resolved")],
+)
+def test_other_activations_recover_faster_where_both_gates_of_all_of_them_pass(outcomes, word):
+    numbers = {"difference": -0.3, "low": -0.4, "high": -0.2, "bounds": [float("-inf"), 0.0]}
+    gates = [{"activation": "identity", "outcome": "failed", **numbers}]  # which is judged by its own regression
+    gates += [{"activation": "tanh", "outcome": one.replace("-", " "), **numbers} for one in outcomes.split()]
+    assert said("theory-activations", {"setting": {"trials": 24}, "gates": gates}) == [word]
+
+
 def test_the_summary_says_of_screens_what_was_found_and_that_nothing_won(tmp_path):
     which = {"task": "made", "fraction": 0.1}
     rows = [
@@ -271,6 +287,27 @@ def test_the_range_of_good_rates_ends_where_accuracy_crosses_the_margin():
     assert found(flat) == [("0.001", "at most 0.001", "at least 0.016", "at least 16.0")]
 
 
+def test_what_a_race_stopped_at_different_seeds_is_paired_over_those_of_both():
+    made = {"joint": [60.0, 61.0, 62.0], "random": [58.0, 59.0, 60.5, 0.0], "lora": [50.0, 51.0, 52.0, 53.0]}
+    rows = [row(name, accuracies, task="made", params_count=1) for name, accuracies in made.items()]
+    rows[2] |= over_lora(0, 0)
+    for one in rows[:2]:
+        one["over_lora_pct"] = {"mean_pct": 9.0, "low_pct": 8.0, "high_pct": 10.0, "level": 0.975}
+    trials = [{"factor": "method", "value": name, "fraction": 1.0, "learning_rate": 2} for name in made]
+    content = {"experiment": "sweep", "result": {"setting": SETTING, "rows": rows, "search": trials}}
+    (found,) = (one.why for one in verdicts([(Path("r.json"), content)]) if one.claim.startswith("ours: a joint"))
+    assert "over a random A, fixed, +1.83 (+0.8 to +2.87) points over 3 paired seeds" in found  # t at 97.5 %
+    (line,) = screen_lines(content["result"])
+    assert "+1.83 (+0.8 to +2.87)" in line
+
+
+def test_tasks_of_one_result_are_told_apart():
+    rows = [row(name, [50.0, 51.0], task=task) for task in ("one", "other") for name in ("lora", "hora")]
+    found = {"setting": {**SETTING, "last_blocks": 4}, "rows": rows, "search": []}
+    assert [line[0] for line in screen_lines(found)] == ["100 % of one", "100 % of other"]
+    assert [line[1] for line in lines_of(found)[1]] == ["100 % of one"] * 2 + ["100 % of other"] * 2
+
+
 @in_repository
 def test_the_text_says_of_a_screen_what_was_measured():
     rows = {(row["method"], row["contender"]): row for row in read_json(RESULTS / "screen-cost.json")["result"]["rows"]}
@@ -284,7 +321,7 @@ def test_the_text_says_of_a_screen_what_was_measured():
 
 def test_every_claim_has_a_verdict_without_any_result():
     assert {verdict.word for verdict in verdicts([])} == {"not measured"}
-    assert len(verdicts([])) == 13
+    assert len(verdicts([])) == 14
 
 
 @pytest.mark.parametrize(

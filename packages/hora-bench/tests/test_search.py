@@ -92,6 +92,7 @@ def test_where_everything_diverges_the_next_rate_is_lower_and_in_the_end_the_err
         {**START, "factor": 1},
         {**START, "most": 3},
         {**START, "trials": 3},
+        {**START, "refine": 10},
     ],
 )
 def test_a_search_that_cannot_be_one_is_refused(given):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hora_bench.backends import build
+from hora_bench.backends import trained
 from hora_bench.experiments.signal import run as signal_run
 from hora_bench.experiments.signal.measures import (
     common_frame,
@@ -19,12 +19,10 @@ from hora_bench.experiments.signal.measures import (
 )
 from hora_bench.experiments.signal.plot import plot
 from hora_bench.experiments.signal.run import signal
-from hora_bench.recipe import subset
 from hora_bench.report.tables import tables
 from hora_bench.request import request, vary
 from hora_bench.setting import Setting
 from hora_bench.store import Journal
-from hora_bench.training import fit
 from scipy.stats import special_ortho_group
 
 HEADS, HEAD_DIM, EMBED = 4, 6, 40
@@ -78,7 +76,9 @@ def test_turns_favour_no_direction():
 def test_directions_that_all_heads_read_are_held_by_one_basis_and_those_of_each_by_its_own():
     one, own = drawn(2, EMBED), drawn(HEADS, 2, EMBED, seed=1)
     written = drawn(HEADS, HEAD_DIM, 2, seed=2)
-    common, each = (held({"q": noisy(written @ read, batches=40, noise=0.1)}, 2)["q"] for read in (one, own))
+    common, each = (
+        held({"q": noisy(written @ read, batches=40, noise=0.1)}, 2, np.arange(40) % 2 == 0)["q"] for read in (one, own)
+    )
     assert min(common.values()) > 0.99
     assert each["own"] > 0.99
     assert each["one"] < 0.8
@@ -90,10 +90,22 @@ def test_leaving_out_one_at_a_time_gives_the_interval_of_a_mean():
     assert half == pytest.approx(2.045 * values.std(ddof=1) / np.sqrt(30), rel=1e-3)
 
 
+def test_the_interval_of_what_a_basis_holds_is_as_wide_as_repetitions_scatter():
+    signals = drawn(HEADS, HEAD_DIM, 2, seed=2) @ drawn(HEADS, 2, EMBED, seed=1)
+
+    def one(gradients, kept):
+        return held({"q": gradients[kept]}, 2, kept % 2 == 0)["q"]["one"]
+
+    repeated = [signals + np.random.default_rng(seed).normal(size=(8, *signals.shape)) for seed in range(40)]
+    scatter = 2.365 * np.std([one(gradients, np.arange(8)) for gradients in repeated])
+    halves = [jackknife(lambda kept, of=of: np.array(one(of, kept)), 8) for of in repeated[:20]]
+    assert 0.6 * scatter < np.mean(halves) < 1.8 * scatter
+
+
 def test_every_measure_has_a_name_and_a_number():
     gradients = {p: noisy(drawn(HEADS, HEAD_DIM, EMBED, seed=seed), batches=6) for seed, p in enumerate("qv")}
     frames = dict.fromkeys("qv", common_frame(drawn(HEADS, HEAD_DIM, EMBED)))
-    found = measure(gradients, frames, 2)
+    found = measure(gradients, frames, 2, np.arange(6) % 2 == 0)
     assert found.keys() == {"q", "v"}
     assert all(np.isfinite(value) for numbers in found.values() for value in numbers.values())
 
@@ -109,9 +121,7 @@ def setting(vit_directory, image_task, monkeypatch):
 def test_the_model_measured_is_the_trained_one(method, setting, image_task):
     asked = vary(setting.base, method=method)
     model, seen = signal_run._model(asked, image_task, at_start=False)
-    learner = build(asked, image_task)
-    members = subset(image_task.labels("train+val"), asked.fraction, asked.seed)
-    fit(learner, image_task, "train+val", asked.recipe, members=members, seed=asked.seed)
+    learner, members, _ = trained(asked, image_task)
     batch = image_task.train_batch("train+val", np.arange(8), np.random.default_rng(0))
     images = torch.from_numpy(batch["image"]).permute(0, 3, 1, 2)
     start, _ = signal_run._model(asked, image_task, at_start=True)

@@ -1,6 +1,5 @@
-"""The engine of comparisons: every choice alike, paired, tuned with equal budget, controlled; files that fit it."""
+"""The engine of comparisons: every choice alike, paired, tuned with equal budget."""
 
-import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,27 +9,19 @@ import numpy as np
 import pytest
 from hora_bench import methods, store, sweep
 from hora_bench.choices import Sweep
-from hora_bench.control import control
 from hora_bench.data.digits import digits
-from hora_bench.data.images import Examples, ImageTask
-from hora_bench.experiments.signal.run import signal
 from hora_bench.experiments.similarity.plot import plot as plot_similarity
 from hora_bench.experiments.similarity.run import similarity
-from hora_bench.experiments.speed.run import speed
 from hora_bench.report.comparisons import plot
 from hora_bench.report.rows import rows_of
 from hora_bench.report.tables import tables
 from hora_bench.report.verdicts import verdicts
 from hora_bench.request import request, seeds_of, vary
-from hora_bench.run import run
-from hora_bench.search import Grid, edge_of
-from hora_bench.setting import Setting, read_setting
-from hora_bench.stats import chance_bound, level_of_looks
-from hora_bench.store import Journal, Trial
+from hora_bench.search import Grid
+from hora_bench.setting import Setting
+from hora_bench.stats import level_of_looks
+from hora_bench.store import Journal
 from hora_spec import HoraError
-
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-EVERYWHERE = [(method.name, backend) for method in methods.METHODS for backend in method.library]
 
 
 @pytest.fixture
@@ -90,10 +81,10 @@ def test_every_choice_finds_its_own_rate_and_is_tested_once_per_seed(setting, tm
         variants={"wide-residual": {"residual": True, "hidden_dim": 80}, "long-lora": {"method": "lora", "steps": 4}},
         factors={"steps": [4]},
         search=Grid.of([1e-3, 1e-2]),
-        seeds=[0, 1],
+        seeds=[2, 3],
         search_seeds=[0, 1],
     )
-    found = sweep.sweep(setting, tmp_path, asked)
+    found = sweep.sweep(replace(setting, base=vary(setting.base, last_blocks=1)), tmp_path, asked)
     rows = {row["value"]: row for row in found["rows"]}
     assert list(rows) == [None, "lora", 4, "wide-residual", "long-lora"]
     for value, row in rows.items():
@@ -113,7 +104,7 @@ def test_every_choice_finds_its_own_rate_and_is_tested_once_per_seed(setting, tm
         assert rows[value]["over_lora_pct"]["mean_pct"] == pytest.approx((own - theirs).mean(), abs=0.01)
     shown = rows_of(json.loads(json.dumps(found)))
     assert [row["over_lora"].mean for row in shown] == [row["over_lora_pct"]["mean_pct"] for row in found["rows"]]
-    plot(found, tmp_path / "choices.svg")
+    plot(found, tmp_path, stem="choices")
     assert "difference from LoRA" in (tmp_path / "choices.svg").read_text()
     tested = [store.read(path).request for path in tmp_path.glob("*.json")]
     assert len(tested) == 2 * len(rows)
@@ -124,7 +115,7 @@ def test_every_choice_finds_its_own_rate_and_is_tested_once_per_seed(setting, tm
 def scored(monkeypatch, setting):
     """Runs whose accuracy is made up: by method, rank, rate and seed; what was asked for."""
     seen = []
-    made = {"accuracy": lambda asked: 50.0}
+    made = {"accuracy": lambda asked: 50.0, "examples": 100}
 
     def results(asked, seeds, task, out, *, command, trials=(), progress=None):
         found = []
@@ -134,8 +125,8 @@ def scored(monkeypatch, setting):
             accuracy = made["accuracy"](one)
             scores = None if accuracy is None else SimpleNamespace(accuracy_pct=accuracy, loss=1.0, total_count=1000)
             name = f"{asked.method}-{seed}-{asked.learning_rate}"
-            if accuracy is not None:
-                rows = ({"right": bool(place < accuracy)} for place in range(100))
+            if accuracy is not None and made["examples"]:
+                rows = ({"right": bool(place < accuracy)} for place in range(made["examples"]))
                 store.write_lines(out / name / "predictions.jsonl", rows)
             result = SimpleNamespace(
                 scores=scores,
@@ -189,9 +180,9 @@ def test_lora_runs_on_while_any_choice_needs_it_and_the_settled_ones_stop(scored
 
 def test_a_race_between_equals_is_called_in_one_of_twenty(scored, tmp_path, monkeypatch):
     setting, _, made = scored
-    monkeypatch.setattr("hora_bench.sweep.two_way_interval", lambda *_: (0.0, 0.0, 0.0))
+    monkeypatch.setattr("hora_bench.sweep._of_other_examples", lambda *_: {})
     monkeypatch.setattr(Setting, "load", lambda *_: None)
-    wrong = []
+    made["examples"], wrong = 0, []
     for trial in range(60):
         made["accuracy"] = lambda asked, trial=trial: noisy(asked.replace(seed=1000 * trial + asked.seed), 0.0)
         asked = Sweep(
@@ -221,6 +212,7 @@ def test_rates_are_searched_with_equal_trials_by_the_mean_of_three_seeds(scored,
     assert counts["hora"] == counts["lora"] == 3 * 8
     assert {one.seed for one in seen if one.score_on == "val"} == {0, 1, 2}
     assert found["setting"]["margin_pct"] == 0.5
+    assert "Of the seeds that judge, these searched, too, on validation: 0, 1, 2." in found["notes"]
     assert hora["word"] == "equal"
 
 
@@ -235,13 +227,14 @@ def test_a_best_rate_at_the_edge_resolves_nothing(scored, tmp_path):
     assert seen == [(2, 4), (3, 4), (4, 4)]
 
 
-def test_a_run_that_diverged_counts_as_guessing_and_is_told(scored, tmp_path):
+@pytest.mark.parametrize(("search", "judges"), [(None, "val"), (Grid.of([1e-3]), "test")])
+def test_a_run_that_diverged_counts_as_guessing_and_is_told(search, judges, scored, tmp_path):
     setting, _, made = scored
     made["accuracy"] = lambda asked: None if (asked.method, asked.seed) == ("hora", 1) else 60.0
-    asked = Sweep(methods=["hora"], references=["lora"], seeds=[0, 1, 2])
+    asked = Sweep(methods=["hora"], references=["lora"], seeds=[0, 1, 2], search=search)
     found = sweep.sweep(setting, tmp_path, asked)
     row = found["rows"][0]
-    counts = np.unique(setting.load("digits").labels("test"), return_counts=True)[1]
+    counts = np.unique(setting.load("digits").labels(judges), return_counts=True)[1]
     assert row["diverged_count"] == 1
     assert row["accuracies_pct"] == [60.0, 100 * counts.max() / counts.sum(), 60.0]
     assert "A run that diverged counts as guessing." in found["notes"]
@@ -252,19 +245,24 @@ def test_a_run_that_diverged_counts_as_guessing_and_is_told(scored, tmp_path):
     [
         ({"race": 1, "seeds": "0-3"}, "two seeds or more at a time"),
         ({"race": 4, "seeds": "0-3"}, "of more, got race 4 of 4"),
-        ({"race": 2.5, "seeds": "0-3"}, "got race 2.5"),
+        ({"race": 2.5, "seeds": "0-3"}, "race in what is varied: input should be a valid integer, got 2.5"),
         ({"margin": 0}, "a margin is a positive number"),
-        ({"margin": "1"}, "a margin is a positive number"),
+        ({"margin": "1"}, "margin in what is varied: input should be a valid number"),
         ({"search": {"rates": [1e-3]}}, "a search that goes on"),
         ({"search": {"rates": []}}, "a search that goes on"),
-        ({"search": 3}, "search of what is varied is a list or a table, got 3"),
-        ({"methods": "lora"}, "methods of what is varied is a list, got 'lora'"),
-        ({"factors": ["residual"]}, "factors of what is varied is a table"),
-        ({"factors": {"residual": True}}, "residual in factors is a list, got True"),
-        ({"variants": {"wide": 3}}, "wide in variants is a table, got 3"),
-        ({"controls": {"torch": "lora"}}, "torch in controls is a list"),
-        ({"seeds": 3}, "seeds of what is varied is a list, or text"),
+        ({"search": 3}, "a search is a list of rates or a table, got 3"),
+        ({"methods": "lora"}, "methods in what is varied: .* got 'lora'"),
+        ({"factors": ["residual"]}, "factors in what is varied: input should be a valid dictionary"),
+        (
+            {"factors": {"residual": True}},
+            "residual of factors in what is varied: input should be an instance of sequence",
+        ),
+        ({"variants": {"wide": 3}}, "wide of variants in what is varied: input should be a valid dictionary"),
+        ({"seeds": 3}, "seeds are different whole numbers, got 3"),
         ({"factors": {"seed": [1, 2]}}, "cannot be varied, got seed"),
+        ({"variants": {"deep": {"last_blocks": 6}}}, "a screen as a whole or not at all"),
+        ({"search_seeds": [7]}, "search_seeds are those of a search"),
+        ({"search": [1e-3], "seeds": "0-9", "search_seeds": "9-11"}, "different, got .9. in both"),
         ({"factors": {"learning_rate": [1.0]}, "search": [1e-3]}, "cannot be varied, got learning_rate"),
         ({"variants": {"x": {"score_on": "val"}}, "search": [1e-3]}, "cannot be varied, got score_on"),
     ],
@@ -317,41 +315,8 @@ def test_a_curve_counts_the_labels_that_tuning_looked_at(setting, tmp_path):
     ]
     half, whole = found["rows"][0]["labels_count"], found["rows"][2]["labels_count"]
     assert 40 + 15 < half < whole == 80  # all of validation, and half of training
-    plot(found, tmp_path / "curve.svg")
+    plot(found, tmp_path, stem="curve")
     assert "training data" in (tmp_path / "curve.svg").read_text()
-
-
-@pytest.mark.parametrize(("best", "edge"), [(1e-3, "lowest"), (3e-3, None), (1e-2, "highest")])
-def test_a_best_rate_at_the_edge_of_the_grid_is_noticed(best, edge):
-    trials = [
-        Trial(learning_rate=rate, weight_decay=0.0, accuracy_pct=1.0, final_loss=1.0, file=None)
-        for rate in (1e-3, 3e-3, 1e-2)
-    ]
-    assert edge_of(trials, best) == edge
-    assert edge_of(trials[:1], 1e-3) is None  # one rate is no search
-
-
-def test_an_experiment_file_gives_request_and_what_varies(tmp_path):
-    path = tmp_path / "one.toml"
-    path.write_text('[request]\nsteps = 70\n[vary]\nmethods = ["hora"]\nseeds = "0-3"\n')
-    found = read_setting(path, quick=None, data=None)
-    assert (found.base.steps, Sweep.of(found.vary).seeds) == (70, (0, 1, 2, 3))
-    assert read_setting(None, quick={"seeds": [3]}, data=None).vary == {"seeds": [3]}
-    for text, message in (
-        ("[request]\nstep = 7\n", r"got \['step'\] in one.toml"),
-        ("[request", "is TOML, got"),
-        ("[vary]\nmethod = 'hora'\n", "is varied is among methods, .*got method"),
-    ):
-        path.write_text(text)
-        with pytest.raises(HoraError, match=message):
-            Sweep.of(read_setting(path, quick=None, data=None).vary)
-
-
-@pytest.mark.parametrize(
-    ("given", "seeds"), [("0-3", (0, 1, 2, 3)), ("4", (4,)), ("0,2-3", (0, 2, 3)), ([5, 1], (5, 1))]
-)
-def test_seeds_are_lists_and_ranges(given, seeds):
-    assert seeds_of(given) == seeds
 
 
 def test_so_few_seeds_that_a_race_has_one_look_are_no_race():
@@ -366,27 +331,6 @@ def test_seeds_that_are_none_are_refused(given):
         seeds_of(given)
 
 
-@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.toml")), ids=lambda path: path.stem)
-def test_every_experiment_file_fits_its_command(path):
-    found = read_setting(path, quick=None, data=None)
-    others = {"similarity": similarity, "signal": signal, "speed": speed}
-    own = next((run for name, run in others.items() if path.stem.startswith(name)), None)
-    if own is not None:
-        assert set(found.vary) <= set(inspect.signature(own).parameters)
-        return
-    asked = Sweep.of(found.vary)
-    for method in (*asked.methods, *asked.references):
-        assert methods.find(method).configured(vary(found.base, method=method).options)
-    for changes in asked.variants.values():
-        assert vary(found.base, **changes) != found.base
-
-
-@pytest.mark.parametrize(("path", "quick", "given"), [(None, None, "neither"), (Path("one.toml"), {}, "both")])
-def test_an_experiment_takes_a_file_or_is_quick(path, quick, given):
-    with pytest.raises(HoraError, match=f"--quick, got {given}"):
-        read_setting(path, quick=quick, data=None)
-
-
 def test_steps_scale_the_warm_up_and_methods_keep_what_makes_them():
     base = request(options={"rank": 4, "activation": "tanh", "residual": False}, steps=100, warmup_steps=10)
     assert vary(base, steps=400).warmup_steps == 40
@@ -396,63 +340,3 @@ def test_steps_scale_the_warm_up_and_methods_keep_what_makes_them():
     assert vary(base, method="hora-residual").options == {**methods.find("hora-residual").options, **kept}
     with pytest.raises(HoraError, match="the options of lora are rank, alpha, got gain"):
         vary(base, method="lora", gain=1.0)
-
-
-def test_a_varied_request_is_validated():
-    assert vary(request(), seed=4).seed == 4
-    with pytest.raises(ValueError, match="fraction"):
-        vary(request(), fraction=2.0)
-
-
-def test_a_journal_drops_a_line_cut_by_a_kill_and_pieces_of_other_code(tmp_path):
-    path = tmp_path / "pieces.jsonl"
-    for key in "ab":
-        Journal(path, "code").once(key, lambda key=key: key.upper())
-    path.write_text(path.read_text()[:-3])
-    journal = Journal(path, "code")
-    assert journal.once("a", lambda: pytest.fail("forgotten")) == "A"
-    assert journal.once("b", lambda: 2) == 2
-    assert Journal(path, "code").once("b", lambda: pytest.fail("forgotten")) == 2
-    assert Journal(path, "other code").once("a", lambda: "new") == "new"
-    journal.remove()
-    assert not path.exists()
-
-
-@pytest.fixture
-def shades(vit_directory, monkeypatch):
-    """Three classes of brightness, enough of them to validate on that the bound means something."""
-
-    def made(image_size, **settings):
-        rng = np.random.default_rng(0)
-
-        def examples(count):
-            classes = rng.permutation(np.arange(count) % 3)
-            noise = rng.integers(0, 60, (count, 32, 32, 3)) + 80 * classes[:, None, None, None]
-            return Examples(list(noise.astype(np.uint8)), classes)
-
-        return ImageTask("digits", 3, examples(48), examples(240), examples(3), image_size=image_size)
-
-    monkeypatch.setattr("hora_bench.data.digits.digits", made)
-    base = request(model=str(vit_directory), image_size_px=32, learning_rate=1e-2, steps=12, warmup_steps=2)
-    return Setting(base, {})
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # qwix 0.1.8 calls what flax 0.12 deprecates
-@pytest.mark.parametrize(("method", "backend"), EVERYWHERE)
-def test_shuffled_labels_are_learned_by_no_method(method, backend, shades, tmp_path):
-    task = shades.load("digits-shuffled")
-    asked = vary(shades.base, method=method, backend=backend, task=task.name)
-    accuracy = run(asked, task, tmp_path, command="test").scores.accuracy_pct
-    assert accuracy <= chance_bound(task.labels("val")) < 50
-
-
-def test_a_control_compares_with_true_labels(shades, tmp_path):
-    (row,) = control(shades, tmp_path, {"torch": ["lora"]})
-    assert row["at_chance"]
-    assert row["shuffled_pct"] <= row["chance_bound_pct"] < row["accuracy_pct"]
-
-
-def test_labels_that_leak_are_seen(shades, tmp_path, monkeypatch):
-    monkeypatch.setattr(ImageTask, "shuffled", lambda task: task)
-    (row,) = control(shades, tmp_path, {"torch": ["lora"]})
-    assert not row["at_chance"]

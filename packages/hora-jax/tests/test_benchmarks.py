@@ -40,8 +40,21 @@ def test_the_readme_says_what_a_step_costs_beside_qwix():
     assert [line for line in rows_against_qwix() if line not in text] == []
 
 
+def test_the_readme_says_what_compiling_takes():
+    results = json.loads((PACKAGE / "benchmarks/results/against-qwix-cpu.json").read_text())["results"]
+    sides = [(results[name][side], results[name]["qwix"]) for name in WORKLOADS for side in ("hora", "adapt", "equal")]
+    ratios = [ours["compile_s"] / qwix["compile_s"] for ours, qwix in sides]
+    text = " ".join((PACKAGE / "README.md").read_text().split())
+    assert f"compiling alone takes {min(ratios):.1f} to {max(ratios):.1f} times as long as LoRA's" in text
+
+
 def test_the_readme_says_what_an_adapter_for_each_row_costs():
     lines = rows_of_each_row()
     assert len(lines) == 3
     text = (PACKAGE / "README.md").read_text()
     assert [line for line in lines if line not in text] == []
+    cells = [line.strip("| ").split(" | ") for line in lines]
+    assert {f"takes {float(merged) / float(each):.0f} times the memory" for *_, each, merged in cells} == {
+        "takes 22 times the memory"
+    }
+    assert "takes 22 times the memory of the adapters" in text

@@ -1,15 +1,18 @@
 """``nn.MultiheadAttention``: query, key and value each get their own update, told from the equations alone."""
 
+import copy
+
 import peft
 import pytest
 import torch
-from hora_spec import LayerShape, ProjectionShape, reference
+from hora_spec import HoraError, LayerShape, ProjectionShape, reference
 from hora_torch import HoraConfig
 from torch import nn
 
 from .oracle import differ, parameters
 
 EMBED, HEADS = 8, 2
+SIZES = BATCH, QUERIES, KEYS = 3, 4, 5
 PARTS = [("q",), ("k",), ("v",), ("q", "v"), ("q", "k", "v")]
 
 
@@ -34,7 +37,7 @@ def build(**kwargs):
     return model.eval()
 
 
-def adapt(model, parts):
+def adapt(model, parts, **kwargs):
     config = HoraConfig(
         r=2,
         hidden_dim=6,
@@ -43,6 +46,7 @@ def adapt(model, parts):
         fused_projections=parts,
         init_weights=False,
         hora_alpha=1.0,
+        **kwargs,
     )
     return peft.get_peft_model(model, config).eval()
 
@@ -108,3 +112,97 @@ def test_merging_changes_the_rows_of_the_adapted_projection_alone(part):
     merged = model.merge_and_unload().attention.in_proj_weight
     changed = (merged != before).any(1).reshape(3, EMBED)
     assert changed.any(1).tolist() == [part == other for other in "qkv"]
+
+
+def masks(batch, queries, keys):
+    """Arguments that mask: each form that torch takes, alone and together, the first key always seen."""
+    shape = (queries, keys)
+    seen = torch.rand(shape, generator=torch.Generator().manual_seed(2)) < 0.4
+    seen[:, 0] = False
+    per_head = seen.expand(batch * HEADS, *shape).clone()
+    per_head[0, :, 1] = True
+    padding = torch.zeros(batch, keys, dtype=torch.bool)
+    padding[-1, keys - 1] = True
+    added = torch.zeros(padding.shape).masked_fill(padding, -1.0)
+    return [
+        {},
+        {"attn_mask": seen},
+        {"attn_mask": torch.ones(shape, dtype=torch.bool).triu(1), "is_causal": True},
+        {"attn_mask": seen, "is_causal": True},  # a hint that is wrong is believed alike
+        {"attn_mask": noise(*shape)},
+        {"attn_mask": per_head},
+        {"key_padding_mask": padding},
+        {"key_padding_mask": added, "attn_mask": noise(*shape)},
+        {"key_padding_mask": padding, "attn_mask": per_head},
+    ]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bias": False}, {"add_bias_kv": True}, {"add_zero_attn": True}, {"kdim": 6, "vdim": 7, "add_bias_kv": True}],
+    ids=str,
+)
+def test_every_way_to_call_an_attention_is_that_of_its_merged_base(options, batch_first, grad):
+    torch.manual_seed(0)
+    base = nn.MultiheadAttention(EMBED, HEADS, batch_first=batch_first, **options)
+    model = adapt(nn.ModuleDict({"attention": base}), ("q", "k", "v"))
+    adapted = model.base_model.model.attention
+    merged = copy.deepcopy(model).merge_and_unload().attention
+    widths = EMBED, options.get("kdim", EMBED), options.get("vdim", EMBED)
+    inputs = [noise(BATCH, length, width) for length, width in zip((QUERIES, KEYS, KEYS), widths, strict=True)]
+    batched = inputs if batch_first else [x.transpose(0, 1) for x in inputs]
+    calls = [(batched, mask) for mask in masks(*SIZES)]
+    for mask in masks(1, QUERIES, KEYS):
+        alone = {name: value[0] if name == "key_padding_mask" else value for name, value in mask.items()}
+        calls.append(([x[0] for x in inputs], alone))
+    for args, mask in calls:
+        for weights in {}, {"need_weights": False}, {"average_attn_weights": False}:
+            with torch.set_grad_enabled(grad):
+                actual, expected = (module(*args, **mask, **weights) for module in (adapted, merged))
+            torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    "asked",
+    [{"need_weights": True}, {"attn_mask": torch.zeros(3, 3)}, {"key_padding_mask": torch.zeros(2, 3)}, {"key": None}],
+    ids=lambda asked: next(iter(asked)),
+)
+def test_what_nested_tensors_cannot_do_is_refused(asked):
+    attention = adapt(build(), ("q",)).base_model.model.attention
+    nested = torch.nested.nested_tensor([noise(3, EMBED), noise(2, EMBED)])
+    inputs = {"query": nested, "key": nested, "value": nested, "need_weights": False}
+    assert attention(**inputs)[0].is_nested
+    asked = {"key": nested.clone()} if "key" in asked else asked
+    with pytest.raises(HoraError, match="self-attention alone"):
+        attention(**inputs | asked)
+
+
+def test_a_causal_hint_without_a_mask_is_refused():
+    attention = adapt(build(), ("q",)).base_model.model.attention
+    with pytest.raises(HoraError, match="pass attn_mask too"):
+        attention(*[noise(1, 3, EMBED)] * 3, is_causal=True)
+
+
+@pytest.mark.parametrize("base", ["attention", "attention.out_proj"])
+def test_a_hook_on_what_is_computed_past_it_is_refused(base):
+    model = build()
+    attention = adapt(model, ("q",)).base_model.model.attention
+    attention.get_submodule("base_layer" + base.removeprefix("attention")).register_forward_hook(print)
+    with pytest.raises(HoraError, match="got hooks"):
+        attention(*[noise(1, 3, EMBED)] * 3)
+
+
+def test_dropout_of_inputs_averages_to_the_branch_and_of_weights_to_the_attention():
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"attention": nn.MultiheadAttention(EMBED, HEADS, dropout=0.3, batch_first=True)})
+    model = adapt(base, ("v",), hora_dropout=0.4)
+    attention, x = model.base_model.model.attention, noise(1, 3, EMBED).expand(20000, -1, -1)
+    with torch.no_grad():
+        for weights in False, True:
+            expected = attention.eval()(x[:1], x[:1], x[:1], need_weights=weights)[0]
+            drawn = attention.train()(x, x, x, need_weights=weights)[0]
+            assert drawn.std(0).min() > 0.05
+            torch.testing.assert_close(drawn.mean(0, keepdim=True), expected, rtol=0, atol=0.02)

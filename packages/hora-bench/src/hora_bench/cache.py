@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,49 +49,37 @@ def needs_room(path: Path) -> Generator[None]:
 def new_file(path: Path) -> Generator[Path]:
     """A temporary path beside `path` that takes its place when the block ends without an error."""
     with needs_room(path):
-        yield from _new_file(path)
-
-
-def _new_file(path: Path) -> Generator[Path]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        temporary = Path(file.name)
-    try:
-        yield temporary
-        _sync(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+        try:
+            yield temporary
+            _sync(temporary)
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def new_directory(path: Path) -> Generator[Path]:
     """A temporary directory beside `path` that takes its place when the block ends without an error."""
     with needs_room(path):
-        yield from _new_directory(path)
-
-
-def _new_directory(path: Path) -> Generator[Path]:
-    import shutil
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _sync(file)
-        temporary.chmod(0o755)
-        temporary.replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+            temporary.chmod(0o755)
+            temporary.replace(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_leftovers(path: Path) -> None:
     """Remove what killed writers of `path` left beside it; call it when nobody writes there any more."""
-    import shutil
-
     for left in path.parent.iterdir():
         if left.name.startswith(f".{path.name}."):
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)

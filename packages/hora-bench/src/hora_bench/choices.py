@@ -9,21 +9,13 @@ from typing import Any, Final, Self
 from hora_spec import HoraError
 
 from hora_bench import methods
-from hora_bench.request import Request, seeds_of, vary
+from hora_bench.request import Request, vary
 from hora_bench.search import Grid
+from hora_bench.setting import arguments_of
 from hora_bench.stats import MARGIN
 
 REFERENCE: Final = "lora"
 SEARCHING: Final = 3  # seeds of a search that goes on, unless said
-LISTS: Final = ("methods", "references", "tasks", "fractions", "learning_rates")
-TABLES: Final = ("factors", "variants", "controls")
-KINDS: Final[Mapping[str, tuple[Any, str]]] = {
-    **dict.fromkeys(LISTS, (list | tuple, "a list")),
-    **dict.fromkeys(TABLES, (Mapping, "a table")),
-    "search": (list | tuple | Mapping, "a list or a table"),
-    "seeds": (list | tuple | str, 'a list, or text such as "0-19"'),
-    "search_seeds": (list | tuple | str, 'a list, or text such as "0-19"'),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,28 +68,14 @@ class Sweep:
         Raises
         ------
         HoraError
-            The table has another entry.
+            The table has another entry, or one of another kind.
         """
-        if unknown := sorted(set(vary) - set(cls.__dataclass_fields__)):
-            known = ", ".join(cls.__dataclass_fields__)
-            raise HoraError(f"what is varied is among {known}, got {', '.join(unknown)}: see the guide on experiments")
         fields = dict(vary)
-        for name, value in fields.items():
-            kind = KINDS.get(name)
-            if kind is not None and not isinstance(value, kind[0]):
-                raise HoraError(f"{name} of what is varied is {kind[1]}, got {value!r}: see the guide on experiments")
-        for name, inner in (("factors", list), ("variants", Mapping), ("controls", list)):
-            for key, value in fields.get(name, {}).items():
-                if not isinstance(value, inner):
-                    kind = "a table" if inner is Mapping else "a list"
-                    raise HoraError(f"{key} in {name} is {kind}, got {value!r}: see the guide on experiments")
         if "fractions" in fields and "search" not in fields:
             fields["search"] = fields.pop("learning_rates", ())
-        fields["search"] = Grid.of(fields["search"]) if "search" in fields and fields["search"] != [] else None
-        for name in ("seeds", "search_seeds"):
-            if name in fields:
-                fields[name] = seeds_of(fields[name])
-        return cls(**fields)
+        if "search" in fields:
+            fields["search"] = Grid.of(fields["search"]) if fields["search"] != [] else None
+        return cls(**arguments_of(fields, cls, *cls.__dataclass_fields__))
 
     def __post_init__(self) -> None:
         seeds = len(self.seeds)
@@ -109,11 +87,17 @@ class Sweep:
                 f"what every choice has of its own cannot be varied, got {', '.join(idle)}: seeds are a list, and with "
                 "a search it finds the rates and the test split judges; drop it"
             )
-        if type(self.race) is not int or (self.race and not 2 <= self.race < seeds):
+        if "last_blocks" in varied:
+            raise HoraError("a comparison is a screen as a whole or not at all, got last_blocks varied: set it for all")
+        if self.search_seeds and self.search is None:
+            raise HoraError(f"search_seeds are those of a search, got {[*self.search_seeds]} without: drop them")
+        if twice := sorted(set(self.search_seeds) & set(self.seeds)):
+            raise HoraError(f"seeds that search and seeds that judge are different, got {twice} in both: change one")
+        if self.race and not 2 <= self.race < seeds:
             raise HoraError(
                 f"a race runs two seeds or more at a time, of more, got race {self.race} of {seeds}: change it"
             )
-        if not (type(self.margin) in (int, float) and 0 < self.margin < 100):
+        if not 0 < self.margin < 100:
             raise HoraError(f"a margin is a positive number of points, got {self.margin}: write margin = 1.0")
 
     def with_seeds(self, seeds: Sequence[int]) -> Self:

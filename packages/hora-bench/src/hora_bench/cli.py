@@ -10,7 +10,7 @@ from rich.text import Text
 
 from hora_bench.commands import experiments, lists, run, show
 from hora_bench.demo import command as demo
-from hora_bench.store import first_error
+from hora_bench.request import first_error
 
 TOUR = """
 HoRA on real models and data, on torch and JAX.

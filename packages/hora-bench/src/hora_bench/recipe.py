@@ -1,8 +1,8 @@
 """What is decided before training and the same for every backend: rates, steps and the order of the data."""
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -47,10 +47,6 @@ class Recipe:
             return self.learning_rate * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         return self.learning_rate * (1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed."""
-        return replace(self, **changes)
 
 
 def steps_of(epochs: float, examples: int, batch_size: int) -> int:

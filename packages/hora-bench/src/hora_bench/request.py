@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 from hora_spec import HoraError
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hora_bench import methods
 from hora_bench.data.base import Task
@@ -158,6 +158,12 @@ def _digest_of(directory: Path) -> str:
         with path.open("rb") as file:
             digest.update(f"{path.name} {file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
+
+
+def first_error(error: ValidationError) -> tuple[str, str]:
+    """What is wrong, and in which field, of the first of the errors."""
+    first = error.errors()[0]
+    return first["msg"].lower(), ".".join(map(str, first["loc"]))
 
 
 def request(**fields: Any) -> Request:

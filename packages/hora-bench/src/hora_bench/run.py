@@ -85,8 +85,8 @@ def run(
     inputs = Inputs.of(request, task)
     name = name_of(request, inputs)
     path, files = out / f"{name}.json", out / name
-    if path.exists() and files.is_dir():
-        return store.read(path)
+    if found := finished(request, inputs, task, out, trials):
+        return found
     store.check_writable(out)
     members = subset(task.labels(request.train_on), request.fraction, request.seed)
     learner = backends.build(request, task)
@@ -137,6 +137,20 @@ def run(
         for file in (path, unfinished, files):
             remove_leftovers(file)
     return result
+
+
+def finished(request: Request, inputs: Inputs, task: Task, out: Path, trials: Sequence[Trial]) -> RunResult | None:
+    """What an earlier process left in `out`, if it did: its numbers, and the search that went before this time."""
+    name = name_of(request, inputs)
+    if not ((out / f"{name}.json").exists() and (out / name).is_dir()):
+        return None
+    found = store.read(out / f"{name}.json")
+    if found.trials != list(trials):
+        members = subset(task.labels(request.train_on), request.fraction, request.seed)
+        labels = labels_count(request, task, members, trials)
+        found = found.model_copy(update={"trials": list(trials), "labels_count": labels})
+        found.write(out)
+    return found
 
 
 def result_of(

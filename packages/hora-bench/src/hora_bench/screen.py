@@ -29,7 +29,7 @@ from hora_bench.data.base import Split, Task
 from hora_bench.models import load
 from hora_bench.recipe import batch_indices, head_init, subset
 from hora_bench.request import Inputs, Request, name_of
-from hora_bench.run import EVAL_BATCH, Progress, result_of, silent
+from hora_bench.run import EVAL_BATCH, Progress, finished, result_of, silent
 from hora_bench.store import PREDICTIONS, RunResult, Trial
 from hora_bench.versions import machine
 
@@ -82,11 +82,8 @@ def screen(
     """
     inputs = Inputs.of(asked[0], task)
     names = [name_of(one, inputs) for one in asked]
-    found: dict[str, RunResult | None] = {}
-    for name in names:
-        if (out / f"{name}.json").exists() and (out / name).is_dir():
-            found[name] = store.read(out / f"{name}.json")
-    if missing := [one for one, name in zip(asked, names, strict=True) if name not in found]:
+    found = {name: finished(one, inputs, task, out, trials) for one, name in zip(asked, names, strict=True)}
+    if missing := [one for one, name in zip(asked, names, strict=True) if found[name] is None]:
         store.check_writable(out)
         fresh = _screened(missing, task, out, inputs, command=command, trials=trials, progress=progress)
         found |= {name_of(one, inputs): result for one, result in zip(missing, fresh, strict=True)}

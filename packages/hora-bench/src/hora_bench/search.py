@@ -51,6 +51,8 @@ class Grid:
         HoraError
             The rates are not different positive numbers, or there is no room to go on.
         """
+        if not isinstance(given, Sequence | Mapping) or isinstance(given, str):
+            raise HoraError(f"a search is a list of rates or a table, got {given!r}: write [1e-3, 2e-3]")
         table: dict[str, Any] = {"factor": 2.0, **given} if isinstance(given, Mapping) else {"rates": given}
         if unknown := sorted(set(table) - set(cls.__dataclass_fields__)):
             raise HoraError(f"a search has rates, factor, refine and most, got {', '.join(unknown)}: drop it")

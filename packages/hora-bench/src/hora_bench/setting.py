@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, get_type_hints
@@ -12,7 +12,7 @@ from hora_spec import HoraError
 from pydantic import TypeAdapter, ValidationError
 
 from hora_bench.data.catalog import FAMILIES, load_task, plain_of
-from hora_bench.request import Request, request, seeds_of
+from hora_bench.request import Request, first_error, request, seeds_of
 
 QUICK: Final[dict[str, Any]] = {"image_size_px": 28, "steps": 10, "warmup_steps": 1, "limit": 100}
 
@@ -87,13 +87,13 @@ def read_setting(path: Path | None, *, quick: dict[str, Any] | None, data: Path 
     return Setting(request(**content.get("request", {})), content.get("vary", {}), data)
 
 
-def arguments_of(setting: Setting, run: Callable[..., Any], *names: str) -> dict[str, Any]:
-    """What a setting varies, as arguments of an experiment that is no sweep.
+def arguments_of(varied: Mapping[str, Any], run: Callable[..., Any], *names: str) -> dict[str, Any]:
+    """What is varied, as arguments.
 
     Parameters
     ----------
-    setting
-        Its table ``[vary]`` may hold `names`.
+    varied
+        The table ``[vary]`` of a file, which may hold `names`.
     run
         Has them among its arguments, whose types their values must have.
 
@@ -102,15 +102,16 @@ def arguments_of(setting: Setting, run: Callable[..., Any], *names: str) -> dict
     HoraError
         The table holds something else, or a value does not fit.
     """
-    if unknown := sorted(set(setting.vary) - set(names)):
-        raise HoraError(f"what is varied is among {', '.join(names)}, got {', '.join(unknown)}: drop it")
-    types, given = get_type_hints(run, include_extras=True), dict(setting.vary)
-    if "seeds" in given:
-        given["seeds"] = seeds_of(given["seeds"])
+    if unknown := sorted(set(varied) - set(names)):
+        raise HoraError(f"what is varied is among {', '.join(names)}, got {', '.join(unknown)}: see the guide")
+    types, given = get_type_hints(run, include_extras=True), dict(varied)
+    for name in {"seeds", "search_seeds"} & set(given):
+        given[name] = seeds_of(given[name])
     for name, value in given.items():
         try:
             given[name] = TypeAdapter(types[name]).validate_python(value, strict=not isinstance(value, list))
         except ValidationError as error:
-            what = error.errors()[0]["msg"].lower()
-            raise HoraError(f"{name} of what is varied: {what}, got {value!r}: change it") from error
+            what, where = first_error(error)
+            place = f"{where} of {name}" if where else name
+            raise HoraError(f"{place} in what is varied: {what}, got {value!r}: change it") from error
     return given

@@ -13,7 +13,7 @@ from hora_spec import HoraError
 from pydantic import ValidationError
 
 from hora_bench.cache import needs_room, new_file, read_json
-from hora_bench.request import Inputs, Record, Request, name_of
+from hora_bench.request import Inputs, Record, Request, first_error, name_of
 from hora_bench.versions import machine, versions
 
 SCHEMA_VERSION = 2
@@ -129,12 +129,6 @@ def _from_1(old: dict[str, Any]) -> dict[str, Any]:
         "files": {},
         "measured": {key: value for key, value in measured.items() if key != "versions"},
     }
-
-
-def first_error(error: ValidationError) -> tuple[str, str]:
-    """What is wrong, and in which field, of the first of the errors."""
-    first = error.errors()[0]
-    return first["msg"].lower(), ".".join(map(str, first["loc"]))
 
 
 def read_all(directory: Path) -> list[RunResult]:

@@ -16,6 +16,7 @@ from hora_spec import HoraError
 from hora_bench import store
 from hora_bench.choices import Choice, Sweep, choices, lora_of
 from hora_bench.control import CONTROL, control, controlled
+from hora_bench.data.base import Split
 from hora_bench.request import FINAL, Request
 from hora_bench.run import results
 from hora_bench.search import edge_of, search, trials_of
@@ -46,6 +47,7 @@ A race: {race} seeds at a time, and a choice stops once its difference from LoRA
 Intervals have a level at which all looks together are wrong once in twenty. A difference that stopped early is, in \
 the mean, larger than the truth: confirm it with fresh seeds.\
 """
+SEARCHED_TOO: Final = "Of the seeds that judge, these searched, too, on validation: {seeds}."
 DIVERGED: Final = "A run that diverged counts as guessing."
 
 
@@ -63,7 +65,7 @@ class Contender:
     @property
     def accuracies_pct(self) -> list[float]:
         """One a seed; guessing where a run diverged."""
-        return [one.scores.accuracy_pct if one else _guessing(self.task) for one in self.found]
+        return [one.scores.accuracy_pct if one else _guessing(self.task, self.request.score_on) for one in self.found]
 
     def loss_over(self, other: Contender, level: float) -> dict[str, float | None] | None:
         """Test loss less that of another over the seeds that both have, with its interval; None where one diverged."""
@@ -201,9 +203,9 @@ def _settled(one: Contender, margin: float, level: float) -> bool:
     return bool(one.found and one.lora) and one.over(one.lora, level).word(margin) != "not resolved"
 
 
-def _guessing(task: Any) -> float:
-    """Accuracy of one answer for all examples of the test split, the most frequent."""
-    counts = np.unique(task.labels("test"), return_counts=True)[1]
+def _guessing(task: Any, split: Split) -> float:
+    """Accuracy of one answer for all examples of a split, the most frequent."""
+    counts = np.unique(task.labels(split), return_counts=True)[1]
     return 100 * float(counts.max() / counts.sum())
 
 
@@ -268,6 +270,8 @@ def _notes(base: Request, asked: Sweep, contenders: Sequence[Contender], control
     notes = [f"{base.proxy[0].upper()}{base.proxy[1:]}. It says nothing of a full run."] if base.proxy else []
     notes += (AT_OWN_RATES if asked.search else AT_ONE_RATE).splitlines()
     notes += PAIRED.format(level=level, margin=asked.margin).splitlines()
+    twice = [seed for seed in asked.searching if asked.search and seed in asked.seeds]
+    notes += [SEARCHED_TOO.format(seeds=", ".join(map(str, twice)))] if twice else []
     notes += [RACED.format(race=asked.race)] if asked.race else []
     notes += [DIVERGED] if any(None in one.found for one in contenders) else []
     return [*notes, *([CONTROL] if controlled else [])]

@@ -55,9 +55,15 @@ class HoraMultiheadAttention(nn.Module, HoraLayer):
                 is_causal=is_causal,
             )
         if query.is_nested:
-            return self._padded(query, key, value, need_weights, adapter_names), None
+            masked = attn_mask is not None or key_padding_mask is not None
+            return self._padded(query, key, value, need_weights or masked, adapter_names), None
         base, batched = self.get_base_layer(), query.dim() == 3
         self._check_plain(base)
+        if is_causal and attn_mask is None:
+            raise HoraError("is_causal is a hint about attn_mask, which is missing: pass attn_mask too")
+        is_causal = is_causal and key_padding_mask is None and not need_weights
+        if is_causal:  # the base believes the hint in these cases alone, and then reads no mask
+            attn_mask = None
         inputs = (query, key, value)
         if not batched:
             inputs = tuple(x.unsqueeze(0) for x in inputs)
@@ -70,7 +76,7 @@ class HoraMultiheadAttention(nn.Module, HoraLayer):
             q, k, v = self._project(inputs, names)
         else:
             q, k, v = self._project_mixed(inputs, names, adapter_names)
-        k, v, mask = self._extend(k, v, self._mask(attn_mask, key_padding_mask, q, k.shape[1], is_causal))
+        k, v, mask = self._extend(k, v, _mask(attn_mask, key_padding_mask, q))
         q, k, v = (x.unflatten(-1, (base.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
         dropout = base.dropout if self.training else 0.0
         if need_weights:
@@ -80,7 +86,7 @@ class HoraMultiheadAttention(nn.Module, HoraLayer):
             weights = weights.mean(1) if average_attn_weights else weights
         else:
             weights = None
-            heads = nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout)
+            heads = nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
         output = base.out_proj(heads.transpose(1, 2).flatten(2))
         if not batched:
             return output.squeeze(0), None if weights is None else weights.squeeze(0)
@@ -92,13 +98,13 @@ class HoraMultiheadAttention(nn.Module, HoraLayer):
         return given[{"q": "query", "k": "key", "v": "value"}[projection]]
 
     def _padded(
-        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, adapter_names: Sequence[str] | None
+        self, query: Tensor, key: Tensor, value: Tensor, more: bool, adapter_names: Sequence[str] | None
     ) -> Tensor:
         """Self-attention over sequences of different length, as ``nn.TransformerEncoder`` passes padded batches."""
-        if not (query is key is value) or need_weights:
+        if not (query is key is value) or more:
             raise HoraError(
-                "nested tensors are for self-attention without its weights, got a cross-attention or need_weights: "
-                "pass padded tensors with key_padding_mask"
+                "nested tensors are for self-attention alone, got a cross-attention, need_weights or a mask: pass "
+                "padded tensors with key_padding_mask"
             )
         lengths = [len(row) for row in query.unbind()]
         x = torch.nested.to_padded_tensor(query, 0.0)
@@ -165,21 +171,6 @@ class HoraMultiheadAttention(nn.Module, HoraLayer):
         weight = base.in_proj_weight[rows] if base._qkv_same_embed_dim else getattr(base, f"{part}_proj_weight")
         return weight, None if base.in_proj_bias is None else base.in_proj_bias[rows]
 
-    def _mask(
-        self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, source: int, is_causal: bool
-    ) -> Tensor | None:
-        """One additive mask (N or 1, heads or 1, L, S) from both masks; True means masked out."""
-        if is_causal and attn_mask is None:
-            raise HoraError("is_causal is a hint about attn_mask, which is missing: pass attn_mask too")
-        mask = None
-        if attn_mask is not None:
-            mask = _additive(attn_mask, q.dtype)
-            mask = mask.unflatten(0, (q.shape[0], -1)) if mask.dim() == 3 else mask
-        if padding is not None:
-            padding = _additive(padding, q.dtype)[:, None, None, :]
-            mask = padding if mask is None else mask + padding
-        return mask
-
     def _extend(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Key and value with the learned and the zero row that the base may ask for."""
         base = self.get_base_layer()
@@ -216,6 +207,18 @@ class HoraMultiheadAttention(nn.Module, HoraLayer):
 def _alone(branch: Branch) -> Branch:
     """The branch of a projection that is computed apart from the others of its weight."""
     return branch._replace(start=0, stop=branch.stop - branch.start)
+
+
+def _mask(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
+    """One additive mask (N or 1, heads or 1, L, S) from both masks; True means masked out."""
+    mask = None
+    if attn_mask is not None:
+        mask = _additive(attn_mask, q.dtype)
+        mask = mask.unflatten(0, (q.shape[0], -1)) if mask.dim() == 3 else mask
+    if padding is not None:
+        padding = _additive(padding, q.dtype)[:, None, None, :]
+        mask = padding if mask is None else mask + padding
+    return mask
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

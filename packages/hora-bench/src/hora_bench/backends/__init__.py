@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from hora_spec import HoraError
 
 from hora_bench import methods
@@ -9,7 +10,7 @@ from hora_bench.data.base import Batch
 from hora_bench.models import load
 from hora_bench.recipe import head_init, subset
 from hora_bench.request import Request
-from hora_bench.training import Learner, batch_of
+from hora_bench.training import Curve, Learner, batch_of, fit
 
 
 def build(request: Request, task: Any) -> Learner:
@@ -59,6 +60,13 @@ def build(request: Request, task: Any) -> Learner:
             base = load.nnx_llama(request.model, dtype=request.dtype, **form)
         prepared = prepare_jax(base, method, seed=request.seed, examples=start_batches(request, task, method))
     return JaxLearner(*prepared, request.recipe, mesh=request.mesh, device=device)
+
+
+def trained(request: Request, task: Any) -> tuple[Learner, np.ndarray, Curve]:
+    """A learner after its training, the numbers of the examples that it saw, and what was measured."""
+    learner = build(request, task)
+    members = subset(task.labels(request.train_on), request.fraction, request.seed)
+    return learner, members, fit(learner, task, request.train_on, request.recipe, members=members, seed=request.seed)
 
 
 def start_batches(request: Request, task: Any, method: methods.Method) -> list[Batch]:

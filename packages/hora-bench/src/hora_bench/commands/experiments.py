@@ -16,6 +16,7 @@ from hora_spec import HoraError
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from hora_bench import experiments
 from hora_bench.choices import Sweep
 from hora_bench.experiments.cost.architectures import MODELS
 from hora_bench.experiments.files import experiment_file
@@ -59,17 +60,16 @@ def sweep(
     asked = asked.with_seeds(seeds_of(seeds)) if seeds else asked
     if task is not None:
         if task not in asked.tasks:
-            raise HoraError(f"a piece is one of the file's tasks, {', '.join(asked.tasks) or 'none'}, got {task!r}")
+            known = ", ".join(asked.tasks) or "none"
+            raise HoraError(f"a piece is one of the file's tasks, {known}, got {task!r}: name one, or leave it out")
         setting = replace(setting, base=vary(setting.base, task=task))
         asked = replace(asked, tasks=())
     stem = f"{file.stem if file else 'sweep'}{f'-{task}' if task else ''}"
     out = out or Path("results", f"{stem.replace('_', '-')}.json")
     flags = (f" --seeds {shlex.quote(seeds)}" if seeds else "") + (f" --task {shlex.quote(task)}" if task else "")
-    with _timed("sweep", file, out, flags) as (progress, finish):
-        command = _command("sweep", file, flags)
-        result = finish(run(setting, out.parent / "runs", asked, command=command, progress=progress))
-    plots("sweep", result, out.parent, out.stem)
-    show(console, "sweep", result, out)
+    command = _command("sweep", file, flags)
+    with _timed("sweep", command, out) as (progress, finish):
+        finish(run(setting, out.parent / "runs", asked, command=command, progress=progress))
 
 
 def similarity(
@@ -110,13 +110,16 @@ def _pieces(
 ) -> None:
     """An experiment whose finished pieces are kept beside its result until it is whole."""
     setting = read_setting(file, quick=QUICK[name] if quick else None, data=data)
-    arguments = arguments_of(setting, run, *varied)
-    journal = Journal(out.with_suffix(".pieces.jsonl"))
-    with _timed(name, file, out) as (progress, finish):
-        result = finish(run(setting, **arguments, journal=journal, progress=progress))
+    arguments = arguments_of(setting.vary, run, *varied)
+    journal = _journal(out)
+    with _timed(name, _command(name, file), out) as (progress, finish):
+        finish(run(setting, **arguments, journal=journal, progress=progress))
     journal.remove()
-    plots(name, result, out.parent, out.stem)
-    show(console, name, result, out)
+
+
+def _journal(out: Path) -> Journal:
+    """Of the pieces of a result, by the code that measures them now."""
+    return Journal(out.with_suffix(".pieces.jsonl"), sources_sha256(Path(experiments.__file__).parent))
 
 
 def speed(
@@ -139,12 +142,11 @@ def speed(
     setting = read_setting(file, quick=QUICK["speed"] if quick else None, data=data)
     if dtype is not None:
         setting = replace(setting, base=vary(setting.base, dtype=dtype))
-    arguments = arguments_of(setting, run, "torch", "jax", "seq", "rounds")
+    arguments = arguments_of(setting.vary, run, "torch", "jax", "seq", "rounds")
     flags = " --cpu-clock" * cpu_clock + f" --device {device}" * (device != "cpu") + f" --dtype {dtype}" * bool(dtype)
-    with _timed("speed", file, out, flags) as (progress, finish):
+    with _timed("speed", _command("speed", file, flags), out) as (progress, finish):
         clock = "cpu" if cpu_clock else "wall"
-        result = finish(run(setting, **arguments, clock=clock, device=device, progress=progress))
-    show(console, "speed", result, out)
+        finish(run(setting, **arguments, clock=clock, device=device, progress=progress))
 
 
 def report(
@@ -167,21 +169,20 @@ def _command(name: str, file: Path | None, flags: str = "") -> str:
 
 
 @contextmanager
-def _timed(
-    name: str, file: Path | None, out: Path, flags: str = ""
-) -> Generator[tuple[Callable[..., None], Callable[[Any], Any]]]:
-    """A progress callback, and a function that writes the result with the time it took."""
+def _timed(name: str, command: str, out: Path) -> Generator[tuple[Callable[..., None], Callable[[Any], None]]]:
+    """A progress callback, and a function that writes a result with the time it took, draws and prints it."""
     check_file(out)
     started = time.perf_counter()
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeRemainingColumn())
-
-    def finish(result: dict[str, Any]) -> dict[str, Any]:
-        seconds = time.perf_counter() - started
-        write_experiment(out, name, _command(name, file, flags), seconds=seconds, result=result)
-        return result
-
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(name, total=None)
+
+        def finish(result: dict[str, Any]) -> None:
+            write_experiment(out, name, command, seconds=time.perf_counter() - started, result=result)
+            progress.stop()
+            plots(name, result, out.parent, out.stem)
+            show(console, name, result, out)
+
         yield (lambda done, total: progress.update(task, completed=done, total=total)), finish
 
 
@@ -197,19 +198,9 @@ def cost(
         raise typer.BadParameter(f"models are {', '.join(MODELS)}, got {', '.join(sorted(unknown))}")
     from hora_bench.experiments.cost.run import cost as run
 
-    check_file(out)
-    started = time.perf_counter()
-    with console.status("counting") as status:
-        result = run(
-            model or tuple(MODELS),
-            rank=rank,
-            torch=not quick,
-            xla=not quick,
-            progress=lambda name: status.update(f"counting {name}"),
-        )
     flags = "".join([*(f" --model {m}" for m in model or ()), f" --rank {rank}" * bool(rank), " --quick" * quick])
-    write_experiment(out, "cost", f"hora-bench cost{flags}", seconds=time.perf_counter() - started, result=result)
-    show(console, "cost", result, out)
+    with _timed("cost", f"hora-bench cost{flags}", out) as (progress, finish):
+        finish(run(model or tuple(MODELS), rank=rank, torch=not quick, xla=not quick, progress=progress))
 
 
 def theory(
@@ -241,24 +232,12 @@ def theory(
     size = "full" if full else "quick" if quick else "default"
     name = "theory" if part == "rates" else "theory-activations"
     out = out or Path("results", f"{name}.json")
-    started = time.perf_counter()
-    check_file(out)
-    journal = Journal(out.with_suffix(".pieces.jsonl"), sources_sha256(Path(model.__file__).parent))
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("fits")
-        run = partial(rates, size) if part == "rates" else activations
-        result = run(
-            seed=seed,
-            journal=journal,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
     flags = "" if size == "default" else f" --{size}"
-    command = f"hora-bench theory {part}{flags} --seed {seed}"
-    write_experiment(out, name, command, seconds=time.perf_counter() - started, result=result)
-    plots(name, result, out.parent, out.stem)
+    journal, run = _journal(out), partial(rates, size) if part == "rates" else activations
+    with _timed(name, f"hora-bench theory {part}{flags} --seed {seed}", out) as (progress, finish):
+        finish(result := run(seed=seed, journal=journal, progress=progress))
     journal.remove()
-    show(console, name, result, out)
-    if any(gate["outcome"] == "failed" for gate in result["gates"]):
+    if part == "rates" and any(gate["outcome"] == "failed" for gate in result["gates"]):
         raise typer.Exit(1)
 
 

@@ -285,11 +285,15 @@ def find(task: str, data: Path | None = None) -> list[Named]:
     return [Named(f"{name}/{one}" if one else name, family, one, data) for one in members]
 
 
+def _place(task: str, data: Path | None) -> Path | None:
+    """The folder, archive or file of that path, or of that name in a folder of tasks."""
+    endings = ("", ".tar.gz", ".tar", ".jsonl")
+    places = [Path(task)] if data is None else [data / f"{task}{ending}" for ending in endings]
+    return next((place for place in places if place.exists()), None)
+
+
 def _by_path(task: str, data: Path | None) -> Named:
-    places = (
-        [Path(task)] if data is None else [data / f"{task}{ending}" for ending in ("", ".tar.gz", ".tar", ".jsonl")]
-    )
-    place = next((place for place in places if place.exists()), None)
+    place = _place(task, data)
     if place is None:
         known = ", ".join(FAMILIES)
         where = "" if data is None else f" in {data}, which must hold {task}, {task}.tar.gz, {task}.tar or {task}.jsonl"
@@ -327,6 +331,8 @@ def load_task(
         The data is not there or cannot be used.
     """
     plain = plain_of(task)
+    if plain != task and (place := _place(task, data)):
+        raise HoraError(f"{task} asks for {plain} with other labels, got {place} of that name: rename it")
     named = find(plain, data)
     if len(named) != 1:
         raise HoraError(f"one task is read at a time, got the suite {task!r}: name one of its members")

@@ -9,7 +9,7 @@ from hora_spec import Factors
 from matplotlib.figure import Figure
 
 from hora_bench.demo.stages import MODEL, Row, Size
-from hora_bench.experiments.similarity.measures import cosines_of_b
+from hora_bench.experiments.similarity.measures import cosines_of_b, off_diagonal
 from hora_bench.report.writing import drawn, image, write_html
 from hora_bench.report.writing import table as table_of
 
@@ -121,7 +121,7 @@ def _similarity(rows: Sequence[Row]) -> list[str]:
         axes.set(title=f"{row.label}\n{last_q}", xlabel="head", ylabel="head")
     figure.colorbar(shown, ax=panels[: len(with_factors)], shrink=0.8)
     for row in with_factors:
-        means = [_off_diagonal(_cosines(b)) for b in row.b_factors.values()]
+        means = [off_diagonal(_cosines(b)).mean() for b in row.b_factors.values()]
         panels[-1].hist(means, bins=np.linspace(-1, 1, 41), alpha=0.6, label=row.label)
     panels[-1].set(xlabel="mean cosine between heads", ylabel="projections")
     panels[-1].legend(frameon=False)
@@ -131,7 +131,3 @@ def _similarity(rows: Sequence[Row]) -> list[str]:
 
 def _cosines(b: Any) -> Any:
     return cosines_of_b(Factors(np.empty(0), b))
-
-
-def _off_diagonal(matrix: Any) -> float:
-    return float(matrix[~np.eye(len(matrix), dtype=bool)].mean())

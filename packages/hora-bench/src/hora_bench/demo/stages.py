@@ -11,7 +11,8 @@ from jaxtyping import Float
 from hora_bench import methods
 from hora_bench.data.base import Score
 from hora_bench.data.digits import digits
-from hora_bench.data.images import Examples, ImageTask
+from hora_bench.data.images import ImageTask
+from hora_bench.experiments.similarity.measures import factors_of
 from hora_bench.models import load
 from hora_bench.recipe import Recipe, head_init
 from hora_bench.training import Curve, fit, predict
@@ -66,9 +67,7 @@ class Row:
 def demo_task(size: Size) -> ImageTask:
     """1000 images to train on and the first of the test images."""
     task = digits(size.image_size)
-    train = Examples([*task.train.sources, *task.val.sources], np.concatenate([task.train.classes, task.val.classes]))
-    test = task.test.take(np.arange(size.test_count))
-    return ImageTask("digits", 10, train, task.val, test, image_size=size.image_size, origin=task.origin)
+    return replace(task, test=task.test.take(np.arange(size.test_count)))
 
 
 def new_head() -> load.Head:
@@ -112,11 +111,11 @@ def train_jax(task: ImageTask, size: Size, progress: Any) -> tuple[Any, Row]:
 def _train(label: str, learner: Any, task: ImageTask, size: Size, progress: Any) -> Row:
     few = replace(task, test=task.test.take(np.arange(2 * EVAL_BATCH)))  # an untrained head is at chance
     before = accuracy_pct(logits(learner, few), few)
-    members = np.arange(task.size("train"))
-    curve = fit(learner, task, "train", size.recipe, members=members, seed=SEED, progress=progress)
+    members = np.arange(task.size("train+val"))
+    curve = fit(learner, task, "train+val", size.recipe, members=members, seed=SEED, progress=progress)
     outputs = logits(learner, task)
     head = sum(part.size for part in new_head())
-    batch = task.train_batch("train", members[: size.batch_size], np.random.default_rng(0))
+    batch = task.train_batch("train+val", members[: size.batch_size], np.random.default_rng(0))
     return Row(
         label,
         before,
@@ -197,29 +196,10 @@ def _jax_learner(directory: Path, size: Size) -> Any:
     return JaxLearner(model, lambda path, variable: False, size.recipe)
 
 
-def hora_b_factors(learner: Any) -> dict[str, np.ndarray]:
-    """Generated ``B_i`` of every layer and projection of a torch model, ``(heads, head_dim, rank)``."""
-    import hora_spec
-    import hora_torch
-
-    adapter = hora_torch.to_adapter(learner.accelerator.unwrap_model(learner.logits).model)
-    return {
-        f"{name}.{p}": np.asarray(factor.b)
-        for name, layer in adapter.layers.items()
-        for p, factor in hora_spec.reference.factors(layer.spec, layer.shape, layer.params).items()
-    }
-
-
-def lora_b_factors(learner: Any, heads: int) -> dict[str, np.ndarray]:
-    """``lora_B`` of every Q and V of a PEFT model, its rows split into heads."""
+def b_of(learner: Any) -> dict[str, np.ndarray]:
+    """B of every layer and projection of a torch model, ``(heads, head_dim, rank)``."""
     model = learner.accelerator.unwrap_model(learner.logits).model
-    return {
-        name.split(".lora_B")[0].removeprefix("base_model.model.").replace("attn.qkv.", "attn."): (
-            p.detach().cpu().numpy().reshape(heads, -1, p.shape[1])
-        )
-        for name, p in model.named_parameters()
-        if ".lora_B." in name
-    }
+    return {f"blocks.{layer}.attn.{p}": factors.b for (layer, p), factors in factors_of(model).items()}
 
 
 def _seconds(call: Any, repeats: int) -> float:

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -181,11 +180,6 @@ def torch_name(path: tuple[Any, ...]) -> str:
     """``("blocks", 0, "attn", "qkv", "kernel")`` to ``blocks.0.attn.qkv.weight``."""
     leaf = "weight" if path[-1] in ("kernel", "scale", "embedding") else path[-1]
     return ".".join(map(str, (*path[:-1], leaf)))
-
-
-def count_params(model: Any) -> int:
-    """Number of values in all parameters of an NNX model, abstract or not."""
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
 def _oriented(leaf: str, tensor: np.ndarray) -> np.ndarray:

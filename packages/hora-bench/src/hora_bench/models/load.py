@@ -194,10 +194,3 @@ def tokenizer(name: str) -> Any:
 
     with _loading(name, "a language model of the hub"):
         return AutoTokenizer.from_pretrained(directory(name))
-
-
-def is_language_model(name: str) -> bool:
-    """Whether a directory or asset is a Hugging Face language model."""
-    found = resolve(name)
-    config = found / "config.json" if isinstance(found, Path) else None
-    return bool(config and config.exists() and "model_type" in json.loads(config.read_text()))

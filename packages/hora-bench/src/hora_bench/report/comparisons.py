@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from matplotlib.figure import Figure
 
-from hora_bench.report.rows import Row, is_lora, name_of, proxy_of, rows_of
+from hora_bench.report.rows import Row, is_lora, name_of, paired, proxy_of, rows_of
 from hora_bench.report.writing import cell, save
 from hora_bench.stats import MARGIN, Difference, Word
 
@@ -48,7 +48,7 @@ def cells_of(row: Row) -> tuple[str, ...]:
     edge = f" ({row['rate_at_edge']} tried)" if row["rate_at_edge"] else ""
     return (
         name_of(row),
-        f"{100 * row['fraction']:g} %",
+        _data_of(row),
         f"{row.get('learning_rate', ''):g}{edge}" if "learning_rate" in row else "",
         f"{row['mean_pct']}{interval}",
         shown(over),
@@ -61,6 +61,16 @@ def cells_of(row: Row) -> tuple[str, ...]:
         f"{row['params_count']:,}" if "params_count" in row else "",
         str(row.get("labels_count", "")),
     )
+
+
+def _data_of(row: Row) -> str:
+    return f"{100 * row['fraction']:g} % of {row['task']}"
+
+
+def _labels(rows: Sequence[Row]) -> list[str]:
+    """Names of choices in a plot, with their task where there are several."""
+    several = len({row["task"] for row in rows}) > 1
+    return [f"{name_of(row)}, {row['task']}" if several else name_of(row) for row in rows]
 
 
 def lines_of(result: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -98,7 +108,7 @@ def widths_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
         lines.append(
             (
                 name_of(row),
-                f"{100 * row['fraction']:g} %",
+                _data_of(row),
                 f"{best:.3g}",
                 f"{open_low}{low:.2g}",
                 f"{open_high}{high:.2g}",
@@ -117,18 +127,19 @@ def _means(row: Row, search: Sequence[dict[str, Any]]) -> dict[float, float]:
     return {rate: 0.0 if None in values else float(np.mean(values)) for rate, values in found.items()}
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Write a curve over fractions of the data, or else a choice per line."""
+def plot(result: dict[str, Any], folder: Path, *, stem: str) -> list[Path]:
+    """Write ``STEM.svg``: a curve over fractions of the data, or else a choice per line."""
     rows = rows_of(result)
-    fractions = {row["fraction"] for row in rows}
-    save(_curves(rows) if len(fractions) > 1 else _forest(rows), path)
+    figure = _curves(rows) if len({row["fraction"] for row in rows}) > 1 else _forest(rows)
+    return [save(figure, folder / f"{stem}.svg")]
 
 
 def _curves(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
-    for index, name in enumerate(dict.fromkeys(map(name_of, rows))):
-        own = [row for row in rows if name_of(row) == name]
+    names = _labels(rows)
+    for index, name in enumerate(dict.fromkeys(names)):
+        own = [row for row, label in zip(rows, names, strict=True) if label == name]
         x = [100 * row["fraction"] * (1 + 0.03 * index) for row in own]
         axis.plot(x, [row["mean_pct"] for row in own], color=f"C{index}", marker="o", markersize=4, label=name)
         for place, row in zip(x, own, strict=True):
@@ -145,7 +156,7 @@ def _forest(rows: Sequence[Row]) -> Figure:
     paired = any(row["over_lora"] is not None and row["over_lora"].low is not None for row in rows)
     figure = Figure(figsize=(4.5 * (1 + paired), 1 + 0.28 * len(rows)), layout="constrained")
     axes = figure.subplots(1, 1 + paired, squeeze=False, sharey=True)[0]
-    axes[0].set_yticks(range(len(rows)), list(map(name_of, rows)), fontsize=8)
+    axes[0].set_yticks(range(len(rows)), _labels(rows), fontsize=8)
     axes[0].invert_yaxis()
     axes[0].set_xlabel("accuracy, %")
     for line, row in enumerate(rows):
@@ -188,26 +199,31 @@ def found_in(result: dict[str, Any]) -> Iterator[tuple[str, Difference]]:
         return
     for row in rows_of(result):
         if result.get("search") and row["over_lora"] is not None and not is_lora(row):
-            yield f"{name_of(row)}, {100 * row['fraction']:g} % of {row['task']}", row["over_lora"]
+            yield f"{name_of(row)}, {_data_of(row)}", row["over_lora"]
 
 
 WORDS: Final[tuple[Word, ...]] = ("better", "equal", "not resolved", "worse")
 SCREENED: Final = ("data", "LoRA, %", *WORDS, "joint over a random A, points", "could have seen, points", "seeds")
 
 
-def screen_line(result: dict[str, Any]) -> tuple[str, ...]:
-    """Cells of `SCREENED` for a screen: the choices of each word, and how the test loss of what differs differs."""
-    rows = rows_of(result)
+def screen_lines(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Cells of `SCREENED` for each task and fraction of a screen."""
+    where: dict[str, list[Row]] = {}
+    for row in rows_of(result):
+        where.setdefault(_data_of(row), []).append(row)
+    return [_screen_line(data, rows) for data, rows in where.items()]
+
+
+def _screen_line(data: str, rows: Sequence[Row]) -> tuple[str, ...]:
+    """The choices of each word, and how the test loss of what differs differs."""
     lora = next((row for row in rows if is_lora(row)), None)
     judged = [row for row in rows if row["word"]]
     seen = [row["over_lora"].detectable for row in judged if row["over_lora"].detectable is not None]
     seeds = {row["seeds"] for row in judged}
     joint, random = (next((row for row in rows if name_of(row).startswith(name)), None) for name in ("joint", "random"))
-    over = None
-    if joint is not None and random is not None:
-        over = Difference.of(*(row["accuracies_pct"][: min(seeds)] for row in (joint, random)))
+    over = None if joint is None or random is None else paired(joint, random)
     return (
-        f"{100 * rows[0]['fraction']:g} % of {rows[0]['task']}",
+        data,
         "" if lora is None else f"{lora['mean_pct']}",
         *(", ".join(_with_loss(row) for row in judged if row["word"] == word) or "none" for word in WORDS),
         shown(over),

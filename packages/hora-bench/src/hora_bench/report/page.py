@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -11,13 +12,15 @@ from hora_spec import HoraError
 
 from hora_bench import store
 from hora_bench.cache import new_file, read_json
-from hora_bench.report.comparisons import SCREENED, forest, found_in, screen_line
+from hora_bench.report.comparisons import SCREENED, forest, found_in, screen_lines
 from hora_bench.report.rows import COMPARISONS, proxy_of
 from hora_bench.report.tables import notes, plots, tables
 from hora_bench.report.verdicts import verdicts
 from hora_bench.report.writing import embedded, folded, link, save, table, write_html
 
 Records = Sequence[tuple[Path, dict[str, Any]]]
+Plots = dict[Path | None, list[Path]]  # of a result file
+Address = Callable[[Path], str]  # of a plot, on the page
 QUESTIONS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {  # page: its title, experiments
     "comparisons": ("Is it more accurate?", COMPARISONS),
     "cost": ("What does it cost, counted?", ("cost",)),
@@ -70,40 +73,39 @@ def write_page(results: Path, out: Path) -> list[Path]:
         raise HoraError(f"{results} must hold results of experiments, got none: run one, such as hora-bench theory")
     if out.suffix == ".html":
         with TemporaryDirectory() as folder:
-            images = {path: embedded(path) for path in _draw(records, Path(folder))}
-        texts = [_summary(records, runs, out, images), *(_question(p, records, out, images) for p in QUESTIONS)]
+            drawn = _draw(records, Path(folder))
+            embeddings = {path: embedded(path) for paths in drawn.values() for path in paths}
+        texts = [_summary(records, runs, out, drawn, embeddings.__getitem__)]
+        texts += [_question(name, records, out, drawn, embeddings.__getitem__) for name in QUESTIONS]
         write_html(out, "Benchmarks", texts)
         return [out]
     folder = out.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     drawn = _draw(records, folder)
-    pages = {out: _summary(records, runs, out, {path: f"{folder.name}/{path.name}" for path in drawn})}
-    beside = {path: path.name for path in drawn}
-    pages |= {(page := folder / f"{name}.md"): _question(name, records, page, beside) for name in QUESTIONS}
+    pages = {out: _summary(records, runs, out, drawn, lambda path: f"{folder.name}/{path.name}")}
+    for name in QUESTIONS:
+        page = folder / f"{name}.md"
+        pages[page] = _question(name, records, page, drawn, lambda path: path.name)
     for page, text in pages.items():
         with new_file(page) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    return [*pages, *drawn]
+    return [*pages, *chain.from_iterable(drawn.values())]
 
 
-def _draw(records: Records, folder: Path) -> list[Path]:
-    """The plots of all result files, and the one of all comparisons."""
-    drawn = [plot for path, c in records for plot in plots(c["experiment"], c["result"], folder, path.stem)]
+def _draw(records: Records, folder: Path) -> Plots:
+    """The plots of each result file, and under None the one of all comparisons."""
+    drawn: Plots = {path: plots(c["experiment"], c["result"], folder, path.stem) for path, c in records}
     compared = [one for _, c in records if c["experiment"] in COMPARISONS for one in found_in(c["result"])]
-    if compared:
-        save(forest(compared), folder / f"{DIFFERENCES}.svg")
-        drawn.append(folder / f"{DIFFERENCES}.svg")
-    return drawn
+    return drawn | {None: [save(forest(compared), folder / f"{DIFFERENCES}.svg")] if compared else []}
 
 
-def _summary(records: Records, runs: Sequence[store.RunResult], page: Path, images: dict[Path, str]) -> str:
+def _summary(records: Records, runs: Sequence[store.RunResult], page: Path, drawn: Plots, address: Address) -> str:
     """Claims with verdicts, the differences at a glance, and where the pages and files are."""
     lines = ["# Benchmarks", "", LEAD, "", "## The paper's claims"]
     said = [(*verdict[:3], verdict.file and link(verdict.file, page)) for verdict in verdicts(records, runs)]
     lines += table(("claim", "verdict", "why", "result"), said)
-    for path, address in images.items():
-        if path.stem == DIFFERENCES:
-            lines += ["## Differences from LoRA", "", f"![{DIFFERENCES}]({address})", ""]
+    for path in drawn[None]:
+        lines += ["## Differences from LoRA", "", f"![{DIFFERENCES}]({address(path)})", ""]
     lines += _screens(records, page)
     if page.suffix == ".md":
         lines += ["## Questions", ""]
@@ -115,7 +117,7 @@ def _summary(records: Records, runs: Sequence[store.RunResult], page: Path, imag
         letter = letters.setdefault(_versions(content), chr(ord("A") + len(letters)))
         seconds = f"{content['time_s']:g} s"
         where.append((link(path, page), f"`{content['command']}`", seconds, _machine(content), letter))
-    lines += table(("result", "command", "time", "machine", "versions"), where)
+    lines += table(("result", "command", "time, resumed work left out", "machine", "versions"), where)
     lines += [f"- {letter}: {versions}" for versions, letter in letters.items()]
     return _squeezed(lines)
 
@@ -126,42 +128,26 @@ def _screens(records: Records, page: Path) -> list[str]:
     if not found:
         return []
     lines = ["## Screens", "", PROXIES]
-    cells = [screen_line(result) for _, result in found]
-    rows = [(link(path, page), *line) for (path, _), line in zip(found, cells, strict=True)]
+    rows = [(link(path, page), *line) for path, result in found for line in screen_lines(result)]
     lines += table(("result", *SCREENED), rows)
-    if all(line[SCREENED.index("better")] == "none" for line in cells):
+    if all(row[1 + SCREENED.index("better")] == "none" for row in rows):
         lines += ["No form was shown to be better than LoRA by any of them."]
     return [*lines, ""]
 
 
-def _question(name: str, records: Records, page: Path, images: dict[Path, str]) -> str:
+def _question(name: str, records: Records, page: Path, drawn: Plots, address: Address) -> str:
     """Every result that answers a question: its plots, its notes, its tables folded."""
     title, experiments = QUESTIONS[name]
     lines = [f"# {title}", ""]
     for path, content in records:
         if content["experiment"] in experiments:
             lines += [f"## {path.stem}", "", f"{link(path, page)}: `{content['command']}`", ""]
-            lines += [*_section(path, content, images)]
+            for plot in drawn[path]:
+                lines += [f"![{plot.stem}]({address(plot)})", ""]
+            for one in tables(content["experiment"], content["result"]):
+                lines += folded(one.title, one.header, one.rows)
+            lines += [*(f"- {note}" for note in notes(content["result"])), ""]
     return _squeezed(lines)
-
-
-def _section(path: Path, content: dict[str, Any], images: dict[Path, str]) -> Iterator[str]:
-    own = plots_of(path, content["experiment"])
-    for plot, address in images.items():
-        if plot.name in own:
-            yield from (f"![{plot.stem}]({address})", "")
-    for one in tables(content["experiment"], content["result"]):
-        yield from folded(one.title, one.header, one.rows)
-    yield from (f"- {note}" for note in notes(content["result"]))
-    yield ""
-
-
-def plots_of(path: Path, experiment: str) -> set[str]:
-    """Names of the plots that `plots` draws of a result file."""
-    kinds = {"similarity": ("heatmaps", "distributions"), "signal": ("similarity", "held")}
-    if experiment in kinds:
-        return {f"{path.stem}-{kind}.svg" for kind in kinds[experiment]}
-    return {f"{path.stem}.svg"}
 
 
 def _machine(content: dict[str, Any]) -> str:

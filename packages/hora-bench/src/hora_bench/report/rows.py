@@ -71,6 +71,13 @@ def _of_curve(point: Row) -> Row:
     return {"factor": "method", "value": point["method"], **{k: v for k, v in point.items() if k != "method"}}
 
 
+def paired(row: Row, other: Row) -> Difference:
+    """Of two choices over the seeds that both have: a race stops them at different ones, at the level of all looks."""
+    seeds = min(len(row["accuracies_pct"]), len(other["accuracies_pct"]))
+    level = row.get("over_lora_pct", {}).get("level", LEVEL)
+    return Difference.of(row["accuracies_pct"][:seeds], other["accuracies_pct"][:seeds], level=level)
+
+
 def _over_lora(row: Row, rows: Sequence[Row]) -> Difference | None:
     """As it was stored, or from LoRA on the same fraction, where curves stored none."""
     if stored := row.get("over_lora_pct"):
@@ -79,7 +86,7 @@ def _over_lora(row: Row, rows: Sequence[Row]) -> Difference | None:
     for other in rows:
         same = (other["factor"], other["value"], other["fraction"]) == ("method", "lora", row["fraction"])
         if same and "over_lora_pct" not in other and "accuracies_pct" in row:
-            return Difference.of(row["accuracies_pct"], other["accuracies_pct"])
+            return paired(row, other)
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
@@ -65,24 +66,11 @@ def show_tables(console: Console, found: Sequence[Table]) -> None:
 
 def plots(experiment: str, result: Result, folder: Path, stem: str) -> list[Path]:
     """Draw the plots of an experiment into `folder`; their names begin with `stem`."""
-    if experiment == "similarity":
-        from hora_bench.experiments.similarity.plot import plot
-
-        return plot(result, folder, stem=stem)
-    if experiment == "signal":
-        from hora_bench.experiments.signal.plot import plot as plot_signal
-
-        return plot_signal(result, folder, stem=stem)
-    path = folder / f"{stem}.svg"
-    if experiment == "theory":
-        from hora_bench.experiments.theory.plot import plot as plot_rates
-
-        plot_rates(result, path)
-    elif experiment in COMPARISONS:
-        comparisons.plot(result, path)
-    else:
+    if experiment in COMPARISONS:
+        return comparisons.plot(result, folder, stem=stem)
+    if experiment not in ("similarity", "signal", "theory"):
         return []
-    return [path]
+    return import_module(f"hora_bench.experiments.{experiment}.plot").plot(result, folder, stem=stem)
 
 
 def _records(title: str, records: Records, keys: str, values: str) -> Iterator[Table]:
@@ -177,11 +165,11 @@ def _activations(result: Result) -> Iterator[Table]:
             f"{one['difference']:+.3f} {_interval((one['low'], one['high']))}",
             _bounds(*one["bounds"]),
             one["outcome"],
-            f"{one['unreached']} of {one['fits']}",
+            "{:.0%} and {:.0%}".format(*one["unreached"]),
         )
         for one in result["gates"]
     ]
-    header = ("activation", "gate", "value", "bounds", "", "fits that ended above the truth's error")
+    header = ("activation", "gate", "value", "bounds", "", "fits above the truth's error, shared and not")
     title = "Gates on differences of slopes, shared less not shared, by the activation of the generator"
     yield Table(title, header, rows, keys=2)
 
@@ -225,7 +213,9 @@ def _comparison(result: Result) -> Iterator[Table]:
     if widths := comparisons.widths_of(result):
         margin = result["setting"].get("margin_pct", MARGIN)
         header = ("choice", "data", "best rate", "from", "to", "times")
-        yield Table(f"Rates within {margin:g} of the best, on validation", header, widths, keys=2)
+        seeds = len({trial.get("seed", 0) for trial in result["search"]})
+        title = f"Rates within {margin:g} of the best, on validation: means of {seeds} seeds, which have no interval"
+        yield Table(title, header, widths, keys=2)
     if result.get("controls"):
         header = ("backend", "method", "accuracy, %", "shuffled, %", "bound of chance, %", "at chance")
         yield Table("Control: shuffled labels", header, [*comparisons.control_lines(result["controls"])], keys=2)

@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 from scipy import stats
 
 from hora_bench.report.comparisons import WORDS, shown
-from hora_bench.report.rows import COMPARISONS, Row, is_lora, name_of, proxy_of, rows_of
+from hora_bench.report.rows import COMPARISONS, Row, is_lora, name_of, paired, proxy_of, rows_of
 from hora_bench.report.suites import CLAIMS, Claim, compared
 from hora_bench.report.tables import judged_gates
 from hora_bench.stats import MARGIN, Difference
@@ -55,7 +55,8 @@ def verdicts(records: Records, runs: Sequence[RunResult] = ()) -> list[Verdict]:
         if experiments == ("theory",):
             own = sorted(own, key=lambda one: len(one[1].get("pieces", ())))[-1:]
         judged = [Verdict(claim, word, why, path) for path, result in own for word, why in judge(result)]
-        found += judged or [Verdict(claim, UNTESTED, f"no result that could tell: see `hora-bench {experiments[0]}`")]
+        command = experiments[0].replace("-", " ")
+        found += judged or [Verdict(claim, UNTESTED, f"no result that could tell: see `hora-bench {command}`")]
     return found
 
 
@@ -241,17 +242,13 @@ def _asked_alike(result: Result) -> Said:
         )
 
 
-def _paired(row: Row, other: Row) -> Difference:
-    return Difference.of(row["accuracies_pct"], other["accuracies_pct"])
-
-
 def _joint(result: Result) -> Said:
     """By paired differences of what starts from a joint A, each at a rate of its own."""
     for lora, rows in _tuned(result):
         control = next((row for row in rows if name_of(row).startswith("random")), None)
         for row in (row for row in rows if name_of(row).startswith("joint")):
             edge = _edge(row, lora)
-            beside = "" if control is None else f"; over a random A, fixed, {_points(_paired(row, control))}"
+            beside = "" if control is None else f"; over a random A, fixed, {_points(paired(row, control))}"
             yield (
                 _unless(edge, _of_difference(row["over_lora"])),
                 (
@@ -285,10 +282,28 @@ def _recovery(result: Result) -> Said:
         )
 
 
+def _survives(result: Result) -> Said:
+    """By the gates on recovery when a head is redundant, of every activation but the one that was there before."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for gate in result["gates"]:
+        if gate["activation"] != "identity" and gate["bounds"][1] == 0:
+            found.setdefault(gate["activation"], []).append(gate)
+    outcomes = {gate["outcome"] for gates in found.values() for gate in gates}
+    word = ABSENT if "failed" in outcomes else CONFIRMED if outcomes == {"passed"} else UNRESOLVED
+    said = [
+        f"{name} {gates[0]['difference']:+.2f} ({gates[0]['low']:+.2f} to {gates[0]['high']:+.2f}), "
+        + " and ".join(dict.fromkeys(gate["outcome"] for gate in gates))
+        for name, gates in found.items()
+    ]
+    what = f"slopes of D2 with sharing less without, {result['setting']['trials']} trials each, and both recovery gates"
+    yield word, f"{what}: {'; '.join(said)}"
+
+
 JUDGES: Final[tuple[tuple[str, tuple[str, ...], Callable[[Result], Said]], ...]] = (
     ("more accurate than LoRA", COMPARISONS, _more_accurate),
     ("over 20 % better than LoRA at 1 % of the data", COMPARISONS, _at_one_percent),
     ("polynomial instead of exponential sample complexity", ("theory",), _recovery),
+    ("ours: sharing recovers faster with other activations, too", ("theory-activations",), _survives),
     ("0.09 % of LLaMA-7B is trained", ("cost",), _parameters),
     ("about 6 times LoRA's FLOPs", ("cost",), _macs),
     ("no cost at inference once merged", ("speed",), _merged_inference),

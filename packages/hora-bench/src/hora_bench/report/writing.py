@@ -75,10 +75,11 @@ def drawn(figure: Figure) -> str:
     return CLIP.sub(lambda found: numbers.setdefault(found.group(), f"clip{len(numbers)}"), written.getvalue())
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as an SVG file, whole or not at all."""
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure as an SVG file, whole or not at all; where it is."""
     with new_file(path) as temporary:
         temporary.write_text(drawn(figure), encoding="utf-8")
+    return path
 
 
 def image(caption: str, svg: str) -> list[str]:

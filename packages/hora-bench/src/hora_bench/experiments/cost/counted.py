@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
+import jax
+import jax.numpy as jnp
 import torch
-from hora_spec import AdapterSpec
+from hora_jax.functional import factors, hora_linear
+from hora_spec import AdapterSpec, LayerShape, param_shapes
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,20 +19,9 @@ from hora_bench.experiments.cost.architectures import Transformer, Workload
 from hora_bench.experiments.cost.formulas import Macs, Method, Route
 from hora_bench.torchvision_ops import declare_missing_ops
 
-if TYPE_CHECKING:
-    from collections.abc import Generator
-
+if TYPE_CHECKING:  # imported where they are used, after the missing operators
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
-
-
-from collections.abc import Callable
-from typing import Any, Literal
-
-import jax
-import jax.numpy as jnp
-from hora_jax.functional import factors, hora_linear
-from hora_spec import LayerShape, param_shapes
 
 TARGETS = ["q_proj", "v_proj"]
 

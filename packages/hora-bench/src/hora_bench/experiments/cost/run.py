@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -37,12 +37,12 @@ The merge route of JAX does not form W + B A again in backward, that of torch an
 
 
 def cost(
-    models: Iterable[str] = tuple(MODELS),
+    models: Sequence[str] = tuple(MODELS),
     *,
     rank: int | None = None,
     torch: bool = True,
     xla: bool = True,
-    progress: Callable[[str], None] = lambda model: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Trainable parameters and MACs of every method, without weights.
 
@@ -55,7 +55,7 @@ def cost(
     torch, xla
         Whether to count with the frameworks too.
     progress
-        Called with the name of each model before it is counted.
+        Called with models done and in total.
 
     Returns
     -------
@@ -64,8 +64,8 @@ def cost(
         adapted projections of one layer; ``paper``, its figures step by step; ``notes``.
     """
     result: dict[str, Any] = {"models": [], "params": [], "macs": [], "xla": [], "paper": paper(), "notes": list(NOTES)}
-    for name in models:
-        progress(name)
+    for done, name in enumerate(models):
+        progress(done, len(models))
         model = MODELS[name]
         chosen = methods(rank or model.rank)
         counted = _torch_counts(model, chosen) if torch else {}

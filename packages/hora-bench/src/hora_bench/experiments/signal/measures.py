@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy import stats
 from scipy.linalg import eigh
 
@@ -78,8 +78,20 @@ def basis(signal: Float[np.ndarray, "n d"], rank: int) -> Float[np.ndarray, "d r
     return eigh(signal.T @ signal, subset_by_index=last)[1]
 
 
-def held(gradients: Mapping[str, Float[np.ndarray, "batches heads n d"]], rank: int) -> dict[str, Numbers]:
+def held(
+    gradients: Mapping[str, Float[np.ndarray, "batches heads n d"]], rank: int, half: Bool[np.ndarray, " batches"]
+) -> dict[str, Numbers]:
     """Part of the signal, in batches not looked at, that lies in `rank` directions found in the others.
+
+    Parameters
+    ----------
+    gradients
+        Of each projection.
+    rank
+        Number of directions.
+    half
+        Which of the batches find bases first. The same where one is left out: else an interval by leaving out would
+        count what another division of all batches changes.
 
     Returns
     -------
@@ -90,12 +102,12 @@ def held(gradients: Mapping[str, Float[np.ndarray, "batches heads n d"]], rank: 
     found: dict[str, dict[str, list[float]]] = {
         p: {name: [] for name in ("one", "own", "together", "all")} for p in gradients
     }
-    for first in (0, 1):
-        means = {p: value[first::2].mean(0) for p, value in gradients.items()}
+    for finds in (half, ~half):
+        means = {p: value[finds].mean(0) for p, value in gradients.items()}
         units = [mean.reshape(-1, mean.shape[-1]) / np.linalg.norm(mean) for mean in means.values()]
         together = basis(np.concatenate(units), rank)
         for p, value in gradients.items():
-            judges, mean = value[1 - first :: 2], means[p]
+            judges, mean = value[~finds], means[p]
             own = np.stack([basis(head, rank) for head in mean])
             found[p]["one"].append(energy(judges @ basis(mean.reshape(-1, mean.shape[-1]), rank)))
             found[p]["own"].append(energy(judges @ own))
@@ -108,7 +120,7 @@ def held(gradients: Mapping[str, Float[np.ndarray, "batches heads n d"]], rank: 
 
 
 def measure(
-    gradients: Mapping[str, Gradients], frames: Mapping[str, Products], rank: int
+    gradients: Mapping[str, Gradients], frames: Mapping[str, Products], rank: int, half: Bool[np.ndarray, " batches"]
 ) -> dict[str, dict[str, float]]:
     """Everything of one layer: projection to numbers.
 
@@ -118,11 +130,11 @@ def measure(
         Of each projection.
     frames
         `common_frame` of each projection.
-    rank
-        Number of directions of a basis.
+    rank, half
+        As for `held`.
     """
-    inputs = held(gradients, rank)
-    outputs = held({p: value.swapaxes(2, 3) for p, value in gradients.items()}, rank)
+    inputs = held(gradients, rank, half)
+    outputs = held({p: value.swapaxes(2, 3) for p, value in gradients.items()}, rank, half)
     return {
         p: {
             "signal": energy(value) / float((value**2).sum() / len(value)),

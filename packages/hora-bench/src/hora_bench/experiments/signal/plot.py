@@ -26,11 +26,7 @@ def plot(result: dict[str, Any], folder: Path, *, stem: str = "signal") -> list[
         "similarity": (SIMILARITIES, (-0.4, 1.05), "similarity of two heads' signals; grey: by chance"),
         "held": (HELD, (-0.1, 1.2), f"part of the signal held by {rank} directions; grey: random ones"),
     }
-    paths = []
-    for kind, (names, limits, label) in axes.items():
-        paths.append(folder / f"{stem}-{kind}.svg")
-        save(_points(result["summary"], names, limits, label), paths[-1])
-    return paths
+    return [save(_points(result["summary"], *how), folder / f"{stem}-{kind}.svg") for kind, how in axes.items()]
 
 
 def _points(summary: list[dict[str, Any]], names: dict[str, str], limits: tuple[float, float], label: str) -> Figure:

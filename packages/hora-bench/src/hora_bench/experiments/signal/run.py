@@ -10,15 +10,14 @@ import numpy as np
 from hora_spec import HoraError
 from pydantic import Field
 
-from hora_bench.backends import build
+from hora_bench.backends import trained
 from hora_bench.experiments.similarity.measures import factors_of
 from hora_bench.methods import find
 from hora_bench.models import load
-from hora_bench.recipe import head_init, subset
+from hora_bench.recipe import head_init
 from hora_bench.request import Inputs, Request, vary
 from hora_bench.setting import Setting
 from hora_bench.store import Journal
-from hora_bench.training import fit
 
 from .measures import common_frame, jackknife, measure, plain_frame, products, rounded, unrelated
 
@@ -127,12 +126,12 @@ def _measured(asked: Request, task: Any, at_start: bool, batches: int, rank: int
     def numbers(kept: np.ndarray) -> np.ndarray:
         """Layers, projections and measures."""
         found = [
-            measure({p: value[kept] for p, value in own.items()}, frame, rank)
+            measure({p: value[kept] for p, value in own.items()}, frame, rank, kept % 2 == 0)
             for own, frame in zip(gradients, frames, strict=True)
         ]
         return np.array([[[*of.values()] for of in layer.values()] for layer in found])
 
-    names = list(measure(gradients[0], frames[0], rank)["q"])
+    names = list(measure(gradients[0], frames[0], rank, np.arange(batches) % 2 == 0)["q"])
     whole = numbers(np.arange(batches))
     halves = jackknife(lambda kept: numbers(kept).mean(0), batches)
     chance = {p: _by_chance(gradients, frames, p, rank, asked.seed) for p in PROJECTIONS}
@@ -176,13 +175,11 @@ def _model(asked: Request, task: Any, *, at_start: bool) -> tuple[Any, np.ndarra
     model = load.timm_vit(asked.model, size, head)
     if at_start:
         return model, np.array([], int)
-    learner = build(asked, task)
-    members = subset(task.labels(asked.train_on), asked.fraction, asked.seed)
-    fit(learner, task, asked.train_on, asked.recipe, members=members, seed=asked.seed)
-    trained = dict(learner.model.named_parameters())
+    learner, members, _ = trained(asked, task)
+    parameters = dict(learner.model.named_parameters())
     with torch.no_grad():
         for name in ("weight", "bias"):
-            (found,) = (value for key, value in trained.items() if key.endswith(f"head.{name}") or _own(key, name))
+            (found,) = (value for key, value in parameters.items() if key.endswith(f"head.{name}") or _own(key, name))
             getattr(model.head, name).copy_(found)
         if find(asked.method).family != "probe":
             for (layer, p), factors in factors_of(learner.model).items():

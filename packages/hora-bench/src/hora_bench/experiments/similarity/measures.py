@@ -47,13 +47,12 @@ def participation_ratio(values: Float[np.ndarray, " values"]) -> float:
 
 def measure(factors: Factors) -> dict[str, Any]:
     """Similarities and spectrum of one projection as JSON values, rounded to four digits."""
-    off_diagonal = ~np.eye(len(factors.b), dtype=bool)
     of_b, of_delta = cosines_of_b(factors), cosines_of_delta(factors)
     values = singular_values(factors)
     return {
         "participation_ratio": round(participation_ratio(values), 4),
-        "mean_cosine_b": round(float(of_b[off_diagonal].mean()), 4),
-        "mean_cosine_delta": round(float(of_delta[off_diagonal].mean()), 4),
+        "mean_cosine_b": round(float(off_diagonal(of_b).mean()), 4),
+        "mean_cosine_delta": round(float(off_diagonal(of_delta).mean()), 4),
         "singular_values": [float(f"{value:.4g}") for value in values],
         "cosines_b": of_b.round(4).tolist(),
         "cosines_delta": of_delta.round(4).tolist(),
@@ -81,11 +80,16 @@ def start(spec: AdapterSpec, layer: LayerShape, *, draws: int = 10, seed: int = 
         for found in reference.factors(spec, layer, params).values():
             ratios.append(participation_ratio(singular_values(found)))
             columns = found.b.reshape(-1, spec.rank).T
-            cosines.append(_cosines(columns @ columns.T)[~np.eye(spec.rank, dtype=bool)].mean())
+            cosines.append(off_diagonal(_cosines(columns @ columns.T)).mean())
     return {
         "participation_ratio": round(float(np.mean(ratios)), 3),
         "mean_cosine_of_columns": round(float(np.mean(cosines)), 3),
     }
+
+
+def off_diagonal(matrix: Float[np.ndarray, "n n"]) -> Float[np.ndarray, " pairs"]:
+    """What is said of two different heads."""
+    return matrix[~np.eye(len(matrix), dtype=bool)]
 
 
 def _cosines(gram: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:

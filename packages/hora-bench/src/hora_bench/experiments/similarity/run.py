@@ -8,16 +8,15 @@ from typing import Any, Final
 import numpy as np
 from hora_spec import ACTIVATIONS, AdapterSpec, HoraError, LayerShape
 
-from hora_bench.backends import build
+from hora_bench.backends import trained
 from hora_bench.data.base import Score
 from hora_bench.data.images import ImageTask
 from hora_bench.methods import find
-from hora_bench.recipe import subset
 from hora_bench.request import FINAL, Inputs, Request, vary
 from hora_bench.run import EVAL_BATCH
 from hora_bench.setting import Setting
 from hora_bench.store import Journal
-from hora_bench.training import fit, predict
+from hora_bench.training import predict
 
 from .measures import factors_of, measure, shares_of, start
 
@@ -99,9 +98,7 @@ def starts() -> list[dict[str, Any]]:
 
 def _measure(asked: Request, task: ImageTask) -> list[Any]:
     """Outcome of one training, and one record per layer and projection."""
-    learner = build(asked, task)
-    members = subset(task.labels(asked.train_on), asked.fraction, asked.seed)
-    curve = fit(learner, task, asked.train_on, asked.recipe, members=members, seed=asked.seed)
+    learner, _, curve = trained(asked, task)
     outputs = predict(learner.outputs, task.eval_batches(asked.score_on, EVAL_BATCH["images"]))
     score = Score.of(task.judge(asked.score_on, outputs))
     outcome = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import count
 from tempfile import TemporaryDirectory
@@ -15,7 +15,7 @@ from pydantic import Field
 
 from hora_bench.backends import build, check_device
 from hora_bench.data.base import Batch
-from hora_bench.request import vary
+from hora_bench.request import Request, vary
 from hora_bench.setting import Setting
 
 from .clock import CLOCKS, Clock, ratio, summary, take_turns
@@ -84,16 +84,12 @@ def speed(
     """
     text = setting.base.task == NAME
     base = setting.base.replace(image_size_px=None) if text else setting.base
-    task = RandomText(seq) if text else setting.load(base.task)
-    _check(base.dtype, task.kind, clock, device)
-    batch = task.train_batch("train", np.arange(base.batch_size), np.random.default_rng(0))
-    if not (torch or jax):
-        raise HoraError("speed is of one method or more, got none: name some in torch or jax")
     contenders = {backend: methods for backend, methods in (("torch", torch), ("jax", jax)) if methods}
+    _check(base, contenders, clock, device)  # before weights are fetched
+    task = RandomText(seq) if text else setting.load(base.task)
+    batch = task.train_batch("train", np.arange(base.batch_size), np.random.default_rng(0))
     stepped = _count(2 * rounds * len(contenders), progress)
     result: dict[str, Any] = {"steps": [], "inference": [], "operations": [], "starts": []}
-    for backend in contenders:
-        check_device(backend, device)
     for backend, methods in contenders.items():
         asked = {name: vary(base, backend=backend, method=name, device=device) for name in methods}
         result["starts"] += [{"backend": backend, **one} for one in starts(asked, task, batch, rounds, clock)]
@@ -120,11 +116,15 @@ def _name_of(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else device
 
 
-def _check(dtype: str, kind: str, clock: Clock, device: str) -> None:
-    if dtype != "float32" and kind == "images":
-        raise HoraError(f"image models are timed in float32, got {dtype}: leave it out, or time a language model")
+def _check(base: Request, contenders: Mapping[str, Sequence[str]], clock: Clock, device: str) -> None:
+    if not contenders:
+        raise HoraError("speed is of one method or more, got none: name some in torch or jax")
+    if base.dtype != "float32" and base.image_size_px is not None:
+        raise HoraError(f"image models are timed in float32, got {base.dtype}: leave it out, or time a language model")
     if clock == "cpu" and device != "cpu":
         raise HoraError(f"processor seconds say nothing about a GPU, got --cpu-clock with --device {device}: drop one")
+    for backend in contenders:
+        check_device(backend, device)
 
 
 def _count(total: int, progress: Callable[[int, int], None]) -> Callable[..., None]:

@@ -23,16 +23,8 @@ STYLES: Final = {
 ROWS: Final = {2: "one head fitted with two", 1: "control: one head fitted with one"}
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Write mean (line, 95 % bootstrap band) and median (dotted) of each loss against the number of samples.
-
-    Parameters
-    ----------
-    result
-        What `theory` returned.
-    path
-        SVG to write.
-    """
+def plot(result: dict[str, Any], folder: Path, *, stem: str = "theory") -> list[Path]:
+    """Write ``STEM.svg``: mean (line, 95 % bootstrap band) and median (dotted) of each loss by sample size."""
     sizes = result["setting"]["sizes"]
     figure = Figure(figsize=(11, 6.4), layout="constrained")
     axes = figure.subplots(len(ROWS), len(PANELS), sharex=True)
@@ -52,4 +44,4 @@ def plot(result: dict[str, Any], path: Path) -> None:
             axis.grid(alpha=0.3, linewidth=0.5)
     for axis in axes[-1]:
         axis.set_xlabel("samples")
-    save(figure, path)
+    return [save(figure, folder / f"{stem}.svg")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Final
@@ -29,6 +29,8 @@ INTERVAL_PCT: Final = (2.5, 97.5)
 TEST_SAMPLES: Final = 4000
 DIGITS: Final = 6
 UNREACHED: Final = 0.1
+SIDES: Final[tuple[Sharing, Sharing]] = ("full", "none")
+Pieces = Sequence[Mapping[str, Any]]
 
 GATES: Final = (  # fitted heads, loss, bounds of the difference of slopes, shared less not shared
     ("a redundant head: D2 falls faster with sharing", 2, "d2", -np.inf, 0.0),
@@ -74,7 +76,8 @@ OF_ACTIVATIONS: Final = tuple(
     """\
 With sharing A and B go through the activation, as those of the truth did; without, they are free, so that both hold \
 the truth. The same problems and samples for both. A truth is drawn again while a vector of it is zero.
-Where more than one fit in ten ended above the truth's error, nothing is said: those are no least-squares estimates. \
+Where more than one fit in ten of either side ended above the truth's error, nothing is said: those are no \
+least-squares estimates. \
 Descents do not leave the flat side of relu.
 Everything else as in the regression with its limits, which has the activation identity.\
 """.splitlines()
@@ -137,14 +140,20 @@ def summarise(sizes: tuple[int, ...], values: Float[np.ndarray, "trials sizes"],
     return summary
 
 
-def curves(grid: Grid, measured: Mapping[tuple[int, Sharing, int], Mapping[str, Any]]) -> list[dict[str, Any]]:
+def values_of(pieces: Pieces, heads: int, sharing: Sharing, key: str) -> np.ndarray:
+    """What every trial has of a measure, in the order of the trials."""
+    own = [piece for piece in pieces if (piece["fitted_heads"], piece["sharing"]) == (heads, sharing)]
+    return np.array([piece[key] for piece in sorted(own, key=lambda piece: piece["trial"])])
+
+
+def curves(grid: Grid, pieces: Pieces) -> list[dict[str, Any]]:
     """One record per fitted heads, sharing and loss, with what ``summarise`` returns."""
     return [
         {
             "fitted_heads": heads,
             "sharing": sharing,
             "loss": loss,
-            **summarise(grid.sizes, np.array([measured[heads, sharing, t][loss] for t in range(grid.trials)])),
+            **summarise(grid.sizes, values_of(pieces, heads, sharing, loss)),
         }
         for heads in grid.fitted_heads
         for sharing in grid.sharings
@@ -172,7 +181,7 @@ def slope_difference(
     return float(found), float(low), float(high)
 
 
-def gates(sizes: tuple[int, ...], pieces: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def gates(sizes: tuple[int, ...], pieces: Pieces) -> list[dict[str, Any]]:
     """Whether sharing changes the rates as the theorems say, decided by whole intervals.
 
     Parameters
@@ -185,23 +194,30 @@ def gates(sizes: tuple[int, ...], pieces: list[dict[str, Any]]) -> list[dict[str
     Returns
     -------
     list of dict
-        ``gate``, ``difference`` of slopes with ``low`` and ``high``, the ``bounds`` it should keep, and ``outcome``:
-        passed where the whole interval keeps them, failed where none of it does, else not resolved.
+        ``gate``, ``difference`` of slopes with ``low`` and ``high``, the ``bounds`` it should keep, the share of fits
+        with and without sharing that ended above the truth's error, ``unreached``, and ``outcome``: passed where the
+        whole interval keeps the bounds, failed where none of it does, else not resolved; nor where more than one fit
+        in ten of either side is no least-squares estimate, which says nothing of its rate.
     """
-
-    def of(heads: int, sharing: Sharing, loss: str) -> np.ndarray:
-        own = [piece for piece in pieces if (piece["fitted_heads"], piece["sharing"]) == (heads, sharing)]
-        return np.array([piece[loss] for piece in sorted(own, key=lambda piece: piece["trial"])])
-
     judged, fitted = [], {piece["fitted_heads"] for piece in pieces}
     for name, heads, loss, low, high in (gate for gate in GATES if gate[1] in fitted):
-        difference, *interval = slope_difference(sizes, of(heads, "full", loss), of(heads, "none", loss))
+        difference, *interval = slope_difference(sizes, *(values_of(pieces, heads, s, loss) for s in SIDES))
         kept = [low < bound < high for bound in interval]
         apart = interval[0] >= high or interval[1] <= low
+        unreached = [float(values_of(pieces, heads, s, "unreached").mean()) / len(sizes) for s in SIDES]
         outcome = "passed" if all(kept) else "failed" if apart else "not resolved"
-        numbers = {"difference": difference, "low": interval[0], "high": interval[1]}
+        outcome = outcome if max(unreached) <= UNREACHED else "not resolved"
+        numbers = {"difference": difference, "low": interval[0], "high": interval[1], "unreached": unreached}
         judged.append({"gate": name, **numbers, "bounds": [low, high], "outcome": outcome})
     return judged
+
+
+def trials(grid: Grid, activation: str, seed: int, journal: Journal) -> Iterator[dict[str, Any]]:
+    """Losses of every trial of a grid; those that the journal has are not measured again."""
+    for heads, sharing, trial in grid.pieces():
+        which = {"fitted_heads": heads, "sharing": sharing, "trial": trial}
+        how = {"sizes": grid.sizes, "seed": seed, "activation": activation}
+        yield which | journal.once({**which, **how}, partial(measure, heads, sharing, trial, **how))
 
 
 def theory(
@@ -232,19 +248,10 @@ def theory(
         ``gates`` (empty when quick) and ``limits``.
     """
     grid = GRIDS[size]
-    journal = journal or Journal(None)
-    pieces, done = list(grid.pieces()), {}
-    for heads, sharing, trial in pieces:
-        key = {"heads": heads, "sharing": sharing, "trial": trial, "sizes": list(grid.sizes), "seed": seed}
-        done[heads, sharing, trial] = journal.once(
-            key, partial(measure, heads, sharing, trial, sizes=grid.sizes, seed=seed)
-        )
-        progress(len(done), len(pieces))
-    records = curves(grid, done)
-    found = [
-        {"fitted_heads": heads, "sharing": sharing, "trial": trial, **done[heads, sharing, trial]}
-        for heads, sharing, trial in pieces
-    ]
+    found, total = [], len(list(grid.pieces()))
+    for piece in trials(grid, "identity", seed, journal or Journal(None)):
+        found.append(piece)
+        progress(len(found), total)
     return {
         "setting": {
             "size": size,
@@ -262,17 +269,10 @@ def theory(
             for found in (identify(sharing, seed=seed) for sharing in SHARINGS)
         ],
         "pieces": found,
-        "curves": records,
+        "curves": curves(grid, found),
         "gates": [] if size == "quick" else gates(grid.sizes, found),
         "limits": list(LIMITS),
     }
-
-
-def _gates_where_reached(grid: Grid, pieces: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Gates of one activation: a fit that is no least-squares estimate says nothing of its rate."""
-    fits, unreached = len(pieces) * len(grid.sizes), sum(piece["unreached"] for piece in pieces)
-    judged = [{**gate, "fits": fits, "unreached": unreached} for gate in gates(grid.sizes, pieces)]
-    return [{**gate, "outcome": "not resolved"} for gate in judged] if unreached > UNREACHED * fits else judged
 
 
 def activations(
@@ -294,23 +294,19 @@ def activations(
     Returns
     -------
     dict
-        ``setting``; ``gates`` of each ``activation``, not resolved where more than one fit in ten ended above the
-        truth's error; ``pieces``, losses of every trial; ``limits``.
+        ``setting``; ``gates`` of each ``activation``; ``pieces``, losses of every trial; ``limits``.
     """
-    journal, pieces = journal or Journal(None), []
-    asked = [(name, *piece) for name in ACTIVATIONS for piece in grid.pieces()]
-    for done, (name, heads, sharing, trial) in enumerate(asked, 1):
-        key = {"activation": name, "heads": heads, "sharing": sharing, "trial": trial, "sizes": list(grid.sizes)}
-        how = {"sizes": grid.sizes, "seed": seed, "activation": name}
-        found = journal.once({**key, "seed": seed}, partial(measure, heads, sharing, trial, **how))
-        pieces.append({"activation": name, "fitted_heads": heads, "sharing": sharing, "trial": trial, **found})
-        progress(done, len(asked))
+    pieces, total = [], len(ACTIVATIONS) * len(list(grid.pieces()))
+    for name in ACTIVATIONS:
+        for piece in trials(grid, name, seed, journal or Journal(None)):
+            pieces.append({"activation": name, **piece})
+            progress(len(pieces), total)
     return {
         "setting": {"seed": seed, "sizes": list(grid.sizes), "trials": grid.trials, "activations": list(ACTIVATIONS)},
         "gates": [
             {"activation": name, **gate}
             for name in ACTIVATIONS
-            for gate in _gates_where_reached(grid, [piece for piece in pieces if piece["activation"] == name])
+            for gate in gates(grid.sizes, [piece for piece in pieces if piece["activation"] == name])
         ],
         "pieces": pieces,
         "limits": list(OF_ACTIVATIONS),
