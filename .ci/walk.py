@@ -59,9 +59,11 @@ def main(frameworks: list[str]) -> int:
             walk = subprocess.Popen(
                 shell, cwd=folder, env=own, start_new_session=True, stdout=subprocess.PIPE, text=True
             )
-            printed = walk.communicate()[0]
-            with suppress(ProcessLookupError):
-                os.killpg(walk.pid, signal.SIGTERM)  # the server
+            try:
+                printed = walk.communicate()[0]
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(walk.pid, signal.SIGTERM)  # the server, and whatever an interrupt leaves
             arrived = walk.returncode == 0 and '"content":"' in printed
             print(printed, f"\n{framework}: {'served' if arrived else 'LOST'}", flush=True)
             lost += not arrived

@@ -50,12 +50,16 @@ def through_a_choice(p, x):
     return y @ w[0]
 
 
+def over_an_axis_of_one_factor(p, x):
+    return lax.scan(lambda carry, w: (carry, x @ w), 0.0, p["q"][0].T)[1]
+
+
 def compiled(p, x):
     w, y = jax.jit(lambda w, x: (w, x @ w[0]))(p["q"], x)
     return y @ w[1]
 
 
-@pytest.mark.parametrize("fn", [carried, in_while, through_a_choice, compiled])
+@pytest.mark.parametrize("fn", [carried, in_while, through_a_choice, over_an_axis_of_one_factor, compiled])
 def test_weights_that_a_program_hands_on_are_followed(fn, perturbed):
     phi = perturbed(init(PLAN))
     got, expected = adapt(fn, PLAN, dense="error")(PARAMS, phi, X), fn(merge(PLAN, PARAMS, phi), X)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from hora_jax import Target, init, make_plan
+from hora_jax.modules import holds_nodes
 from hora_jax.nnx import HoraModel
 from hora_spec import HoraError
 
@@ -209,3 +210,42 @@ def test_deterministic_is_set_in_a_base_that_has_it(method):
     assert base.deterministic
     model.deterministic = False
     assert not base.deterministic
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"base": {}}, "the base is an NNX module, got dict"),
+        ({"dense": "maybe"}, "dense must be one of"),
+        ({"dropout": 2.0}, "dropout must be a number in"),
+    ],
+)
+def test_what_makes_no_model_is_refused_when_it_is_made(model, wrong, message):
+    with pytest.raises(HoraError, match=message):
+        HoraModel(**{"base": model.base, "plan": model.plan, "phi": model.adapter()} | wrong)
+
+
+def test_a_planned_weight_that_a_call_returns_is_the_merged_one(model):
+    got = model.apply(lambda base: {"w": base.proj.kernel[...]})["w"]
+    np.testing.assert_allclose(got, model.merged().proj.kernel[...], atol=1e-6)
+
+
+def test_a_module_that_a_call_makes_may_be_returned(model):
+    made = model.apply(lambda base: nnx.Linear(8, 2, rngs=nnx.Rngs(0)))
+    np.testing.assert_array_equal(made(X), nnx.Linear(8, 2, rngs=nnx.Rngs(0))(X))
+
+
+def test_names_of_python_are_no_settings_of_the_base(model):
+    model.base.__marker__ = 3
+    assert not hasattr(model, "__marker__")
+    with pytest.raises(AttributeError, match="'HoraModel' object has no attribute 'width'"):
+        _ = HoraModel.__new__(HoraModel).width
+
+
+def test_a_closure_over_a_name_without_a_value_holds_nothing():
+    def closure():
+        return later
+
+    if False:
+        later = None
+    assert not holds_nodes(closure)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from hora_jax import Target, make_plan, presets
+from hora_jax.planning import check_plan
 from hora_spec import AdapterSpec, HoraError, Layout, ProjectionShape, Window
 from hora_spec.testing import merging
 
@@ -35,6 +36,7 @@ def test_l1_every_stored_form_gives_the_same_projection(layout: Layout, shape):
     found = make_plan({"w": leaf(*shape)}, SPEC, Target("w", "q", layout, heads, layer=layer)).layers[0]
     assert found.shape["q"] == SHAPE
     assert found.names == (("block.0", "block.1") if layout.stacked else ("block",))
+    assert found.stacked is layout.stacked
 
 
 def test_layers_are_in_natural_order_and_named_by_their_attention_module():
@@ -110,7 +112,10 @@ def test_the_report_counts_layers_and_parameters():
     report = make_plan(blocks(11), SPEC, QV).report()
     assert "blocks.0.attn ... blocks.10.attn: layers=11 rank=2" in report
     assert "q: heads=4 head_dim=2 embed=8, 'd h k' in blocks.0.attn.query.kernel (8, 4, 2)" in report
-    assert report.endswith(f"total: layers=11 params={make_plan(blocks(11), SPEC, QV).params_count:,}")
+    count = sum(value.size for value in jax.tree.leaves(hora_jax.init(make_plan(blocks(11), SPEC, QV))))
+    assert report.endswith(f"total: layers=11 params={count:,}")
+    assert make_plan(blocks(1), SPEC, QV).report().startswith("blocks.0.attn: layers=1 ")
+    assert make_plan(blocks(2), SPEC, QV).report().startswith("blocks.0.attn ... blocks.1.attn: layers=2 ")
 
 
 REFUSED = {
@@ -189,6 +194,21 @@ REFUSED = {
         [Target(p, p, "l d h k", layer="x.{l}") for p in "qv"],
         "stack equally many layers",
     ),
+    "one name for a layer of a stack and a layer alone": (
+        {"stack": leaf(2, 8, 4, 2), "alone": leaf(8, 4, 2)},
+        [Target("stack", "q", "l d h k", layer="x.{l}"), Target("alone", "q", "d h k", layer="x.0")],
+        r"layers have names of their own, got \['x\.0'\] twice",
+    ),
+    "parts that divide an axis only without its blocks": (
+        {"a": {"w": leaf(12, 5)}},
+        [Target("a.w", "q", "(h k) d", 1, (0, 4, 2), layer="a")],
+        "needs parts in blocks to divide the axis",
+    ),
+    "integers of unknown scale": (
+        {"w": {"qvalue": jax.ShapeDtypeStruct((8, 4, 2), "int8")}},
+        [Target("w.qvalue", "q", "d h k", layer="a")],
+        r"w\.qvalue of dtype int8, whose scale is unknown",
+    ),
     "head counts that do not divide each other": (
         {"q": leaf(8, 6, 2), "v": leaf(8, 4, 2)},
         [Target(p, p, "d h k", layer="x") for p in "qv"],
@@ -215,6 +235,33 @@ def test_specs_by_layer_must_fit_the_layers_found():
         make_plan({"w": leaf(2, 8, 4, 2)}, {"x.0": SPEC, "x.1": SPEC.replace(rank=1)}, target)
 
 
+@pytest.mark.parametrize("spec", [3, None, {"blocks.0.attn": 3}])
+def test_what_is_no_method_plans_nothing(spec):
+    with pytest.raises(HoraError, match="the method is an AdapterSpec"):
+        make_plan(blocks(1), spec, QV)
+
+
+def test_what_is_no_plan_is_refused():
+    with pytest.raises(HoraError, match="a plan is what"):
+        check_plan(blocks(1))
+
+
+def test_codes_beside_their_scale_are_planned_where_the_weight_was():
+    codes = {"array": {"qvalue": jax.ShapeDtypeStruct((8, 4, 2), "int8"), "scale": leaf(1, 4, 2)}}
+    (layer,) = make_plan({"attn": {"q": {"kernel": codes}}}, SPEC, Target("*.q.kernel", "q", "d h k")).layers
+    assert (layer.name, layer.sites[0].path) == ("attn", "attn.q.kernel")
+
+
+@pytest.mark.parametrize("heads", ["width", "count"])
+def test_a_head_count_that_a_module_holds_is_an_integer_of_at_least_one(heads):
+    class Attention(nnx.Module):
+        def __init__(self):
+            self.q, self.width, self.count = nnx.Linear(8, 8, rngs=nnx.Rngs(0)), 2.0, 0
+
+    with pytest.raises(HoraError, match="a head count is an integer of at least 1, got"):
+        make_plan(nnx.Sequential(Attention()), SPEC, Target("layers.*.q.kernel", "q", "d (h k)", heads))
+
+
 def test_a_stack_of_blocks_numbers_its_layers(method):
     shapes = {"block": {str(i): {"q": jax.ShapeDtypeStruct((3, 16, 4, 4), "float32")} for i in range(2)}}
     targets = [Target(f"block.{i}.q", "q", "l d h k", layer=f"layers.{{l*2+{i}}}.attn") for i in range(2)]
@@ -222,7 +269,7 @@ def test_a_stack_of_blocks_numbers_its_layers(method):
     assert [layer.names for layer in planned.layers] == [
         tuple(f"layers.{2 * i + j}.attn" for i in range(3)) for j in range(2)
     ]
-    assert len({layer.name for layer in planned.layers}) == 2
+    assert [layer.name for layer in planned.layers] == ["layers.l*2+0.attn", "layers.l*2+1.attn"]
     same = [replace(target, layer="layers.{l}.attn", projection=p) for target, p in zip(targets, "qv", strict=True)]
     assert len(make_plan(shapes, method, same).layers) == 1
 

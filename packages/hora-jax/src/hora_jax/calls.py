@@ -1,4 +1,7 @@
-"""Primitives that run other programs: each is called again around the program walked with views inside."""
+"""Primitives that run other programs: each is called again around the program walked with views inside.
+
+What a loop or a choice hands on unchanged JAX has taken out of it before a program gets here.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -45,30 +48,21 @@ def _scan(walk: "Walk", eqn: JaxprEqn, ins: Sequence[Any]) -> Sequence[Any]:
     """A weight that is scanned over is sliced with those of its factors that have the axis."""
     program, (consts, carries) = eqn.params["jaxpr"], _counts(eqn.params)
     before, init, xs = ins[:consts], ins[consts : consts + carries], ins[consts + carries :]
-    kept = _kept(program, consts, carries)
-    start = [None if k else walk.plain(v, eqn) for v, k in zip(init, kept, strict=True)]
-    inputs = program.jaxpr.invars[consts + carries :]
-    passed = [next((i for i, x in enumerate(inputs) if x is var), None) for var in program.jaxpr.outvars[carries:]]
     dropout = walk.dropout_at(eqn)
 
     def body(carry: list[Any], step: tuple[list[Any], Array | None]) -> tuple[list[Any], list[Any]]:
         slices, number = step
-        inner = _step(walk, dropout, number)
-        values = [v if k else c for v, c, k in zip(init, carry, kept, strict=True)]
         rows = [_row(whole, part) for whole, part in zip(xs, slices, strict=True)]
-        out = inner.run(program, [*before, *values, *rows])
-        carry = [None if k else walk.plain(v, eqn) for v, k in zip(out[:carries], kept, strict=True)]
-        return carry, [None if j is not None else y for y, j in zip(out[carries:], passed, strict=True)]
+        out = [walk.plain(v, eqn) for v in _step(walk, dropout, number).run(program, [*before, *carry, *rows])]
+        return out[:carries], out[carries:]
 
     options = {
         name: eqn.params[name] for name in ("length", "reverse", "unroll", "_split_transpose") if name in eqn.params
     }
     numbers = None if dropout is None else jnp.arange(eqn.params["length"])
+    start = [walk.plain(v, eqn) for v in init]
     carry, ys = jax.lax.scan(body, start, ([_sliced(v) for v in xs], numbers), **options)
-    return [
-        *(v if k else c for v, c, k in zip(init, carry, kept, strict=True)),
-        *(y if j is None else xs[j] for y, j in zip(ys, passed, strict=True)),
-    ]
+    return [*carry, *ys]
 
 
 def _step(walk: "Walk", dropout: Dropout | None, number: Array | None) -> "Walk":
@@ -103,54 +97,27 @@ def _while(walk: "Walk", eqn: JaxprEqn, ins: Sequence[Any]) -> Sequence[Any]:
     test, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
     tests, bodies = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     of_test, of_body, init = ins[:tests], ins[tests : tests + bodies], ins[tests + bodies :]
-    kept = _kept(body, bodies, len(init))
-
-    def values(carry: Sequence[Any]) -> list[Any]:
-        return [v if k else c for v, c, k in zip(init, carry, kept, strict=True)]
-
     dropout = walk.dropout_at(eqn)
 
     def step(state: tuple[Any, Sequence[Any]]) -> tuple[Any, list[Any]]:
         number, carry = state
-        out = _step(walk, dropout, number).run(body, [*of_body, *values(carry)])
-        after = None if dropout is None else number + 1
-        return after, [None if k else walk.plain(v, eqn) for v, k in zip(out, kept, strict=True)]
+        out = _step(walk, dropout, number).run(body, [*of_body, *carry])
+        return None if dropout is None else number + 1, [walk.plain(v, eqn) for v in out]
 
     def goes_on(state: tuple[Any, Sequence[Any]]) -> Array:
-        return _step(walk, dropout, state[0]).run(test, [*of_test, *values(state[1])])[0]
+        return _step(walk, dropout, state[0]).run(test, [*of_test, *state[1]])[0]
 
-    start = [None if k else walk.plain(v, eqn) for v, k in zip(init, kept, strict=True)]
-    return values(jax.lax.while_loop(goes_on, step, (None if dropout is None else 0, start))[1])
-
-
-def _kept(program: ClosedJaxpr, consts: int, carries: int) -> list[bool]:
-    """Which carried values the body of a loop returns as they are."""
-    jaxpr = program.jaxpr
-    return [jaxpr.outvars[i] is jaxpr.invars[consts + i] for i in range(carries)]
+    start = [walk.plain(v, eqn) for v in init]
+    return jax.lax.while_loop(goes_on, step, (None if dropout is None else 0, start))[1]
 
 
 def _cond(walk: "Walk", eqn: JaxprEqn, ins: Sequence[Any]) -> Sequence[Any]:
     index, *operands = ins
-    passed = [_place_of(eqn.params["branches"], i) for i in range(len(eqn.outvars))]
 
     def branch(program: ClosedJaxpr) -> Callable[[], list[Any]]:
-        def run() -> list[Any]:
-            out = walk.run(program, operands)
-            return [walk.plain(v, eqn) if j is None else None for v, j in zip(out, passed, strict=True)]
+        return lambda: [walk.plain(v, eqn) for v in walk.run(program, operands)]
 
-        return run
-
-    out = jax.lax.switch(jnp.asarray(index, jnp.int32), [branch(program) for program in eqn.params["branches"]])
-    return [v if j is None else operands[j] for v, j in zip(out, passed, strict=True)]
-
-
-def _place_of(branches: Sequence[ClosedJaxpr], output: int) -> int | None:
-    """The operand that every branch returns as this output, if there is one."""
-    found = set()
-    for program in branches:
-        inputs, var = program.jaxpr.invars, program.jaxpr.outvars[output]
-        found.add(next((i for i, other in enumerate(inputs) if other is var), None))
-    return found.pop() if len(found) == 1 else None
+    return jax.lax.switch(jnp.asarray(index, jnp.int32), [branch(program) for program in eqn.params["branches"]])
 
 
 def _shard_map(walk: "Walk", eqn: JaxprEqn, ins: Sequence[Any]) -> Sequence[Any]:

@@ -213,7 +213,9 @@ def _comparison(result: Result) -> Iterator[Table]:
     if widths := comparisons.widths_of(result):
         margin = result["setting"].get("margin_pct", MARGIN)
         header = ("choice", "data", "best rate", "from", "to", "times")
-        yield Table(f"Rates within {margin:g} of the best, on validation", header, widths, keys=2)
+        seeds = len({trial.get("seed", 0) for trial in result["search"]})
+        title = f"Rates within {margin:g} of the best, on validation: means of {seeds} seeds, which have no interval"
+        yield Table(title, header, widths, keys=2)
     if result.get("controls"):
         header = ("backend", "method", "accuracy, %", "shuffled, %", "bound of chance, %", "at chance")
         yield Table("Control: shuffled labels", header, [*comparisons.control_lines(result["controls"])], keys=2)
