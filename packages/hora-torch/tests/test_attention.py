@@ -1,5 +1,6 @@
 """``nn.MultiheadAttention``: query, key and value each get their own update, told from the equations alone."""
 
+import contextlib
 import copy
 
 import peft
@@ -12,7 +13,7 @@ from torch import nn
 from .oracle import differ, parameters
 
 EMBED, HEADS = 8, 2
-SIZES = BATCH, QUERIES, KEYS = 3, 4, 5
+SIZES = BATCH, QUERIES, KEYS = 3, 6, 5
 PARTS = [("q",), ("k",), ("v",), ("q", "v"), ("q", "k", "v")]
 
 
@@ -147,7 +148,7 @@ def masks(batch, queries, keys):
 def test_every_way_to_call_an_attention_is_that_of_its_merged_base(options, batch_first, grad):
     torch.manual_seed(0)
     base = nn.MultiheadAttention(EMBED, HEADS, batch_first=batch_first, **options)
-    model = adapt(nn.ModuleDict({"attention": base}), ("q", "k", "v"))
+    model = adapt(nn.ModuleDict({"attention": copy.deepcopy(base)}), ("q", "k", "v"))
     adapted = model.base_model.model.attention
     merged = copy.deepcopy(model).merge_and_unload().attention
     widths = EMBED, options.get("kdim", EMBED), options.get("vdim", EMBED)
@@ -161,7 +162,58 @@ def test_every_way_to_call_an_attention_is_that_of_its_merged_base(options, batc
         for weights in {}, {"need_weights": False}, {"average_attn_weights": False}:
             with torch.set_grad_enabled(grad):
                 actual, expected = (module(*args, **mask, **weights) for module in (adapted, merged))
-            torch.testing.assert_close(actual, expected)
+                torch.testing.assert_close(actual, expected)
+                with model.disable_adapter():
+                    torch.testing.assert_close(adapted(*args, **mask, **weights), base(*args, **mask, **weights))
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("same", ["", "qk", "kv", "qv", "qkv"])
+def test_inputs_that_are_one_tensor_are_those_that_are_equal(same, batch_first):
+    """As in self-attention, and in cross-attention, whose keys and values are one."""
+    base = nn.MultiheadAttention(EMBED, HEADS, batch_first=batch_first)
+    attention = adapt(nn.ModuleDict({"attention": base}), ("q", "k", "v")).base_model.model.attention
+    whole = noise(3, BATCH, KEYS, EMBED)
+    inputs = [whole[0 if part in same else i] for i, part in enumerate("qkv")]
+    one = [inputs["qkv".index(same[0])] if part in same else x for part, x in zip("qkv", inputs, strict=True)]
+    torch.testing.assert_close(attention(*one), attention(*(x.clone() for x in inputs)))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_each_sample_has_its_adapter():
+    model = adapt(build(), ("q", "v"))
+    torch.manual_seed(1)
+    model.add_adapter("other", HoraConfig(r=1, target_modules=["attention"], init_weights=False))
+    attention, x = model.base_model.model.attention, noise(3, 4, EMBED)
+    names = ["other", "default", "__base__"]
+    expected = []
+    for name, row in zip(names, x, strict=True):
+        if name != "__base__":
+            model.set_adapter(name)
+        with model.disable_adapter() if name == "__base__" else contextlib.nullcontext():
+            expected.append(attention(row, row, row)[0])
+    with torch.no_grad():
+        assert len({tuple(row.flatten().tolist()) for row in expected}) == 3
+        together, _ = attention(x, x, x, adapter_names=names)
+        rows = torch.nested.nested_tensor([*x])
+        nested, _ = attention(rows, rows, rows, need_weights=False, adapter_names=names)
+    torch.testing.assert_close(together, torch.stack(expected))
+    torch.testing.assert_close(torch.stack(nested.unbind()), torch.stack(expected))
+    with model.disable_adapter():
+        torch.testing.assert_close(attention(x, x, x, adapter_names=names), attention.base_layer(x, x, x))
+
+
+def test_what_surrounds_an_attention_reads_its_base_but_takes_no_way_past_its_adapters():
+    model = adapt(build(), ("q",))
+    attention = model.base_model.model.attention
+    assert (attention.num_heads, attention._qkv_same_embed_dim) == (HEADS, False)
+    with model.disable_adapter():
+        assert attention._qkv_same_embed_dim
+    attention.merge()
+    assert attention._qkv_same_embed_dim
+    bare = type(attention).__new__(type(attention))
+    assert not hasattr(bare, "base_layer")
+    assert not hasattr(bare, "hora_hyper")
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

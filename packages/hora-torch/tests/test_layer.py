@@ -1,5 +1,6 @@
 """What an adapted module does when it is asked directly, as PEFT's and other libraries' code asks it."""
 
+import contextlib
 import warnings
 from types import SimpleNamespace
 
@@ -111,6 +112,15 @@ def test_a_merge_of_no_adapter_is_none():
     layer = layers(adapted())[0]
     assert not layer.merge_silently(adapter_names=[])
     assert not layer.merged
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_merge_says_what_rounding_lost_if_any_was(lost, monkeypatch):
+    layer = layers(adapted())[0]
+    layer.rounding["weight"] = Rounding(weight=0.5, delta=0.1)
+    monkeypatch.setattr(layer, "merge_silently", lambda safe_merge, names: lost)
+    with pytest.warns(UserWarning, match="10% of the update") if lost else contextlib.nullcontext():
+        layer.merge()
 
 
 def test_the_rounding_that_is_told_is_that_of_the_update_that_lost_most():

@@ -94,7 +94,7 @@ class HoraMultiheadAttention(nn.Module, HoraLayer):
 
     def input_of(self, projection: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """What a projection reads in a call with these arguments, (..., embed)."""
-        given = {**dict(zip(("query", "key", "value"), args[:3], strict=False)), **kwargs}
+        given = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
         return given[{"q": "query", "k": "key", "v": "value"}[projection]]
 
     def _padded(
@@ -106,11 +106,10 @@ class HoraMultiheadAttention(nn.Module, HoraLayer):
                 "nested tensors are for self-attention alone, got a cross-attention, need_weights or a mask: pass "
                 "padded tensors with key_padding_mask"
             )
-        lengths = [len(row) for row in query.unbind()]
-        x = torch.nested.to_padded_tensor(query, 0.0)
-        padding = torch.arange(x.shape[1], device=x.device) >= torch.tensor(lengths, device=x.device)[:, None]
+        x, there = (torch.nested.to_padded_tensor(values, 0.0) for values in (query, torch.ones_like(query)))
+        padding = there[..., 0] == 0
         y, _ = self(x, x, x, key_padding_mask=padding, need_weights=False, adapter_names=adapter_names)
-        return torch.nested.as_nested_tensor([row[:length] for row, length in zip(y, lengths, strict=True)])
+        return torch.nested.as_nested_tensor([row[: len(own)] for row, own in zip(y, query.unbind(), strict=True)])
 
     def _check_plain(self, base: nn.MultiheadAttention) -> None:
         """The attention is computed here from the weights, so nothing may stand between them and the module."""
