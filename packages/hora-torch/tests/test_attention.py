@@ -173,8 +173,8 @@ def test_inputs_that_are_one_tensor_are_those_that_are_equal(same, batch_first):
     """As in self-attention, and in cross-attention, whose keys and values are one."""
     base = nn.MultiheadAttention(EMBED, HEADS, batch_first=batch_first)
     attention = adapt(nn.ModuleDict({"attention": base}), ("q", "k", "v")).base_model.model.attention
-    whole = noise(3, BATCH, KEYS, EMBED)
-    inputs = [whole[0 if part in same else i] for i, part in enumerate("qkv")]
+    whole = noise(4, BATCH, KEYS, EMBED)
+    inputs = [whole[0 if part in same else i] for i, part in enumerate("qkv", 1)]
     one = [inputs["qkv".index(same[0])] if part in same else x for part, x in zip("qkv", inputs, strict=True)]
     torch.testing.assert_close(attention(*one), attention(*(x.clone() for x in inputs)))
 
