@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Literal
 
 from hora_spec import HoraError
@@ -157,9 +158,8 @@ def check_writable(directory: Path) -> None:
     """Raise HoraError where nothing can be written into a directory, before hours are spent on what goes there."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".{os.getpid()}.probe"
-        probe.touch()
-        probe.unlink()
+        with TemporaryFile(dir=directory):  # without a name: a kill leaves nothing
+            pass
     except OSError as error:
         why = os.strerror(error.errno or 0).lower()
         raise HoraError(f"{directory} must be a directory that can be written to, got {why!r}: pass another") from error
