@@ -19,12 +19,16 @@ import timm
 from hora_bench import run as runs
 
 
-def train(asked, task, out, moment, waits, told):
-    """Run; tell when the `moment`-th event comes, a step or a file of the run that is touched, and wait for the end."""
-    events = count(1)
+def train(asked, task, out, moment, at_step, waits, told):
+    """Run; tell when the `moment`-th event comes, a step or a file of the run that is touched, and wait for the end.
+
+    If `at_step`, that event or the next that is a step.
+    """
+    events, said = count(1), []
 
     def passed(event):
-        if next(events) == moment:
+        if next(events) >= moment > 0 and not said and (event == "step" or not at_step):
+            said.append(event)
             told.send(event)
             if waits:
                 signal.pause()

@@ -190,9 +190,9 @@ def test_ten_kills_end_in_the_same_file(backend, processes, vit_directory, image
     asked = request(vit_directory, backend=backend, steps=24)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
 
-    def start(out, moment=0, waits=False):
+    def start(out, moment=0, at_step=False, waits=False):
         here, there = processes.Pipe()
-        process = processes.Process(target=train, args=(asked, image_task, out, moment, waits, there))
+        process = processes.Process(target=train, args=(asked, image_task, out, moment, at_step, waits, there))
         process.start()
         there.close()  # so that reading fails if the process ends
         return process, here
@@ -201,7 +201,7 @@ def test_ten_kills_end_in_the_same_file(backend, processes, vit_directory, image
     rng, events, torn = np.random.default_rng(0), [], 0
     for kill in range(10):
         waits = kill % 2 == 0  # the others are killed wherever they are by then, in native code too
-        process, told = start(killed, int(rng.integers(1, 16)), waits)
+        process, told = start(killed, int(rng.integers(1, 16)), at_step=kill % 5 == 0, waits=waits)
         events.append(told.recv())
         time.sleep(0 if waits else rng.uniform(0, 0.02))
         process.kill()
