@@ -56,7 +56,12 @@ class HoraMultiheadAttention(nn.Module, HoraLayer):
             )
         if query.is_nested:
             masked = attn_mask is not None or key_padding_mask is not None
-            return self._padded(query, key, value, need_weights or masked, adapter_names), None
+            if masked or need_weights or not (query is key is value):
+                raise HoraError(
+                    "nested tensors are for self-attention alone, got a cross-attention, need_weights or a mask: pass "
+                    "padded tensors with key_padding_mask"
+                )
+            return self._padded(query, adapter_names), None
         base, batched = self.get_base_layer(), query.dim() == 3
         self._check_plain(base)
         if is_causal and attn_mask is None:
@@ -97,19 +102,12 @@ class HoraMultiheadAttention(nn.Module, HoraLayer):
         given = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
         return given[{"q": "query", "k": "key", "v": "value"}[projection]]
 
-    def _padded(
-        self, query: Tensor, key: Tensor, value: Tensor, more: bool, adapter_names: Sequence[str] | None
-    ) -> Tensor:
+    def _padded(self, nested: Tensor, adapter_names: Sequence[str] | None) -> Tensor:
         """Self-attention over sequences of different length, as ``nn.TransformerEncoder`` passes padded batches."""
-        if not (query is key is value) or more:
-            raise HoraError(
-                "nested tensors are for self-attention alone, got a cross-attention, need_weights or a mask: pass "
-                "padded tensors with key_padding_mask"
-            )
-        x, there = (torch.nested.to_padded_tensor(values, 0.0) for values in (query, torch.ones_like(query)))
+        x, there = (torch.nested.to_padded_tensor(values, 0.0) for values in (nested, torch.ones_like(nested)))
         padding = there[..., 0] == 0
         y, _ = self(x, x, x, key_padding_mask=padding, need_weights=False, adapter_names=adapter_names)
-        return torch.nested.as_nested_tensor([row[: len(own)] for row, own in zip(y, query.unbind(), strict=True)])
+        return torch.nested.as_nested_tensor([row[: len(own)] for row, own in zip(y, nested.unbind(), strict=True)])
 
     def _check_plain(self, base: nn.MultiheadAttention) -> None:
         """The attention is computed here from the weights, so nothing may stand between them and the module."""
