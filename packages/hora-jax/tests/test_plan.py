@@ -224,6 +224,12 @@ def test_refused(name):
         make_plan(tree, SPEC, targets)
 
 
+def test_s8_one_a_for_projections_of_different_widths_is_refused_by_the_plan():
+    tree, targets = {"q": leaf(8, 4, 2), "v": leaf(6, 4, 2)}, [Target(p, p, "d h k", layer="x") for p in "qv"]
+    with pytest.raises(HoraError, match="spec S8"):
+        make_plan(tree, AdapterSpec(2, sharing="a", tie_a=True), targets)
+
+
 def test_specs_by_layer_must_fit_the_layers_found():
     names = [f"blocks.{i}.attn" for i in range(2)]
     with pytest.raises(HoraError, match=r"got none for \['blocks.1.attn'\]"):
