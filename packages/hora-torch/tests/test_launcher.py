@@ -14,6 +14,8 @@ PROGRAM = """
 import sys
 import beside
 from peft import PeftConfig
+assert sys.modules[__name__].__dict__ is globals()
+assert "elsewhere" not in sys.path
 print(__name__, sys.argv[1:], PeftConfig.from_pretrained(sys.argv[1]).peft_type.value)
 sys.exit(3)
 """
@@ -53,6 +55,13 @@ def test_modules_and_scripts_have_their_own_arguments_path_and_status(folder, mo
         main([*(argument.format(folder.name) for argument in arguments), "adapter", "--flag", "-m"])
     assert left.value.code == 3
     assert capsys.readouterr().out == "__main__ ['adapter', '--flag', '-m'] HORA\n"
+
+
+def test_a_program_that_ends_by_itself_succeeds(tmp_path, monkeypatch):
+    (tmp_path / "program.py").write_text("")
+    monkeypatch.setattr(sys, "argv", ["launcher"])
+    monkeypatch.setattr(sys, "path", ["elsewhere", *sys.path])
+    assert main([str(tmp_path / "program.py")]) == 0
 
 
 @pytest.mark.parametrize("arguments", [[], ["-m"], ["--help"], ["-m", "--help"]])
