@@ -41,7 +41,7 @@ def test_an_unknown_argument_is_python_s_error_and_ours(name, hint):
     with pytest.raises(HoraError, match=hint):
         HoraConfig(**{name: 16})
     with pytest.raises(TypeError, match=hint):
-        HoraConfig(**{name: 16})
+        HoraConfig(**{"r": 2, name: 16})
 
 
 ODD: list = ["x", "", 3, -1, 0, 2.5, True, [], {}, [1], ["q"], "q v", ("q",), {"q": 1}, {"q": "x"}, {1: 2}, {"q": None}]
