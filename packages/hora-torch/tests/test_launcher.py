@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import hora_torch
 import peft
 import pytest
 from hora_torch import HoraConfig
@@ -67,7 +68,9 @@ def test_a_program_that_ends_by_itself_succeeds(tmp_path, monkeypatch):
 @pytest.mark.parametrize("arguments", [[], ["-m"], ["--help"], ["-m", "--help"]])
 def test_nothing_to_run_is_answered_with_the_usage(capsys, arguments):
     assert main(arguments) == 2
-    assert "usage: python -m hora_torch (-m MODULE | SCRIPT)" in capsys.readouterr().err
+    usage, known = capsys.readouterr().err.splitlines()
+    assert usage.startswith("usage: python -m hora_torch (-m MODULE | SCRIPT)")
+    assert known == f"HoRA {hora_torch.__version__} is then known to PEFT."
 
 
 def test_the_card_of_a_saved_adapter_says_how_it_is_loaded(families, tmp_path):
