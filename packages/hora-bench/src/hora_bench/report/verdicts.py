@@ -252,9 +252,9 @@ def _joint(result: Result) -> Said:
             yield (
                 _unless(edge, _of_difference(row["over_lora"])),
                 (
-                    f"{name_of(row)} on {100 * row['fraction']:g} % of {row['task']}, {parameters(row) or 'unknown'} trained "
-                    f"parameters, LoRA {parameters(lora) or 'unknown'}: {_points(row['over_lora'])}{beside}; lowest seeds "
-                    f"{min(row['accuracies_pct']):.1f} %, LoRA's {min(lora['accuracies_pct']):.1f} %{edge}"
+                    f"{name_of(row)} on {100 * row['fraction']:g} % of {row['task']}, {parameters(row) or 'unknown'} "
+                    f"trained parameters, LoRA {parameters(lora) or 'unknown'}: {_points(row['over_lora'])}{beside}; "
+                    f"lowest seeds {min(row['accuracies_pct']):.1f} %, LoRA's {min(lora['accuracies_pct']):.1f} %{edge}"
                 ),
             )
 
