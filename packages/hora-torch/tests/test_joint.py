@@ -206,6 +206,13 @@ def test_i7_dropout_of_the_adapter_is_off_while_it_measures_and_on_afterwards(fa
     assert all(module.training for module in dropping.modules())
 
 
+def test_i7_what_is_measured_does_not_depend_on_the_scaling(families):
+    family = families["llama"]
+    one, other = (joint_a(adapted(family, hora_alpha=alpha), batches(family), loss) for alpha in (3.0, 12.0))
+    for name, own in one.spectra.items():
+        np.testing.assert_allclose(own["a.q"], other.spectra[name]["a.q"], rtol=1e-4)
+
+
 def of_the_first_layer(model, batch):
     return model(**batch, output_hidden_states=True).hidden_states[1].square().mean()
 
@@ -228,7 +235,7 @@ def without_end(model, batch):
 )
 def test_i7_a_layer_that_the_loss_tells_nothing_about_is_answered(families, loss, options, message):
     with pytest.raises(HoraError, match=rf"{message}.*\(spec I7\)"):
-        joint_a(adapted(families["llama"]), batches(families["llama"])[:1], loss, **options)
+        joint_a(adapted(families["llama"], r=1), batches(families["llama"])[:1], loss, **options)
 
 
 def test_i7_values_that_are_elsewhere_are_not_started(families):
