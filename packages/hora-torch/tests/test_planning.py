@@ -211,6 +211,31 @@ def test_a_plan_of_recorded_layers_tells_maps_from_attention_as_a_new_one_does()
         hora_torch.plan(model, HoraConfig(r=2, target_modules=["1"], hora_layers=recorded))
 
 
+OTHERS = {
+    "another rank": {"r": 3},
+    "another alpha": {"hora_alpha": 8},
+    "no alpha": {"hora_alpha": None},
+    "another sharing": {"sharing": "a"},
+}
+
+
+@pytest.mark.parametrize("change", OTHERS)
+def test_recorded_layers_are_those_of_the_config(change):
+    model, said = nn.Sequential(Attention(head_dim=8)), {"r": 2, "hora_alpha": 4}
+    recorded = [layer.to_json() for layer in hora_torch.plan(model, HoraConfig(**said)).layers]
+    assert hora_torch.plan(model, HoraConfig(**said, hora_layers=recorded)).layers[0].spec.scaling == 2
+    with pytest.raises(HoraError, match="config of a loaded adapter is not changed, '0' was trained with"):
+        hora_torch.plan(model, HoraConfig(**said | OTHERS[change], hora_layers=recorded))
+
+
+def test_recorded_layers_are_those_of_the_model():
+    recorded = [layer.to_json() for layer in hora_torch.plan(nn.Sequential(Attention(head_dim=8)), HoraConfig()).layers]
+    wider = nn.Sequential(Attention(head_dim=8))
+    wider[0].v_proj = nn.Linear(32, 32)
+    with pytest.raises(HoraError, match=r"0\.v_proj\.weight must have shape \(16, 32\)"):
+        hora_torch.plan(wider, HoraConfig(hora_layers=recorded))
+
+
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
 def test_targets_of_one_layer_have_one_rank_and_one_alpha(field):
     model = nn.Sequential(Attention(head_dim=8), Attention(head_dim=8))
@@ -233,9 +258,8 @@ IDLE = {
 
 @pytest.mark.parametrize("field", IDLE)
 def test_what_speaks_of_no_target_is_refused(field):
-    model = nn.Sequential()
-    model.layers = nn.ModuleList(Attention(head_dim=8) for _ in range(2))
-    with pytest.raises(HoraError, match=field):
+    model = nn.ModuleDict({"m": nn.ModuleDict({"layers": nn.ModuleList(Attention(head_dim=8) for _ in range(2))})})
+    with pytest.raises(HoraError, match=rf"{field}.*got (2|\['w'\]|\['q_prj'\])"):
         hora_torch.plan(model, HoraConfig(r=2, target_modules=["q_proj", "v_proj"], **{field: IDLE[field]}))
 
 
