@@ -4,9 +4,10 @@ Each test is recorded once, in a process of its own: what another test would hav
 scope or a cache does, is seen as well. A test that starts a process, or compiles with torch, is taken to run all.
 """
 
+import itertools
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,11 @@ class Selection:
         at_import = not self.at_import.isdisjoint(lines)
         names = [name for name in self.every if at_import or self._runs(self.recorded[name], lines)]
         return sorted(names, key=lambda name: self.seconds[name] / (1 + kills[name])), at_import or self.fresh
+
+    def within(self, tests: Sequence[str], seconds: float) -> list[str]:
+        """The first of these tests, at least one of them, that take no more processor seconds together."""
+        together = itertools.accumulate(map(self.seconds.__getitem__, tests))
+        return [test for i, (test, spent) in enumerate(zip(tests, together, strict=True)) if not i or spent <= seconds]
 
     def _runs(self, test: Mapping[str, Any], lines: range) -> bool:
         return test["blind"] or not set(lines).isdisjoint(test["lines"].get(self.file, ()))

@@ -1,6 +1,8 @@
 """Running only the tests that run a mutant's lines, in a process that has them imported, changes no outcome."""
 
 import importlib
+import json
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -153,3 +155,27 @@ def test_a_selection_of_tests_has_the_outcome_of_all_in_an_import_of_their_own(p
     assert every["cached: return x + 1 -> return x - 1"] == "killed"
     assert every["outside: return x + 1 -> return x - 1"] == "killed"
     assert every["down: x -= 1 -> pass"] == "timeout"
+
+
+def test_a_first_pass_decides_what_its_tests_notice_and_leaves_the_rest_open(planted, monkeypatch):
+    run, module = planted
+    monkeypatch.setattr(run, "HERE", module.root)
+    monkeypatch.setattr(run, "RAN", module.root / "ran.json")
+    (module.root / "survivors.toml").touch()
+    run.RAN.write_text("{}")
+    every = list(run.mutants(module.source))
+    first = run.run(module, every, 1, seconds=0)
+    kept = (run.RESULTS / "planted.code.jsonl").read_text().splitlines()
+    whole = run.run(module, every, 1, seconds=math.inf)
+    found = Counter(result["outcome"] for result in first.values())
+    assert min(found["killed"], found["open"]) > 5
+    assert len(kept) == len(every) - found["open"]
+    for name, result in first.items():
+        assert result["run"] <= 1
+        assert result["outcome"] in (whole[name]["outcome"], "open"), name
+    assert Counter(result["outcome"] for result in whole.values())["open"] == 0
+    listed = [name for name, result in whole.items() if result["outcome"] == "survived"]
+    entries = [f"[['planted.code']]\nmutant = {json.dumps(name)}\nwhy = 'equivalent: it is'\n" for name in listed]
+    (module.root / "survivors.toml").write_text("".join(entries))
+    assert not run.check(module, 1)
+    assert json.loads(run.RAN.read_text())["planted.code"]["survived"] == len(listed)

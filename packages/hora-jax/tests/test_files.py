@@ -1,5 +1,6 @@
 """The PEFT directory and LoRA export: exchange, refusals, and training state in Orbax."""
 
+import inspect
 import json
 
 import hora_jax
@@ -210,3 +211,65 @@ def test_a_file_that_does_not_fit_the_tree_makes_no_plan(tmp_path, make_llama, p
         plan_from(tmp_path, make_llama(num_hidden_layers=2), presets.llama())
     with pytest.raises(HoraError, match="has"):
         plan_from(tmp_path, make_llama(num_hidden_layers=3, num_key_value_heads=4), presets.llama())
+
+
+@pytest.fixture
+def uneven(llama, method):
+    """Layers of two ranks, and their adapter."""
+    ranks = {0: 4, 1: 2, 2: 4}
+    specs = {f"model.layers.{i}.self_attn": method.replace(rank=rank) for i, rank in ranks.items()}
+    planned = make_plan(llama, specs, presets.llama())
+    return planned, init(planned)
+
+
+def test_a_file_with_a_method_for_each_layer_makes_the_plan(tmp_path, llama, uneven):
+    save_adapter(tmp_path, *uneven)
+    assert plan_from(tmp_path, llama, presets.llama()) == uneven[0]
+
+
+def test_layers_of_a_stack_that_a_file_adapts_in_part_or_differently_make_no_plan(tmp_path, make_llama, uneven, method):
+    scanned = make_llama(num_hidden_layers=3, scan_layers=True)
+    save_adapter(tmp_path / "uneven", *uneven)
+    with pytest.raises(HoraError, match=r"with \[\] missing there and 2 methods: unstack"):
+        plan_from(tmp_path / "uneven", scanned, presets.llama())
+    part = make_plan(make_llama(num_hidden_layers=2), method, presets.llama())
+    save_adapter(tmp_path / "part", part, init(part))
+    with pytest.raises(HoraError, match=r"with \['model\.layers\.2\.self_attn'\] missing there and 1 methods: unstack"):
+        plan_from(tmp_path / "part", scanned, presets.llama())
+
+
+def test_what_is_no_adapter_config_or_module_is_refused(tmp_path, planned, phi):
+    for name in ("config", "modules"):
+        for write in (save_adapter, export_lora):
+            args = (tmp_path, planned, phi) if write is save_adapter else (planned, phi, tmp_path)
+            with pytest.raises(HoraError, match=f"{name} is a mapping by name, got 3"):
+                write(*args, **{name: 3})
+    with pytest.raises(HoraError, match="spec S6"):
+        to_adapter(planned, {**phi, "model.layers.0.self_attn": {"b_out.q": np.ones(3)}})
+    with pytest.raises(HoraError, match=r"what hora_spec\.load_adapter returns, got 3"):
+        from_adapter(planned, 3)
+    assert not list(tmp_path.iterdir())
+
+
+def test_f6_every_option_of_the_export_is_hora_spec_s(tmp_path, uneven):
+    options = {"dtype", "compact", "for_server"}
+    ours, theirs = (inspect.signature(fn).parameters for fn in (export_lora, hora_spec.export_lora))
+    assert {name: ours[name].default for name in options} == {name: theirs[name].default for name in options}
+    module = {"score.weight": np.ones((2, 3), "float32")}
+    export_lora(*uneven, tmp_path / "a", config={"base_model_name_or_path": "a/b"}, modules=module, dtype=np.float16)
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert config["base_model_name_or_path"] == "a/b"
+    assert not config.get("rank_pattern")
+    np.testing.assert_array_equal(tensors.pop("base_model.model.score.weight"), module["score.weight"])
+    assert {value.dtype.name for value in tensors.values()} == {"float16"}
+    export_lora(*uneven, tmp_path / "b", compact=True)
+    assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["rank_pattern"]
+    with pytest.raises(HoraError, match="no such server"):
+        export_lora(*uneven, tmp_path / "c", for_server="no such server")
+
+
+def test_modules_trained_whole_are_not_dropped_from_an_adapter_in_memory(planned, phi):
+    adapter = to_adapter(planned, phi, modules={"score.weight": np.ones((2, 3), "float32")})
+    with pytest.raises(HoraError, match="skip_modules=True"):
+        from_adapter(planned, adapter)

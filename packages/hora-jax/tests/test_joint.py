@@ -1,5 +1,6 @@
 """The joint start of A under scan and grouped queries, against gradients that are formed whole."""
 
+import inspect
 import itertools
 from functools import cache
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hora_jax import Target
-from hora_spec import AdapterSpec, HoraError, preset
+from hora_spec import AdapterSpec, HoraError, joint_start, preset
 
 LAYERS, EMBED = 3, 16
 SHAPES = {"q": (LAYERS, EMBED, 4, 4), "v": (LAYERS, EMBED, 2, 4), "o": (LAYERS, 24, EMBED)}
@@ -189,3 +190,59 @@ def test_a_fixed_a_is_verified_without_its_gradient():
     made = plan()
     found = hora_jax.verify(made, loss, PARAMS, hora_jax.init(made), BATCHES[0])
     assert found.ok, str(found)
+
+
+def test_i7_the_directions_come_with_the_singular_values_of_the_mean_gradient():
+    _, start = started()
+    for i in range(LAYERS):
+        for p in "qv":
+            exact = np.linalg.svd(gradients()[p][i])[1]
+            found = start.spectra[f"blocks.{i}"][f"a.{p}"]
+            np.testing.assert_allclose(found[:3], exact[:3], rtol=1e-3)
+
+
+def test_i7_of_inputs_comes_with_those_of_all_tokens():
+    found = started(of="inputs")[1].spectra["blocks.0"]["a.q"]
+    exact = np.linalg.svd(np.concatenate(BATCHES))[1][:3]
+    np.testing.assert_allclose(found[:3] / found[0], exact / exact[0], rtol=2e-2)
+
+
+def test_i7_every_option_reaches_the_search_and_their_defaults_are_its_own(monkeypatch):
+    """A group of one layer, too."""
+    given = {"of": "inputs", "scale": "rows", "together": True, "power": 3, "oversample": 5, "seed": 7}
+    ours, theirs = (inspect.signature(fn).parameters for fn in (hora_jax.joint_a, joint_start))
+    assert {name: ours[name].default for name in given} == {name: theirs[name].default for name in given}
+    seen = {}
+
+    def search(layers, measure, **options):
+        seen.update(options)
+        return joint_start(layers, measure, **options)
+
+    monkeypatch.setattr("hora_jax.joint.joint_start", search)
+    params = {**PARAMS, "o": PARAMS["o"][:1]}
+    made = hora_jax.make_plan(params, preset("joint", 3), [Target("o", "q", "l d (h k)", 4, layer="one.{l}")])
+    x = jax.random.normal(jax.random.key(9), (20, 24))
+    phi = hora_jax.init(made)
+    hora_jax.joint_a(made, lambda p, x: jnp.square(x @ p["o"][0] - 1).mean(), params, phi, [x], **given)
+    assert seen == given
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"phi": {"blocks.*": {"a.q": jnp.ones(3)}}}, "spec S6"),
+        ({"params": {**PARAMS, "q": PARAMS["q"][:2]}}, "plan this tree"),
+        ({"loss": 3}, "a function of the parameters"),
+    ],
+)
+def test_i7_what_is_no_loss_tree_or_adapter_of_the_plan_is_refused(change, reason):
+    made = plan()
+    given = {"loss": loss, "params": PARAMS, "phi": hora_jax.init(made)} | change
+    with pytest.raises(HoraError, match=reason):
+        hora_jax.joint_a(made, batches=BATCHES, **given)
+
+
+def test_i7_a_loss_without_finite_gradients_is_refused_at_every_scale():
+    made = plan()
+    with pytest.raises(HoraError, match=r"finite.*spec I7|spec I7.*finite"):
+        hora_jax.joint_a(made, lambda p, x: loss(p, x) * jnp.inf, PARAMS, hora_jax.init(made), BATCHES[:1])

@@ -32,6 +32,7 @@ class Base(nnx.Module):
     part = property(lambda self: self.proj)
     encoder = property(lambda self: self.proj.__call__)
     later = property(lambda self: functools.partial(lambda f, x: f(x), self.proj))
+    defaults = {"width": 8}  # noqa: RUF012
     cached = functools.cached_property(lambda self: self.proj.kernel[...].sum())
     shifted = functools.partialmethod(__call__, shift=1.0)
 
@@ -240,6 +241,10 @@ def test_names_of_python_are_no_settings_of_the_base(model):
     assert not hasattr(model, "__marker__")
     with pytest.raises(AttributeError, match="'HoraModel' object has no attribute 'width'"):
         _ = HoraModel.__new__(HoraModel).width
+
+
+def test_a_setting_of_the_class_is_that_of_the_base_and_no_copy(model):
+    assert model.defaults is Base.defaults
 
 
 def test_a_closure_over_a_name_without_a_value_holds_nothing():

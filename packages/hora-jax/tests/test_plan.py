@@ -59,6 +59,17 @@ def test_a_model_its_state_its_shapes_and_a_dict_give_equal_plans(tower):
     assert len(set(plans)) == 1
 
 
+class Wrapped(nnx.Module, pytree=False):
+    def __init__(self, inner):
+        self.inner = inner
+
+
+def test_a_module_that_is_no_pytree_is_planned_as_its_state_is(tower):
+    planned = make_plan(Wrapped(tower), SPEC, presets.attention())
+    assert planned == make_plan(nnx.state(Wrapped(tower)), SPEC, presets.attention())
+    assert planned.layers[0].name == "inner.blocks.0.attn"
+
+
 def test_planning_reads_no_values():
     traced = []
 
@@ -222,6 +233,12 @@ def test_refused(name):
     tree, targets, message = REFUSED[name]
     with pytest.raises(HoraError, match=message):
         make_plan(tree, SPEC, targets)
+
+
+def test_s8_one_a_for_projections_of_different_widths_is_refused_by_the_plan():
+    tree, targets = {"q": leaf(8, 4, 2), "v": leaf(6, 4, 2)}, [Target(p, p, "d h k", layer="x") for p in "qv"]
+    with pytest.raises(HoraError, match="spec S8"):
+        make_plan(tree, AdapterSpec(2, sharing="a", tie_a=True), targets)
 
 
 def test_specs_by_layer_must_fit_the_layers_found():

@@ -56,6 +56,8 @@ def test_vit(make_vit, method, perturbed, scan):
     base = make_vit(scan_layers=scan)
     planned = make_plan(base, method, presets.vit())
     assert [name for layer in planned.layers for name in layer.names] == ["blocks.0.attn", "blocks.1.attn"]
+    rows = [(site.projection, site.layout.window) for layer in planned.layers for site in layer.sites]
+    assert rows == [("q", Window(1 + scan, 0, 16)), ("v", Window(1 + scan, 32, 48))] * (1 if scan else 2)
     model = HoraModel(base, planned, perturbed(init(planned)))
     close(model(IMAGES), model.merged()(IMAGES))
 
@@ -137,6 +139,7 @@ def test_maxtext(method, block):
     unrolled = {"params": {"decoder": {f"layers_{i}": own for i in range(depth)}}}
     again = make_plan(unrolled, method, presets.maxtext("qv"))
     assert sorted(layer.name for layer in again.layers) == sorted(names)
+    assert all(list(layer.shape) == ["q", "v"] for layer in (*planned.layers, *again.layers))
 
 
 def test_maxtext_with_layers_that_remain_after_the_scan(method):
@@ -153,17 +156,67 @@ def test_maxtext_with_layers_that_remain_after_the_scan(method):
 
 
 def test_a_stack_has_one_axis_more():
-    assert [presets.equinox("q", stack_axis=axis)[0].layout for axis in (0, 1, 2, -1)] == [
+    assert [presets.equinox("q", stack_axis=axis)[0].layout for axis in (0, 1, 2, -1, -2, -3)] == [
         "l (h k) d",
         "(h k) l d",
         "(h k) d l",
         "(h k) d l",
+        "(h k) l d",
+        "l (h k) d",
     ]
-    with pytest.raises(HoraError, match="has 3 axes, got stack_axis=3"):
-        presets.equinox("q", stack_axis=3)
+    for axis in (3, -4):
+        with pytest.raises(HoraError, match=f"has 3 axes, got stack_axis={axis}"):
+            presets.equinox("q", stack_axis=axis)
 
 
 def test_projections_are_in_the_order_of_their_modules():
     assert [target.projection for target in presets.attention(("v", "q"))] == ["q", "v"]
     with pytest.raises(HoraError, match=r"got \['o'\]"):
         presets.vit(("q", "o"))
+
+
+def shapes(**leaves):
+    return {name: {"w": jax.ShapeDtypeStruct(shape, "float32")} for name, shape in leaves.items()}
+
+
+@pytest.mark.parametrize(
+    ("attention", "paths"),
+    [
+        (shapes(q_proj=(16, 4, 4), k_proj=(16, 2, 4), v_proj=(16, 2, 4)), ["q_proj", "k_proj", "v_proj"]),
+        (shapes(q_einsum=(4, 16, 4), kv_einsum=(2, 2, 16, 4)), ["q_einsum", "kv_einsum", "kv_einsum"]),
+        (shapes(qkv_einsum=(3, 4, 16, 4)), ["qkv_einsum"] * 3),
+    ],
+)
+def test_tunix_projections_have_the_modules_of_transformers_wherever_they_lie(method, attention, paths):
+    planned = make_plan({"layers": [{"attn": attention}] * 2}, method, presets.tunix("qkv"))
+    assert [layer.name for layer in planned.layers] == [f"model.layers.{i}.self_attn" for i in range(2)]
+    for i, layer in enumerate(planned.layers):
+        assert [site.path for site in layer.sites] == [f"layers.{i}.attn.{path}.w" for path in paths]
+        assert [(site.projection, site.module) for site in layer.sites] == [(p, f"{p}_proj") for p in "qkv"]
+        fused = next(iter(attention)).partition("_")[0] if len(attention) == 1 else "kv"
+        for site in layer.sites:
+            if "einsum" in site.path and len(attention[site.path.split(".")[-2]]["w"].shape) == 4:
+                place = fused.index(site.projection)
+                assert site.layout.window == Window(0, place, place + 1)
+            else:
+                assert site.layout.window is None
+
+
+def test_equinox_attention_in_a_stack_made_by_vmap(method):
+    make = eqx.filter_vmap(lambda key: eqx.nn.MultiheadAttention(4, 16, key=key))
+    planned = make_plan({"attn": make(jax.random.split(jax.random.key(0), 3))}, method, presets.equinox(stack_axis=0))
+    assert [layer.names for layer in planned.layers] == [("attn.0", "attn.1", "attn.2")]
+
+
+def test_equimo_s_rows_are_a_third_of_the_fused_weight_each_and_its_layers_are_named_as_in_timm(method):
+    """Without equimo: the names and shapes of its ViT; test_equimo.py runs its models."""
+
+    class Attention(eqx.Module):
+        qkv: eqx.nn.Linear
+        num_heads: int = eqx.field(static=True)
+
+    blocks = [{"attn": Attention(eqx.nn.Linear(16, 48, key=jax.random.key(i)), 4)} for i in range(2)]
+    planned = make_plan({"blocks": [{"blocks": blocks}]}, method, presets.equimo_vit("qkv"))
+    assert [layer.name for layer in planned.layers] == ["blocks.0.attn", "blocks.1.attn"]
+    for layer in planned.layers:
+        assert [site.layout.window for site in layer.sites] == [Window(0, 16 * i, 16 * (i + 1)) for i in range(3)]

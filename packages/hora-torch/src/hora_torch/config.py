@@ -182,9 +182,7 @@ class HoraConfig(PeftConfig):
                 "layers_pattern needs layers_to_transform: when `layers_pattern` is specified, `layers_to_transform` "
                 "must also be specified; leave layers_pattern out, or say which layers"
             )
-        if isinstance(self.target_modules, str) and (
-            self.layers_to_transform is not None or self.layers_pattern is not None
-        ):
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise HoraError(
                 "layers_to_transform cannot be used when target_modules is a str: put the layer numbers into the regex"
             )
