@@ -81,6 +81,7 @@ def joint_a(
     (1, 2, 16)
     """
     adapter.check(plan, phi)
+    adapter.weights(plan, params)
     check_function(loss)
     trained = [
         f"{key}.{name}" for key, own in phi.items() for name, v in own.items() if _of_b(name) and bool(jnp.any(v))
