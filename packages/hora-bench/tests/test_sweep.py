@@ -240,6 +240,19 @@ def test_a_run_that_diverged_counts_as_guessing_and_is_told(search, judges, scor
     assert "A run that diverged counts as guessing." in found["notes"]
 
 
+def test_a_choice_that_diverges_with_every_seed_is_a_row_and_not_the_end_of_the_others(scored, tmp_path):
+    setting, _, made = scored
+    made["accuracy"] = lambda asked: None if asked.method == "hora" else 60.0
+    found = sweep.sweep(setting, tmp_path, Sweep(methods=["hora"], references=["lora"], seeds=[0, 1]))
+    hora, lora = found["rows"]
+    counts = np.unique(setting.load("digits").labels("val"), return_counts=True)[1]
+    assert hora["accuracies_pct"] == [100 * counts.max() / counts.sum()] * 2
+    assert (hora["diverged_count"], lora["diverged_count"]) == (2, 0)
+    assert [hora[name] for name in ("test_loss", "loss", "params_count", "labels_count")] == [None] * 4
+    (cells,) = (row for table in tables("sweep", found) for row in table.rows if row[0].startswith("hora"))
+    assert "None" not in cells
+
+
 @pytest.mark.parametrize(
     ("vary", "message"),
     [

@@ -59,6 +59,17 @@ def test_a_model_its_state_its_shapes_and_a_dict_give_equal_plans(tower):
     assert len(set(plans)) == 1
 
 
+class Wrapped(nnx.Module, pytree=False):
+    def __init__(self, inner):
+        self.inner = inner
+
+
+def test_a_module_that_is_no_pytree_is_planned_as_its_state_is(tower):
+    planned = make_plan(Wrapped(tower), SPEC, presets.attention())
+    assert planned == make_plan(nnx.state(Wrapped(tower)), SPEC, presets.attention())
+    assert planned.layers[0].name == "inner.blocks.0.attn"
+
+
 def test_planning_reads_no_values():
     traced = []
 

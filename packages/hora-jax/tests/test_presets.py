@@ -56,6 +56,8 @@ def test_vit(make_vit, method, perturbed, scan):
     base = make_vit(scan_layers=scan)
     planned = make_plan(base, method, presets.vit())
     assert [name for layer in planned.layers for name in layer.names] == ["blocks.0.attn", "blocks.1.attn"]
+    rows = [(site.projection, site.layout.window) for layer in planned.layers for site in layer.sites]
+    assert rows == [("q", Window(1 + scan, 0, 16)), ("v", Window(1 + scan, 32, 48))] * (1 if scan else 2)
     model = HoraModel(base, planned, perturbed(init(planned)))
     close(model(IMAGES), model.merged()(IMAGES))
 

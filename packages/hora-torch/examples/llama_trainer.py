@@ -22,7 +22,8 @@ def main(base: str, output: str, steps: int = 20) -> None:
     print(hora_torch.report(model))
 
     text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))[:200_000]
-    tokens = torch.tensor(AutoTokenizer.from_pretrained(base)(text)["input_ids"])
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokens = torch.tensor(tokenizer(text)["input_ids"])
     rows = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
     train, held_out = ([{"input_ids": row, "labels": row} for row in part] for part in (rows[:-16], rows[-16:]))
 
@@ -36,6 +37,7 @@ def main(base: str, output: str, steps: int = 20) -> None:
     model.save_pretrained(f"{output}/adapter")
     hora_torch.export_lora(model, f"{output}/lora")  # what vLLM and others serve
     model.merge_and_unload().save_pretrained(f"{output}/merged")
+    tokenizer.save_pretrained(f"{output}/merged")
 
 
 if __name__ == "__main__":

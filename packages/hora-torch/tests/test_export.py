@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from hora_spec import HoraError
-from hora_torch.export import adapter_name_of, rescaled
+from hora_torch.export import adapter_in, adapter_name_of, rescaled
 from hora_torch.layer import HoraLayer
 from safetensors.numpy import load_file
 from torch import nn
@@ -100,22 +100,15 @@ def test_modules_that_are_trained_whole_come_along_as_they_are():
     assert {key.rpartition(".")[2] for key in bias} == {"bias"}
 
 
-class Speaking(nn.Module):
-    """With an output layer of a name by which PEFT takes it for an embedding, which it would save whole."""
-
-    def __init__(self):
-        super().__init__()
-        self.lm_head = nn.Linear(8, 8)
-
-    def get_input_embeddings(self):
-        return self.lm_head
-
-    get_output_embeddings = get_input_embeddings
-
-
-def test_a_base_weight_never_comes_along():
-    model = peft.get_peft_model(Speaking(), small(target_modules=["lm_head"], num_heads=2))
-    assert not hora_torch.to_adapter(model).modules
+def test_embeddings_come_along_as_peft_decides_or_stay(monkeypatch):
+    asked, model = [], adapted()
+    real = hora_torch.export.get_peft_model_state_dict
+    spy = lambda *args, **kwargs: asked.append(kwargs["save_embedding_layers"]) or real(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(hora_torch.export, "get_peft_model_state_dict", spy)
+    for take in (hora_torch.to_adapter, adapter_in):
+        assert take(model, None).layers
+    assert adapter_in(model, None, embeddings=False).layers
+    assert asked == ["auto", "auto", False]
 
 
 def test_an_offloaded_adapter_is_taken_out_whole():

@@ -1,5 +1,7 @@
 """Parameter groups: A and B apart, everything once, nothing by a name that HoRA does not have."""
 
+import inspect
+
 import hora_torch
 import peft
 import peft.optimizers
@@ -152,7 +154,26 @@ def test_each_of_peft_s_optimisers_refuses_hora_and_still_takes_lora(families, n
     with pytest.raises(ValueError, match=r"hora_torch\.param_groups|did not find any trainable lora_A"):
         create(before, **OPTIMIZERS[name])
     lora = peft.get_peft_model(families["llama"].model(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    create(lora, **OPTIMIZERS[name])
+    optimiser = create(lora, **OPTIMIZERS[name])
+    loss = lora(**families["llama"].inputs(), labels=families["llama"].inputs()["input_ids"]).loss
+    loss.backward()
+    optimiser.step()
+    assert any(bool(value.any()) for key, value in lora.state_dict().items() if "lora_B" in key)
+
+
+def test_what_was_exchanged_in_peft_still_looks_as_it_did():
+    from peft.optimizers import lorafa, loraplus
+    from peft.utils import hotswap
+
+    exchanged = loraplus.get_parameter_names, lorafa.LoraFAOptimizer.__init__, hotswap.hotswap_adapter_from_state_dict
+    assert [fn.__name__ for fn in exchanged] == [
+        "get_parameter_names",
+        "__init__",
+        "hotswap_adapter_from_state_dict",
+    ]
+    assert [next(iter(inspect.signature(fn).parameters)) for fn in exchanged] == ["model", "self", "model"]
+    for fn in exchanged:
+        assert inspect.signature(fn) == inspect.signature(fn.__wrapped__)
 
 
 def test_knowing_hora_twice_is_harmless():

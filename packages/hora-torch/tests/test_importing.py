@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from hora_torch.importing import explained
+from hora_torch.importing import _version, explained
 
 TWICE = """
 for attempt in range(2):
@@ -47,3 +47,7 @@ def test_a_second_attempt_of_torchvision_itself_is_known():
 def test_other_failures_pass_unchanged():
     with pytest.raises(KeyError, match="other"), explained():
         raise KeyError("other")
+
+
+def test_a_package_without_metadata_has_an_unknown_version():
+    assert _version("no-such-package") == "of unknown version"

@@ -1,5 +1,8 @@
 """The joint start of A on real modules, against gradients of the weights that are formed whole."""
 
+import inspect
+
+import hora_spec
 import hora_torch
 import numpy as np
 import peft
@@ -137,6 +140,7 @@ def test_nothing_else_is_touched(families):
     joint_a(model, batches(family), loss)
     assert model.training
     assert all(param.grad is None for param in model.parameters())
+    assert not any(module._forward_pre_hooks for module in model.modules() if isinstance(module, HoraLayer))
     changed = {
         key.rpartition("hora_hyper.")[2] for key, value in model.state_dict().items() if (value != before[key]).any()
     }
@@ -176,6 +180,67 @@ def test_the_models_own_loss_is_the_default(families):
     named = joint_a(one, data, lambda model, batch: model(**batch).loss).params
     for name, own in joint_a(other, data).params.items():
         np.testing.assert_array_equal(own["a.q"], named[name]["a.q"])
+
+
+def test_i7_every_option_reaches_the_search_and_their_defaults_are_its_own(families, monkeypatch):
+    given = {"of": "inputs", "scale": "rows", "together": True, "power": 3, "oversample": 5}
+    ours, theirs = (inspect.signature(fn).parameters for fn in (joint_a, hora_spec.joint_start))
+    assert {name: ours[name].default for name in given} == {name: theirs[name].default for name in given}
+    seen = {}
+
+    def search(layers, measure, **options):
+        seen.update(options)
+        return hora_spec.joint_start(layers, measure, **options)
+
+    monkeypatch.setattr("hora_torch.joint.joint_start", search)
+    joint_a(adapted(families["llama"], seed=7), batches(families["llama"]), loss, **given)
+    assert seen == {**given, "seed": 7}
+
+
+def test_i7_dropout_of_the_adapter_is_off_while_it_measures_and_on_afterwards(families):
+    family = families["llama"]
+    plain, dropping = adapted(family), adapted(family, hora_dropout=0.5).train()
+    exact = joint_a(plain, batches(family), loss).params
+    for name, own in joint_a(dropping, batches(family), loss).params.items():
+        np.testing.assert_array_equal(own["a.q"], exact[name]["a.q"])
+    assert all(module.training for module in dropping.modules())
+
+
+def test_i7_what_is_measured_does_not_depend_on_the_scaling(families):
+    family = families["llama"]
+    one, other = (joint_a(adapted(family, hora_alpha=alpha), batches(family), loss) for alpha in (3.0, 12.0))
+    for name, own in one.spectra.items():
+        np.testing.assert_allclose(own["a.q"], other.spectra[name]["a.q"], rtol=1e-4)
+
+
+def of_the_first_layer(model, batch):
+    return model(**batch, output_hidden_states=True).hidden_states[1].square().mean()
+
+
+def of_no_layer(model, batch):
+    return model.get_input_embeddings()(batch["input_ids"]).square().mean()
+
+
+def without_end(model, batch):
+    return torch.inf * loss(model, batch)
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "message"),
+    [
+        (of_the_first_layer, {}, "clear directions"),
+        (of_no_layer, {"of": "inputs"}, "calls every adapted layer, got none of 'q'"),
+        (without_end, {}, "finite"),
+    ],
+)
+def test_i7_a_layer_that_the_loss_tells_nothing_about_is_answered(families, loss, options, message):
+    with pytest.raises(HoraError, match=rf"{message}.*\(spec I7\)"):
+        joint_a(adapted(families["llama"], r=1), batches(families["llama"])[:1], loss, **options)
+
+
+def test_i7_values_that_are_elsewhere_are_not_started(families):
+    with pytest.raises(HoraError, match=r"are not here: start it before.*\(spec I7\)"):
+        joint_a(adapted(families["llama"]).to("meta"), batches(families["llama"]), loss)
 
 
 def test_a_failure_changes_nothing(families):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import hora_torch
 import peft
 import pytest
 from hora_torch import HoraConfig
@@ -14,6 +15,8 @@ PROGRAM = """
 import sys
 import beside
 from peft import PeftConfig
+assert sys.modules[__name__].__dict__ is globals()
+assert "elsewhere" not in sys.path
 print(__name__, sys.argv[1:], PeftConfig.from_pretrained(sys.argv[1]).peft_type.value)
 sys.exit(3)
 """
@@ -55,10 +58,19 @@ def test_modules_and_scripts_have_their_own_arguments_path_and_status(folder, mo
     assert capsys.readouterr().out == "__main__ ['adapter', '--flag', '-m'] HORA\n"
 
 
+def test_a_program_that_ends_by_itself_succeeds(tmp_path, monkeypatch):
+    (tmp_path / "program.py").write_text("")
+    monkeypatch.setattr(sys, "argv", ["launcher"])
+    monkeypatch.setattr(sys, "path", ["elsewhere", *sys.path])
+    assert main([str(tmp_path / "program.py")]) == 0
+
+
 @pytest.mark.parametrize("arguments", [[], ["-m"], ["--help"], ["-m", "--help"]])
 def test_nothing_to_run_is_answered_with_the_usage(capsys, arguments):
     assert main(arguments) == 2
-    assert "usage: python -m hora_torch (-m MODULE | SCRIPT)" in capsys.readouterr().err
+    usage, known = capsys.readouterr().err.splitlines()
+    assert usage.startswith("usage: python -m hora_torch (-m MODULE | SCRIPT)")
+    assert known == f"HoRA {hora_torch.__version__} is then known to PEFT."
 
 
 def test_the_card_of_a_saved_adapter_says_how_it_is_loaded(families, tmp_path):

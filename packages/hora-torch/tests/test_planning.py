@@ -157,6 +157,137 @@ def test_what_the_default_leaves_out_is_said(families):
     }
 
 
+class Beside(Attention):
+    """Holds a fused map beside its projections, whose rows are not known."""
+
+    def __init__(self):
+        super().__init__(num_heads=4, num_key_value_heads=2)
+        self.kv = nn.Linear(32, 32)
+
+
+PRINTED = """\
+HoRA adapts 5 of 7 attention modules, 2 of them in part
+  0 and 1 more
+    q: q_proj.weight rows 0:32, 4 heads x 8, rank 2; attention.head_dim=8
+    v: v_proj.weight rows 0:16, 2 heads x 8, rank 2; attention.head_dim=8, the heads of k_proj=2
+  3 and 1 more
+    q: q_proj.weight rows 0:32, 4 heads x 8, rank 2; attention.num_heads=4
+    v: v_proj.weight rows 0:16, 2 heads x 8, rank 2; attention.num_key_value_heads=2, the heads of k_proj=2, the width \
+of a head of q_proj=8
+  5
+    q: (itself).in_proj_weight rows 0:32, 4 heads x 8, rank 2; the shape of nn.MultiheadAttention
+    v: (itself).in_proj_weight rows 64:96, 4 heads x 8, rank 2; the shape of nn.MultiheadAttention
+  not 2 and 1 more
+    the head count of '....q_proj' must be known and divide its 32 output rows, and all sources agree, got \
+attention.num_heads=3: pass"""
+
+
+def test_a_plan_is_printed_with_what_is_alike_once_and_the_reasons_of_what_is_left_out():
+    """Modules are called by numbers here, which are no numbers of the reasons."""
+    told = Attention(head_dim=8), Attention(head_dim=8)
+    model = nn.Sequential(
+        *told, Attention(num_heads=3), Beside(), Beside(), nn.MultiheadAttention(32, 4), Attention(num_heads=3)
+    )
+    lines = str(hora_torch.plan(model, HoraConfig(r=2))).splitlines()
+    expected = PRINTED.splitlines()
+    assert lines[: len(expected) - 1] == expected[:-1]
+    assert lines[len(expected) - 1].startswith(expected[-1])
+    assert lines[len(expected) :][0] == "  not 3 and 1 more"
+    assert "Beside is not known and the name '....kv' proves nothing" in lines[-1]
+    assert len(lines) == len(expected) + 2
+
+
+def test_a_plan_of_recorded_layers_tells_maps_from_attention_as_a_new_one_does():
+    model = nn.Sequential(Attention(head_dim=8), nn.Linear(32, 8), nn.MultiheadAttention(8, 2))
+    config = HoraConfig(r=2, target_modules=["q_proj", "v_proj", "1", "2"])
+    plan = hora_torch.plan(model, config)
+    assert plan.headline() == "HoRA adapts 2 of 2 attention modules, and 1 maps without heads"
+    recorded = [layer.to_json() for layer in plan.layers]
+    again = hora_torch.plan(model, HoraConfig(r=2, hora_layers=recorded))
+    assert again.headline() == plan.headline()
+    assert again.target_modules == {"0.q_proj", "0.v_proj", "1", "2"}
+    assert "v_proj.weight rows 0:16, 2 heads x 8, rank 2; recorded in hora_layers" in str(again)
+    with pytest.raises(HoraError, match=r"missing here: \['0.q_proj', '0.v_proj', '2'\], not in the adapter: \[\]"):
+        hora_torch.plan(model, HoraConfig(r=2, target_modules=["1"], hora_layers=recorded))
+
+
+OTHERS = {
+    "another rank": {"r": 3},
+    "another alpha": {"hora_alpha": 8},
+    "no alpha": {"hora_alpha": None},
+    "another sharing": {"sharing": "a"},
+}
+
+
+@pytest.mark.parametrize("change", OTHERS)
+def test_recorded_layers_are_those_of_the_config(change):
+    model, said = nn.Sequential(Attention(head_dim=8)), {"r": 2, "hora_alpha": 4}
+    recorded = [layer.to_json() for layer in hora_torch.plan(model, HoraConfig(**said)).layers]
+    assert hora_torch.plan(model, HoraConfig(**said, hora_layers=recorded)).layers[0].spec.scaling == 2
+    with pytest.raises(HoraError, match="config of a loaded adapter is not changed, '0' was trained with"):
+        hora_torch.plan(model, HoraConfig(**said | OTHERS[change], hora_layers=recorded))
+
+
+def test_recorded_layers_are_those_of_the_model():
+    recorded = [layer.to_json() for layer in hora_torch.plan(nn.Sequential(Attention(head_dim=8)), HoraConfig()).layers]
+    wider = nn.Sequential(Attention(head_dim=8))
+    wider[0].v_proj = nn.Linear(32, 32)
+    with pytest.raises(HoraError, match=r"0\.v_proj\.weight must have shape \(16, 32\)"):
+        hora_torch.plan(wider, HoraConfig(hora_layers=recorded))
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_targets_of_one_layer_have_one_rank_and_one_alpha(field):
+    model = nn.Sequential(Attention(head_dim=8), Attention(head_dim=8))
+    with pytest.raises(HoraError, match="share rank and alpha"):
+        hora_torch.plan(model, HoraConfig(r=2, hora_alpha=4, **{field: {"q_proj": 8}}))
+    first, second = hora_torch.plan(model, HoraConfig(r=2, hora_alpha=4, **{field: {"0.(q|v)_proj": 8}})).layers
+    assert (first.spec.rank, first.spec.alpha) == ((8, 4) if field == "rank_pattern" else (2, 8))
+    assert (second.spec.rank, second.spec.alpha) == (2, 4)
+
+
+IDLE = {
+    "rank_pattern": {"q_prj": 4},
+    "alpha_pattern": {"q_prj": 4},
+    "num_heads": {"q_prj": 4},
+    "row_order": {"q_prj": "q:4*8"},
+    "layers_to_transform": [0, 2],
+    "fused_projections": ["q", "w"],
+}
+
+
+@pytest.mark.parametrize("field", IDLE)
+def test_what_speaks_of_no_target_is_refused(field):
+    model = nn.ModuleDict({"m": nn.ModuleDict({"layers": nn.ModuleList(Attention(head_dim=8) for _ in range(2))})})
+    with pytest.raises(HoraError, match=rf"{field}.*got (2|\['w'\]|\['q_prj'\])"):
+        hora_torch.plan(model, HoraConfig(r=2, target_modules=["q_proj", "v_proj"], **{field: IDLE[field]}))
+
+
+def test_projections_that_cannot_share_one_a_are_refused_before_anything_changes():
+    model = nn.Sequential(nn.MultiheadAttention(32, 4, kdim=16, vdim=16))
+    with pytest.raises(HoraError, match="equal input widths"):
+        hora_torch.plan(model, HoraConfig(r=2, tie_a=True))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ".*(q|v)_proj.*"])
+def test_what_adapters_are_made_of_is_no_target(families, targets):
+    config = HoraConfig(r=2, target_modules=targets)
+    expected = hora_torch.plan(families["llama"].model(), config).layers
+    assert expected
+    assert hora_torch.plan(adapted(families["llama"]), config).layers == expected
+
+
+def test_roles_that_occur_twice_in_a_layer_are_told_apart_by_their_modules():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.wq, self.value = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+            self.num_heads = 4
+
+    (layer,) = hora_torch.plan(nn.Sequential(Two()), HoraConfig(r=2)).layers
+    assert {p: site.module for p, site in layer.sites.items()} == {"q_proj": "0.q_proj", "wq": "0.wq", "v": "0.value"}
+
+
 def test_planning_changes_nothing_and_injection_does_what_it_says(family):
     model = family.model()
     before = snapshot(model)
@@ -207,7 +338,7 @@ def test_an_attention_that_reads_weights_past_the_module_is_refused():
         )
     )
     for config in (HoraConfig(), HoraConfig(target_modules=["q_proj"])):
-        with pytest.raises(HoraError, match=r"q_proj\.weight past it"):
+        with pytest.raises(HoraError, match=r"[qv]_proj\.weight past it"):
             hora_torch.plan(model, config)
 
 

@@ -304,6 +304,7 @@ def test_every_order_that_is_known_can_be_read():
 NO_ORDERS = [
     *("", "q q", "[head]", "[head][]", "q k v gate", "q k:4*8", "q:4*8 k", "[q k v]", "[head][q k v", "q-k", "v,k"),
     *("q:8/64*2", "q:2*4/8 k:2*4", "q:8/", "q:sizes.a*2 k:2*4"),
+    *("q:0*4 k:8*4", "q:8*0 k:8*4", "q:0/32", "q:4/0 k:8*4", "[0][q k v]", "q:²*4"),
     *("q:", "[head] q k v", "[mlp][head][q k v]", "q:4 k:4", "q:*4", None, 3),
 ]
 
@@ -351,3 +352,32 @@ class ComputedOtherwise(Blip):
 )
 def test_a_subclass_keeps_the_order_until_it_changes_what_forward_may_call(cls, order):
     assert str(row_order(cls.__new__(cls), "qkv")) == str(order)
+
+
+class Fusible(nn.Module):
+    """As those of diffusers, which a method fuses after construction, whatever a subclass computes."""
+
+    def fuse_projections(self) -> None:
+        self.fused_projections = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class FusedOtherwise(Fusible):
+    def forward(self, x: Tensor) -> Tensor:
+        return -x
+
+
+def test_the_order_of_what_is_fused_later_is_that_of_the_class_that_fuses_it(monkeypatch):
+    name = f"{Fusible.__module__}.Fusible"
+    monkeypatch.setattr("hora_torch.row_order.ROW_ORDER", {name: {"to_kv": "k v"}})
+    for module in (Fusible(), FusedOtherwise()):
+        assert str(row_order(module, "to_kv")) == ("k v" if type(module) is Fusible else "None")
+        module.fuse_projections()
+        assert str(row_order(module, "to_kv")) == "k v"
+        assert row_order(module, "to_qkv") is None
+        module.forward = module.forward
+        assert row_order(module, "to_kv") is None
+        module._hf_hook = None
+        assert str(row_order(module, "to_kv")) == "k v"

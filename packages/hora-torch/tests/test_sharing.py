@@ -173,3 +173,16 @@ def test_g8_decay_of_the_free_part_alone_pulls_towards_sharing(llama):
     names = {param: name for name, param in model.named_parameters()}
     (residual,) = (group["params"] for group in groups if group["name"] == "B, residual")
     assert {names[param].rpartition("default.")[2] for param in residual} == {"b.q", "b.v"}
+
+
+def test_the_report_names_a_layer_alone_and_counts_those_that_are_alike(llama):
+    model = adapted(llama, r=2, rank_pattern={"layers.1.self_attn.[qv]_proj": 3})
+    lines = hora_torch.report(model).splitlines()[2:]
+    assert [line.split("  ")[0] for line in lines] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    (line,) = hora_torch.report(adapted(llama, r=2)).splitlines()[2:]
+    assert line.startswith("model.layers.0.self_attn and 1 more  ")
+
+
+def test_g8_what_values_that_are_elsewhere_generate_is_not_known(llama):
+    (line,) = hora_torch.report(adapted(llama, residual=True).to("meta")).splitlines()[2:]
+    assert " elsewhere " in line

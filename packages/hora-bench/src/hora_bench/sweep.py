@@ -216,10 +216,7 @@ def _which(choice: Choice) -> dict[str, Any]:
 
 def _row(one: Contender, contenders: Sequence[Contender], asked: Sweep, level: float, out: Path) -> dict[str, Any]:
     done = [result for result in one.found if result]
-    if not done:
-        raise HoraError(
-            f"{one.request.method} diverged with every seed at rate {one.request.learning_rate:g}: lower it"
-        )
+    examples = done[0].scores.total_count if done else len(one.task.labels(one.request.score_on))
     first = next(other for other in contenders if _place(other) == _place(one))
     losses = [result.scores.loss for result in done if result.scores.loss is not None]
     row: dict[str, Any] = {
@@ -227,12 +224,12 @@ def _row(one: Contender, contenders: Sequence[Contender], asked: Sweep, level: f
         "steps": one.request.steps,
         "learning_rate": one.request.learning_rate,
         "rate_at_edge": edge_of(one.trials, one.request.learning_rate),
-        **mean_interval(one.accuracies_pct, done[0].scores.total_count),
-        "test_loss": round(float(np.mean(losses)), 4),
-        "loss": round(float(np.mean([result.loss[-10:] for result in done])), 5),
+        **mean_interval(one.accuracies_pct, examples),
+        "test_loss": round(float(np.mean(losses)), 4) if losses else None,
+        "loss": round(float(np.mean([result.loss[-10:] for result in done])), 5) if done else None,
         "diverged_count": len(one.found) - len(done),
-        "params_count": done[0].trained_params_count,
-        "labels_count": max(result.labels_count or 0 for result in done),
+        "params_count": done[0].trained_params_count if done else None,
+        "labels_count": max((result.labels_count or 0 for result in done), default=None),
         "accuracies_pct": one.accuracies_pct,
     }
     for name, other in (("default", first), ("lora", one.lora)):

@@ -8,7 +8,7 @@ from hora_spec.files import peft_keys
 from peft.tuners.tuners_utils import BaseTuner
 
 from hora_torch.config import HoraConfig
-from hora_torch.export import to_adapter
+from hora_torch.export import adapter_in
 from hora_torch.freezing import keep_frozen
 
 
@@ -22,7 +22,7 @@ def add_sum(tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float],
     """
     if adapter_name in tuner.peft_config:
         raise HoraError(f"a sum is a new adapter, got {adapter_name!r}, which there is: choose another name")
-    terms = [to_adapter(tuner.model, name) for name in adapters]
+    terms = [adapter_in(tuner.model, name, embeddings=False) for name in adapters]
     total = combine(terms, weights, order=[name for name, _ in tuner.model.named_modules()])
     layers = [layer_to_json(name, layer.spec, layer.sites) for name, layer in total.layers.items()]
     keys = {key: value for key, value in total.config.items() if key != "peft_version"}

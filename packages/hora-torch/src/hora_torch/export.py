@@ -29,11 +29,22 @@ def to_adapter(model: nn.Module, adapter_name: str | None = None) -> Adapter:
     adapter_name
         Which adapter; may be left out when the model has one.
 
+    Returns
+    -------
+    Adapter
+        Its ``modules`` are what PEFT saves beside the factors: modules trained whole, and embeddings that were resized
+        since the base model was loaded.
+
     Raises
     ------
     HoraError
         If there is no such adapter, or it acts at another scale than that of its training.
     """
+    return adapter_in(model, adapter_name)
+
+
+def adapter_in(model: nn.Module, adapter_name: str | None, *, embeddings: str | bool = "auto") -> Adapter:
+    """As `to_adapter`; without `embeddings` those that were resized stay with the model."""
     name = adapter_name_of(model, adapter_name)
     if scale := rescaled(model, name):
         raise HoraError(
@@ -42,7 +53,7 @@ def to_adapter(model: nn.Module, adapter_name: str | None = None) -> Adapter:
         )
     config = model.peft_config[name]
     with _onloaded(model, name):
-        state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=embeddings)
         tensors = {key.removeprefix("base_model.model."): _numpy(key, value) for key, value in state.items()}
     layers = {}
     for entry in config.hora_layers:
@@ -88,7 +99,7 @@ def export_lora(
     for path, layer in model.named_modules():
         if isinstance(layer, HoraLayer) and name in layer.hora_attached:
             _check_one_group(path, layer.get_base_layer())
-    write_lora(to_adapter(model, adapter_name), directory, dtype=dtype, compact=compact, for_server=for_server)
+    write_lora(adapter_in(model, name), directory, dtype=dtype, compact=compact, for_server=for_server)
 
 
 def _check_one_group(path: str, base: nn.Module) -> None:

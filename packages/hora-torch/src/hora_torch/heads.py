@@ -7,6 +7,7 @@ what they say is compared with the rows, and sources that disagree are an error 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, product
 from math import prod
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -204,7 +205,7 @@ class Attention:
             said |= dict(self._from_siblings(role, rows, alone=not said))
         candidates: dict[int, list[_Fact]] = {}
         for fact, heads in said.items():
-            if heads and rows % heads == 0:
+            if heads and _quotient(rows, heads):
                 candidates.setdefault(heads, []).append(fact)
         heads, facts = self._choose(own, f"{rows} output rows", candidates, list(said))
         return heads, ", ".join(map(str, facts))
@@ -238,30 +239,31 @@ class Attention:
             yield _Fact(width, f"the width of a head of {name}", _ATTENTION), _quotient(rows, width)
 
     def _fused(self, own: str, order: Order) -> list[Rows]:
-        """Parts q, k and v of one width, whose heads the model tells."""
-        rows, widths, parts = self.widths[own], self._widths("q"), order.names
-        query = self._counts(own, "q")
-        key_value = self._counts(own, "kv")
-        alike = order.blocks == "head" or widths or not self._is_said(own)
-        if not key_value and alike:  # else nothing tells grouped queries from others
-            key_value = query
-        query = query if "q" in parts else []
-        candidates: dict[tuple[int, int], list[_Fact]] = {}
-        for q in {fact.value for fact in query} or {0}:
-            for kv in {fact.value for fact in key_value} if set(parts) != {"q"} else {0}:
-                width = _quotient(rows, sum(q if part == "q" else kv for part in parts))
-                if width:
-                    agree = [fact for fact in query if fact.value == q]
-                    agree += [fact for fact in key_value if fact.value == kv]
-                    agree += [fact for fact in widths if fact.value == width]
-                    candidates[q, kv] = list(dict.fromkeys(agree))
+        """Parts q, k and v of one width, whose heads the model tells.
+
+        Where nothing counts keys and values there are as many as queries. Of an order that a user tells, a width must
+        confirm that: queries may be grouped.
+        """
+        rows, widths = self.widths[own], self._widths("q")
+        others = "kv" if self._counts(own, "kv") else "q"
+        roles = ["q" if part == "q" else others for part in order.names]
+        known = {role: self._counts(own, role) for role in dict.fromkeys(roles)}
+        grouped = others == "q" and set(order.names) != {"q"} and order.blocks != "head" and self._is_said(own)
+        candidates: dict[tuple[int, ...], list[_Fact]] = {}
+        for counts in product(*({fact.value for fact in facts} for facts in known.values())):
+            number = dict(zip(known, counts, strict=True))
+            width = _quotient(rows, sum(number[role] for role in roles))
+            confirmed = [fact for fact in widths if fact.value == width]
+            if width and (confirmed or not grouped):
+                agree = [fact for role, facts in known.items() for fact in facts if fact.value == number[role]]
+                candidates[counts] = agree + confirmed
         what = f"{rows} output rows in the order {order}"
-        facts = list(dict.fromkeys([*query, *key_value, *widths]))
-        (q, kv), facts = self._choose(own, what, candidates, facts)
-        counts = [q if part == "q" else kv for part in parts]
-        named = {None: 1, "head": q or kv, "group": kv or q}
+        counts, facts = self._choose(own, what, candidates, [*chain.from_iterable(known.values()), *widths])
+        number = dict(zip(known, counts, strict=True))
+        heads = [number[role] for role in roles]
+        named = {None: 1, "head": max(heads), "group": min(heads)}
         blocks = named[order.blocks] if order.blocks in named else self._number(own, str(order.blocks))
-        sizes = [(count, rows // sum(counts)) for count in counts]
+        sizes = [(count, rows // sum(heads)) for count in heads]
         return self._placed(own, order, sizes, blocks, ", ".join(map(str, facts)))
 
     def _choose(
@@ -333,4 +335,4 @@ def _attribute(holder: Any, name: str) -> Any:
 
 
 def _quotient(number: int, divisor: int) -> int | None:
-    return None if number % divisor else number // divisor
+    return None if divisor < 1 or number % divisor else number // divisor

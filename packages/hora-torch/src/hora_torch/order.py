@@ -7,9 +7,9 @@ from hora_spec import HoraError
 
 from hora_torch.roles import ROLES
 
-_NUMBER = r"\w+(?:\.\d+)?"
-_PART = re.compile(rf"([A-Za-z_]\w*)(?::({_NUMBER}(?:\*{_NUMBER})*)(?:/({_NUMBER}))?)?")
-_ORDER = re.compile(r"(?:\[(\w+)\]\s*\[([^\[\]]+)\]|([^\[\]]+))")
+_NUMBER = r"(?!0)\w+(?:\.\d+)?"
+_PART = re.compile(rf"([A-Za-z_]\w*)(?::({_NUMBER}(?:\*{_NUMBER})*)(?:/({_NUMBER}))?)?", re.ASCII)
+_ORDER = re.compile(r"(?:\[((?!0)\w+)\]\s*\[([^\[\]]+)\]|([^\[\]]+))", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """What would be adapted: layers, rows and heads of a model, decided before anything changes."""
 
 import copy
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,15 +37,13 @@ from hora_torch.targets import base_module, no_default, no_match, short_names
 class LayerPlan:
     """The projections of one attention module, and the module that will own their hypernetwork.
 
-    ``sources`` says for each projection how its rows and head count are known; a layer is ``alone`` if it is a map
-    without heads, which shares nothing.
+    ``sources`` says for each projection of a new adapter how its rows and head count are known.
     """
 
     name: str
     spec: AdapterSpec
     sites: Mapping[str, Site]
     sources: Mapping[str, str]
-    alone: bool = False
 
     def __post_init__(self) -> None:
         param_shapes(self.spec, self.shape)  # refuses what does not fit together
@@ -53,6 +52,12 @@ class LayerPlan:
     def leader(self) -> str:
         """Path of the first target in model order."""
         return next(iter(self.sites.values())).module
+
+    @property
+    def alone(self) -> bool:
+        """Whether it is a map without heads, which shares nothing: such a layer is called as its module (spec S4)."""
+        site = next(iter(self.sites.values()))
+        return site.module == self.name and site.parameter == "weight"
 
     @property
     def shape(self) -> LayerShape:
@@ -77,7 +82,7 @@ class LayerPlan:
             shape = site.projection
             lines.append(
                 f"    {p}: {own}.{site.parameter} rows {rows}, {shape.num_heads} heads x "
-                f"{shape.head_dim}, rank {self.spec.rank}; {self.sources.get(p, '')}"
+                f"{shape.head_dim}, rank {self.spec.rank}; {self.sources.get(p, 'recorded in hora_layers')}"
             )
         return "\n".join(lines)
 
@@ -123,7 +128,7 @@ class Plan:
         lines = [self.headline()]
         for names, text in _together((layer.name, layer.describe()) for layer in self.layers):
             lines += [f"  {names}", text]
-        for names, why in _together((name, why.replace(name, "...")) for name, why in self.left_out.items()):
+        for names, why in _together((name, _anywhere(why, name)) for name, why in self.left_out.items()):
             lines += [f"  not {names}", f"    {why}"]
         return "\n".join([*lines, *(f"  {text}" for text in self._misspelt())])
 
@@ -225,7 +230,7 @@ def _new_plan(model: nn.Module, names: Iterable[str], config: HoraConfig, *, nam
         except UnknownRowsError as error:
             if named:
                 raise
-            left_out[layer] = str(error)
+            left_out.setdefault(layer, str(error))
             uncertain |= {layer} if isinstance(error, DisagreeError) else set()
     if not named:
         adapted = {place.site.module for places in found.values() for place in places}
@@ -250,8 +255,7 @@ def _new_plan(model: nn.Module, names: Iterable[str], config: HoraConfig, *, nam
 def _layer_plan(name: str, found: list[Found], config: HoraConfig) -> LayerPlan:
     named = _named(found)
     sites = {p: entry.site for p, entry in named.items()}
-    sources, alone = {p: entry.source for p, entry in named.items()}, all(entry.alone for entry in found)
-    return LayerPlan(name, _layer_spec(name, sites, config), sites, sources, alone)
+    return LayerPlan(name, _layer_spec(name, sites, config), sites, {p: entry.source for p, entry in named.items()})
 
 
 def _recorded(model: nn.Module, names: Iterable[str], config: HoraConfig) -> tuple[LayerPlan, ...]:
@@ -331,6 +335,11 @@ def _references(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 def _matching(model: nn.Module, config: HoraConfig) -> list[str]:
     return [name for name, _ in _modules(model) if check_target_module_exists(config, name)]
+
+
+def _anywhere(text: str, name: str) -> str:
+    """A text without the path of the module that it is about, which it quotes."""
+    return re.sub(rf"'{re.escape(name)}(?=[.'])", "'...", text)
 
 
 def _together(entries: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -86,15 +86,13 @@ def attention_of(model: nn.Module, name: str) -> tuple[str, str]:
 
     The parent, unless the class of a module further out is known to do so.
     """
-    owner, _, own = name.rpartition(".")
     path = name
-    for _ in range(3):
-        path, _, _ = path.rpartition(".")
-        inner = name[len(path) + 1 :] if path else name
+    while path:
+        path = path.rpartition(".")[0]
+        inner = name.removeprefix(f"{path}.")
         if row_order(base_module(model.get_submodule(path)), inner) is not None:
             return path, inner
-        if not path:
-            break
+    owner, _, own = name.rpartition(".")
     return owner, own
 
 
@@ -170,7 +168,7 @@ def not_in_use(model: nn.Module, name: str) -> str | None:
     children = [child for child, module in parent.named_children() if is_supported(base_module(module))]
     rivals = {child for child in children if (child in ROLE_OF) != (own in ROLE_OF)}
     rivals = {child for child in rivals if _roles(parent, child) & _roles(parent, own)}
-    if isinstance(parent, nn.MultiheadAttention) or not rivals:
+    if not rivals:
         return None
     uses_fused = getattr(parent, "fused_projections", None)  # of diffusers
     if uses_fused is None or uses_fused != (own not in ROLE_OF):
@@ -283,9 +281,15 @@ def _is_own(node: ast.AST, own: str) -> bool:
 
 
 def _trees(cls: type) -> Iterator[ast.AST]:
-    """Code of the methods of a class that may compute, not those that set or rearrange its weights."""
+    """Code of the methods of a class that may compute, not those that set or rearrange its weights.
+
+    Of a method that a subclass replaces, only what its new code may call.
+    """
+    replaced: set[str] = set()
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
         for name, method in vars(base).items():
-            if inspect.isfunction(method) and not re.search("init|reset|fuse", name):
+            if inspect.isfunction(method) and name not in replaced and not re.search("init|reset|fuse", name):
                 with contextlib.suppress(OSError, TypeError, SyntaxError):
-                    yield ast.parse(textwrap.dedent(inspect.getsource(method)))
+                    source = textwrap.dedent(inspect.getsource(method))
+                    yield ast.parse(source)
+                    replaced |= {name} if "super()" not in source else set()

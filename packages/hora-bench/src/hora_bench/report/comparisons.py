@@ -41,6 +41,11 @@ def shown(difference: Difference | None) -> str:
     return f"{difference.mean:+} ({difference.low:+} to {difference.high:+})"
 
 
+def parameters(row: Row) -> str:
+    """How many are trained; nothing where every run diverged."""
+    return "" if (count := row.get("params_count")) is None else f"{count:,}"
+
+
 def cells_of(row: Row) -> tuple[str, ...]:
     """A line of the table."""
     over = row["over_lora"]
@@ -58,8 +63,8 @@ def cells_of(row: Row) -> tuple[str, ...]:
         cell(row.get("test_loss")),
         cell(row.get("loss_over_lora")),
         str(row["seeds"]),
-        f"{row['params_count']:,}" if "params_count" in row else "",
-        str(row.get("labels_count", "")),
+        parameters(row),
+        cell(row.get("labels_count")),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 
 from scipy import stats
 
-from hora_bench.report.comparisons import WORDS, shown
+from hora_bench.report.comparisons import WORDS, parameters, shown
 from hora_bench.report.rows import COMPARISONS, Row, is_lora, name_of, paired, proxy_of, rows_of
 from hora_bench.report.suites import CLAIMS, Claim, compared
 from hora_bench.report.tables import judged_gates
@@ -252,9 +252,9 @@ def _joint(result: Result) -> Said:
             yield (
                 _unless(edge, _of_difference(row["over_lora"])),
                 (
-                    f"{name_of(row)} on {100 * row['fraction']:g} % of {row['task']}, {row['params_count']:,} trained "
-                    f"parameters, LoRA {lora['params_count']:,}: {_points(row['over_lora'])}{beside}; lowest seeds "
-                    f"{min(row['accuracies_pct']):.1f} %, LoRA's {min(lora['accuracies_pct']):.1f} %{edge}"
+                    f"{name_of(row)} on {100 * row['fraction']:g} % of {row['task']}, {parameters(row) or 'unknown'} "
+                    f"trained parameters, LoRA {parameters(lora) or 'unknown'}: {_points(row['over_lora'])}{beside}; "
+                    f"lowest seeds {min(row['accuracies_pct']):.1f} %, LoRA's {min(lora['accuracies_pct']):.1f} %{edge}"
                 ),
             )
 
