@@ -88,7 +88,7 @@ def test_a_config_without_arguments_is_the_default_of_the_specification():
 
 
 def test_rank_and_alpha_of_a_layer_go_before_those_of_the_config():
-    config = HoraConfig(r=4, hora_alpha=6.0)
+    config = HoraConfig(r=4, hora_alpha=6)
     assert config.spec() == AdapterSpec(4, alpha=6.0)
     assert config.spec(rank=9, alpha=5.0) == AdapterSpec(9, alpha=5.0)
     rooted = HoraConfig(r=4, hora_alpha=6.0, use_rslora=True)

@@ -1,8 +1,11 @@
 """Weights that torch distributes, told in one process; several processes are in `test_parallel.py`."""
 
+import hora_torch
+import peft
 import pytest
 import torch
 from hora_spec import AdapterSpec, HoraError, LayerShape
+from hora_torch import HoraConfig
 from hora_torch.hypernet import HoraHypernet
 from hora_torch.merging import merged_weight
 from hora_torch.stored import stored_weight
@@ -48,3 +51,12 @@ def test_a_parameter_that_is_still_sharded_is_refused(one_process):
     hypernet.b_in = nn.Parameter(distribute_tensor(hypernet.b_in.detach(), one_process, [Shard(0)]))
     with pytest.raises(HoraError, match="b_in is sharded"):
         hypernet()
+
+
+def test_an_adapter_of_which_a_process_has_a_part_is_not_taken_out(one_process):
+    config = HoraConfig(r=2, target_modules=["0"], num_heads=2)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
+    hypernet = model.base_model.model[0].hora_hyper["default"]
+    hypernet.b_in = nn.Parameter(distribute_tensor(hypernet.b_in.detach(), one_process, [Shard(0)]))
+    with pytest.raises(HoraError, match=r"b_in is sharded: gather"):
+        hora_torch.to_adapter(model)

@@ -132,6 +132,17 @@ def test_each_of_two_adapters_is_taken_out_by_its_name(families, tmp_path):
         assert json.loads((tmp_path / f"lora-{name}" / "adapter_config.json").read_text())["r"] == rank
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_adapter_of_16_bits_is_taken_out_exactly(families, dtype):
+    model = peft.get_peft_model(families["llama"].model().to(dtype), HoraConfig(**SMALL), autocast_adapter_dtype=False)
+    state = peft.get_peft_model_state_dict(model)
+    for layer in hora_torch.to_adapter(model).layers.values():
+        for param, value in layer.params.items():
+            stored = state[f"base_model.model.{layer.leader}.hora_hyper.{param}"]
+            assert (stored.dtype, value.dtype) == (dtype, np.float32)
+            np.testing.assert_array_equal(value, stored.float())
+
+
 def test_an_adapter_at_another_scale_is_not_taken_out(families, tmp_path):
     model = adapted(families["llama"])
     layer = next(module for module in model.modules() if isinstance(module, HoraLayer))
