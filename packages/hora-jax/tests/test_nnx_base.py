@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from hora_jax import Target, init, make_plan
 from hora_jax.modules import holds_nodes
-from hora_jax.nnx import HoraModel
+from hora_jax.nnx import HoraModel, HoraParam
 from hora_spec import HoraError
 
 
@@ -241,6 +241,24 @@ def test_names_of_python_are_no_settings_of_the_base(model):
     assert not hasattr(model, "__marker__")
     with pytest.raises(AttributeError, match="'HoraModel' object has no attribute 'width'"):
         _ = HoraModel.__new__(HoraModel).width
+
+
+def test_a_cached_property_is_that_of_the_weights_that_are_asked(model):
+    """Of the base, of what is merged, and of each state of the adapter."""
+    own = model.base.cached
+    for _ in range(2):
+        adapted, merged = model.apply(lambda base: base.cached), model.merged()
+        np.testing.assert_allclose(adapted, merged.proj.kernel[...].sum(), rtol=1e-5)
+        np.testing.assert_array_equal(merged.cached, merged.proj.kernel[...].sum())
+        assert abs(adapted - own) > 1e-3
+        assert model.base.cached is own
+        for variable in jax.tree.leaves(nnx.state(model, HoraParam), is_leaf=lambda v: isinstance(v, nnx.Variable)):
+            variable[...] = variable[...] * 2
+
+
+def test_a_setting_that_is_stored_past_the_class_s_own_ways_is_kept(model):
+    model.apply(lambda base: object.__setattr__(base, "noted", 3))
+    assert model.base.noted == 3
 
 
 def test_a_setting_of_the_class_is_that_of_the_base_and_no_copy(model):

@@ -185,8 +185,10 @@ def replace_weights(params: Any, new: Mapping[str, jax.Array]) -> Any:
         got = unknown if isinstance(new, Mapping) else repr(new)
         raise HoraError(f"leaves are replaced by their paths in the tree, got {got}: see hora_jax.weights")
     if nnx := nnx_of(params):
+        from hora_jax.modules import recomputed
+
         graph, state = nnx.split(params)
-        return nnx.merge(graph, replace_weights(state, new))
+        return recomputed(nnx.merge(graph, replace_weights(state, new)))
     by_keys = {leaf.keys: new[path] for path, leaf in leaves(params).items() if path in new}
     return jax.tree_util.tree_map_with_path(lambda keys, leaf: by_keys.get(keys, leaf), params)
 

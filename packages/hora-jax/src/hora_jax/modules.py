@@ -45,7 +45,7 @@ class Modules:
 
         def call(base: nnx.State) -> tuple[Any, nnx.State, Settings, dict[str, jax.Array]]:
             state = jax.tree.map(lambda leaf: leaf, nnx.State({**self._state, 0: base}))  # variables of this trace
-            before, nodes = _values(state), nnx.merge(self._graph, state)
+            before, nodes = _values(state), recomputed(nnx.merge(self._graph, state))
             parts = [(node, dict(vars(node))) for node in _parts(nodes)]
             inner = iter(nodes)
             model, args, kwargs = self._tree.unflatten([next(inner) if is_node(v) else v for v in self._leaves])
@@ -71,6 +71,20 @@ class Modules:
 
 
 _NEW = (None, None)
+
+
+def recomputed(nodes: Any) -> Any:
+    """The nodes themselves, whose cached properties are computed when they are asked for: they may have read weights
+    that are others now.
+    """
+    for part in _parts(nodes):
+        for name in [name for name in vars(part) if _is_cached(part, name)]:
+            del vars(part)[name]
+    return nodes
+
+
+def _is_cached(node: Any, name: str) -> bool:
+    return isinstance(inspect.getattr_static(type(node), name, None), functools.cached_property)
 
 
 def is_node(value: Any) -> bool:
@@ -123,7 +137,7 @@ def _is_full(cell: Any) -> bool:
         return False
 
 
-def _parts(nodes: Sequence[Any]) -> Iterator[Any]:
+def _parts(nodes: Any) -> Iterator[Any]:
     """Every module in the graph, in its order."""
     return (node for _, node in nnx.iter_graph(nodes) if isinstance(node, nnx.Pytree))
 
@@ -155,7 +169,7 @@ def _settings(parts: list[tuple[Any, dict[str, Any]]]) -> Settings:
         now = vars(node)
         for name in dict.fromkeys([*before, *now]):
             value, was = now.get(name, _NEW), before.get(name, _NEW)
-            if value is was or name.startswith("_pytree__"):
+            if value is was or name.startswith("_pytree__") or _is_cached(node, name):
                 continue
             if isinstance(value, nnx.Pytree):
                 raise HoraError(
