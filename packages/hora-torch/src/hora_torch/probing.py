@@ -38,7 +38,7 @@ class Record:
 
 @contextmanager
 def recorded(
-    model: nn.Module, attentions: Mapping[str, set[str]], *, norms: bool = True
+    model: nn.Module, attentions: Mapping[str, set[str]], *, norms: bool
 ) -> Generator[dict[str, Record], None, None]:
     """Records of calls of attention modules: path to the names of the adapted children; `norms` inside may be skipped.
 
@@ -52,8 +52,6 @@ def recorded(
             for name, module in attention.named_modules():
                 if name in adapted:
                     stack.enter_context(module.register_forward_hook(_leaf(record, name)))
-                elif name.partition(".")[0] in adapted:
-                    continue
                 elif is_supported(base_module(module)):
                     stack.enter_context(module.register_forward_hook(_input(record)))
                 elif not norms and _is_norm(module):

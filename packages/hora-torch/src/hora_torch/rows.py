@@ -80,7 +80,7 @@ def _fault(probe: Probe, plan: list[_Planned], q: _Planned, v: _Planned | None) 
             own = _head(part, narrow if part.role == "v" else wide)
             if own != heads[column] * part.site.projection.num_heads // q.site.projection.num_heads:
                 return f"q and {part.role} of one head are planned as different heads"
-    if head is not None and (head >= probe.width or heads[0] != heads[head - 1] or heads[0] == heads[head]):
+    if head is not None and (heads.get(head - 1) != heads[0] or heads.get(head) == heads[0]):
         return f"the heads of the attention have another width than a planned head of v, {head}"
     return ""
 

@@ -72,7 +72,7 @@ def _gradients(output: Tensor, leaves: list[Tensor]) -> list[Tensor | None]:
     direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
     graded = [leaf for leaf in leaves if leaf.requires_grad]
     found: tuple[Tensor | None, ...] = (None,) * len(graded)
-    if output.requires_grad:
+    if graded and output.requires_grad:
         found = torch.autograd.grad((output * direction).sum(), graded, allow_unused=True)
     given = dict(zip(map(id, graded), found, strict=True))
     return [given.get(id(leaf)) for leaf in leaves]

@@ -3,14 +3,14 @@
 All passes must see one function, which each checks by the loss: at a delta of zero it has one value.
 """
 
-from collections.abc import Callable, Generator, Mapping, MutableMapping, MutableSequence, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, MutableMapping, MutableSequence, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from typing import Any
 
 import numpy as np
 import torch
-from hora_spec import Factors, HoraError, LayerShape, Moments
+from hora_spec import Factors, HoraError, Moments
 from hora_spec.joint import LOSS_SCALE, Probes
 from torch import Tensor, nn
 
@@ -23,15 +23,15 @@ Loss = Callable[[nn.Module, Any], Tensor]
 class _Probe(nn.Module):
     """Stands in the place of a hypernetwork and hands out given factors, whose delta is unscaled."""
 
-    def __init__(self, layer: LayerShape, scaling: float, factors: Mapping[str, Factors]) -> None:
+    def __init__(self, scaling: float, factors: Mapping[str, Factors]) -> None:
         super().__init__()
-        self.layer, self.gain, self.factors = layer, 1 / scaling, factors
+        self.gain, self.factors = 1 / scaling, factors
 
     def registered(self) -> None:
         """Nothing is kept for it."""
 
-    def forward(self, projections: Sequence[str] | None = None, *, gained: bool = True) -> dict[str, Factors]:
-        return {p: self.factors[p] for p in (self.layer if projections is None else projections)}
+    def forward(self, projections: Iterable[str], *, gained: bool) -> dict[str, Factors]:
+        return {p: self.factors[p] for p in projections}
 
 
 class Trial:
@@ -105,7 +105,7 @@ class Trial:
                 given = {}
                 for p, probe in probes[hypernet.name].items():
                     leaves[hypernet.name, p], given[p] = factors(hypernet, p, _tensor(probe, leader, hypernet))
-                probe = _Probe(hypernet.layer, leader.scaling[self.name], given)
+                probe = _Probe(leader.scaling[self.name], given)
                 stack.enter_context(_in_place_of(leader, self.name, probe))
             sums = self._summed(leaves)
         count = _over_processes(torch.tensor(float(len(self.batches)), device=next(iter(sums.values())).device))

@@ -10,6 +10,7 @@ from hora_spec import HoraError, Site
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hora_torch.comparing import Outputs, one_rounding_away
 from hora_torch.findings import Finding, Report, Verdict
 from hora_torch.hypernet import HoraHypernet
 from hora_torch.layer import HoraLayer
@@ -118,7 +119,7 @@ class _Trial:
         finally:
             for module, mode in modes:
                 module.training = mode
-            for config, use_cache in reversed(caches):
+            for config, use_cache in caches:
                 config.use_cache = use_cache
             with torch.no_grad():
                 for param, value, requires_grad in kept:
@@ -210,11 +211,11 @@ class _Trial:
         """How far the output moves when those of the adapted modules move by one rounding each."""
         with ExitStack() as stack:
             for layer in self.layers.values():
-                stack.enter_context(layer.register_forward_hook(_rounded))
+                stack.enter_context(layer.register_forward_hook(one_rounding_away))
             return float((self._evaluate() - adapted).norm())
 
     def _merging(self, matters: bool) -> Iterator[Finding]:
-        adapted, again, merged = self._evaluate(), self._evaluate(), None
+        adapted, again = self._evaluate(), self._evaluate()
         for layer in self.layers.values():
             layer._disable_adapters = True
         try:
@@ -244,35 +245,12 @@ class _Trial:
             return
         half = any(bits.element_size() < 4 for _, bits in before)
         restored = all(torch.equal(place.bits(), bits) for place, bits in before)
-        compared = _compared(base, adapted, again, merged, half)
-        exact, off = restored and not half, float((merged - adapted).norm())
-        if compared[0] == "wrong" and exact and off <= 8 * self._of_rounding(adapted):
-            compared = "unknown", f"{compared[1]}; so much does rounding alone"
-        if compared[0] == "wrong" and lost:
-            compared = "unknown", f"{compared[1]}; rounding to codes loses up to {lost:.0%} of the update"
-        if torch.equal(base, adapted):
-            compared = ("wrong", "the adapters change no output") if matters else ("unknown", _NO_PART)
+        compared: tuple[Verdict, str] = ("wrong", "the adapters change no output") if matters else ("unknown", _NO_PART)
+        if not torch.equal(base, adapted):
+            outputs = Outputs(base, adapted, again, merged, half, restored, lost)
+            compared = outputs.compared(lambda: self._of_rounding(adapted))
         yield Finding("computes the same merged", "the model", *compared)
         yield Finding("is restored by unmerging", "the model", "ok" if restored else "wrong")
-
-
-def _rounded(_: nn.Module, __: Any, y: Any) -> Any:
-    """An output in which each number is one rounding away, up or down."""
-    if not isinstance(y, Tensor):
-        return y
-    up = torch.rand(y.shape, generator=torch.Generator().manual_seed(0)).to(y.device) < 0.5
-    return torch.where(up, y.nextafter(torch.full_like(y, torch.inf)), y.nextafter(torch.full_like(y, -torch.inf)))
-
-
-def _compared(base: Tensor, adapted: Tensor, again: Tensor, merged: Tensor, half: bool) -> tuple[Verdict, str]:
-    """Whether merging changes nothing, measured by what the adapters change; rounding shows, above all in 16 bits."""
-    effect, noise, off = (float((one - adapted).norm()) for one in (base, again, merged))
-    bound = 0.5 * effect if half else 1e-3 * effect + 1e-5 * float(adapted.norm())
-    if not noise <= bound:
-        return "unknown", "the model answers one batch in two ways, from one seed"
-    if not half and bound > 0.1 * effect:
-        return "unknown", "the adapters change the output by no more than rounding does"
-    return ("ok", "") if off <= bound else ("wrong", f"merging is off by {off / effect:.2g} of the update's effect")
 
 
 def _stir(hypernet: HoraHypernet) -> None:
