@@ -258,3 +258,30 @@ def test_dropout_of_inputs_averages_to_the_branch_and_of_weights_to_the_attentio
             drawn = attention.train()(x, x, x, need_weights=weights)[0]
             assert drawn.std(0).min() > 0.05
             torch.testing.assert_close(drawn.mean(0, keepdim=True), expected, rtol=0, atol=0.02)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_transformer_encoder_takes_padded_batches():
+    """In evaluation it passes nested tensors to its layers."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 48, dropout=0.0, batch_first=True)
+    base = nn.TransformerEncoder(layer, 2).eval()
+    x, padding = torch.randn(2, 6, 32), torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
+    model = peft.get_peft_model(base, HoraConfig(r=2, init_weights=False)).eval()
+    with torch.no_grad():
+        nested = model(x, src_key_padding_mask=padding)
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            plain = model(x, src_key_padding_mask=padding)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+    torch.testing.assert_close(nested[~padding], plain[~padding], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_gradients_pass_through_padded_batches():
+    layer = nn.TransformerEncoderLayer(32, 4, 48, dropout=0.0, batch_first=True)
+    model = peft.get_peft_model(nn.TransformerEncoder(layer, 1).eval(), HoraConfig(r=2, init_weights=False)).eval()
+    padding = torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
+    model(torch.randn(2, 6, 32), src_key_padding_mask=padding).square().sum().backward()
+    assert all(param.grad is not None for param in model.parameters() if param.requires_grad)

@@ -9,7 +9,11 @@ from hora_spec import HoraError, Layout
 from hora_torch.quantized import CodedWeight, Rounding, backend_of
 from torch import nn
 
-from .quantised_models import RowBackend, RowCodes
+from .quantised_models import (
+    RowBackend,
+    RowCodes,
+    row_backend,  # noqa: F401, a fixture
+)
 
 ROWS, EMBED = 6, 8
 
@@ -305,11 +309,16 @@ def test_plain_weights_are_no_codes(linear):
     assert backend_of(linear, {}) is None
 
 
-def torchao(setting, **options):
+def torchao(setting, group=None, mapping_type="SYMMETRIC"):
     from torchao import quantization
 
-    if options:
-        options = {"weight_dtype": torch.int4, "granularity": quantization.granularity.PerGroup(options["group"])}
+    options = {}
+    if group is not None:
+        kind = getattr(quantization.quant_primitives.MappingType, mapping_type)
+        granularity = quantization.granularity.PerGroup(group)
+        options = {"granularity": granularity}
+        if setting.startswith("Intx"):
+            options |= {"weight_dtype": torch.int4, "mapping_type": kind}
     model = nn.Sequential(nn.Linear(64, 32))
     quantization.quantize_(model, getattr(quantization, setting)(**options))
     return model[0]
@@ -324,10 +333,28 @@ def quanto():
     return model[0]
 
 
+def bitsandbytes():
+    from bitsandbytes.nn import Linear4bit
+
+    linear = Linear4bit(64, 32, quant_type="nf4")
+    linear.load_state_dict(nn.Linear(64, 32).state_dict())
+    linear.support_avx512bf16_for_cpu = False
+    return linear.to("cpu")
+
+
+def has_zeros(linear):
+    """Whether a code other than zero stands for zero."""
+    zeros = getattr(linear.weight, "zero_point", None)
+    return zeros is not None and bool((zeros != 0).any())
+
+
 LIBRARIES = {
     "torchao by rows": ("torchao", lambda: torchao("Int8WeightOnlyConfig")),
+    "torchao by groups of eight bits": ("torchao", lambda: torchao("Int8WeightOnlyConfig", group=32)),
     "torchao by groups": ("torchao", lambda: torchao("IntxWeightOnlyConfig", group=32)),
+    "torchao with zeros": ("torchao", lambda: torchao("IntxWeightOnlyConfig", group=32, mapping_type="ASYMMETRIC")),
     "torchao in floats": ("torchao", lambda: torchao("Float8WeightOnlyConfig")),
+    "bitsandbytes": ("bitsandbytes", bitsandbytes),
     "quanto": ("optimum.quanto", quanto),
 }
 
@@ -344,10 +371,23 @@ def test_codes_of_a_library_are_requantised_as_they_were_and_are_not_trained(nam
     a, b = torch.randn(2, 64) / 8, torch.randn(32, 2) / 8
     merged, rounding = plus(stored, [(Layout("(h k) d"), a, b, 1.0)])
     assert 0 < rounding.delta < 0.5
-    own = stored.value()
+    if name == "bitsandbytes":  # where each knows the other, also while a sum is tried
+        assert linear.weight.module is linear
+        assert linear.quant_state is linear.weight.quant_state
+    own, bits = stored.value(), stored.bits().clone()
+    assert bits.element_size() == 1
+    assert bits.numel() == linear.weight.numel()
     stored.write(merged)
+    assert not torch.equal(stored.bits(), bits)
+    assert has_zeros(linear) == (name == "torchao with zeros")
     assert (stored.backend.get_base_weight(linear) - before - b @ a).norm() <= 0.5 * (b @ a).norm()
     assert type(linear.weight) is type(own["weight"])
     assert not linear.weight.requires_grad
     stored.write(own)
     assert torch.equal(stored.backend.get_base_weight(linear), before)
+    assert torch.equal(stored.bits(), bits)
+
+
+def test_codes_of_other_libraries_are_peft_s_to_read():
+    assert isinstance(backend_of(coded().module, {}), RowBackend)
+    assert backend_of(nn.Bilinear(2, 2, 2), {}) is None

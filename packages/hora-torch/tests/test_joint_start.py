@@ -82,6 +82,11 @@ def test_each_setting_is_handed_on_and_its_default_is_that_of_the_specification(
         assert not same(started(**{name: others[name]}), usual), name
 
 
+def test_first_probes_are_those_of_the_config_s_seed():
+    assert same(joint_a(adapted(seed=0), batches(), loss), started())
+    assert not same(joint_a(adapted(seed=1), batches(), loss), started())
+
+
 @pytest.mark.parametrize(
     ("kwargs", "passes"), [({}, 5), ({"power": 2}, 7), ({"of": "inputs"}, 4), ({"scale": "rows"}, 4)]
 )

@@ -277,6 +277,21 @@ def test_what_adapters_are_made_of_is_no_target(families, targets):
     assert hora_torch.plan(adapted(families["llama"]), config).layers == expected
 
 
+def test_all_linear_takes_attention_whole_and_leaves_out_what_nobody_knows():
+    model = nn.Sequential(nn.MultiheadAttention(32, 4), nn.Linear(32, 8), Attention(fused=True, num_heads=4))
+    plan = hora_torch.plan(model, HoraConfig(r=2, target_modules="all-linear"))
+    assert [layer.modules for layer in plan.layers] == [["0"], ["1"]]
+    assert list(plan.left_out) == ["2"]
+    assert plan.target_modules == {"0", "1"}
+
+
+def test_targets_are_named_anew_where_something_is_left_out_alone():
+    model = nn.Sequential(Attention(head_dim=8), Attention(num_heads=3))
+    assert hora_torch.plan(model, HoraConfig(r=2)).target_modules == {"0.q_proj", "0.v_proj"}
+    said = {"0.q_proj", "0.v_proj"}
+    assert hora_torch.plan(nn.Sequential(model[0]), HoraConfig(r=2, target_modules=said)).target_modules == said
+
+
 def test_roles_that_occur_twice_in_a_layer_are_told_apart_by_their_modules():
     class Two(nn.Module):
         def __init__(self):
@@ -362,30 +377,3 @@ def test_projections_that_were_fused_later_are_told_apart():
     assert fused.modules == ["0.to_qkv"]
     every = hora_torch.plan(model, HoraConfig(r=2, target_modules=["to_q", "to_v", "to_qkv"])).layers[0]
     assert list(every.sites) == ["to_q", "to_v", "to_qkv_q", "to_qkv_v"]
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-def test_a_transformer_encoder_takes_padded_batches():
-    """In evaluation it passes nested tensors to its layers."""
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(32, 4, 48, dropout=0.0, batch_first=True)
-    base = nn.TransformerEncoder(layer, 2).eval()
-    x, padding = torch.randn(2, 6, 32), torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
-    model = peft.get_peft_model(base, HoraConfig(r=2, init_weights=False)).eval()
-    with torch.no_grad():
-        nested = model(x, src_key_padding_mask=padding)
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            plain = model(x, src_key_padding_mask=padding)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(True)
-    torch.testing.assert_close(nested[~padding], plain[~padding], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-def test_gradients_pass_through_padded_batches():
-    layer = nn.TransformerEncoderLayer(32, 4, 48, dropout=0.0, batch_first=True)
-    model = peft.get_peft_model(nn.TransformerEncoder(layer, 1).eval(), HoraConfig(r=2, init_weights=False)).eval()
-    padding = torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
-    model(torch.randn(2, 6, 32), src_key_padding_mask=padding).square().sum().backward()
-    assert all(param.grad is not None for param in model.parameters() if param.requires_grad)

@@ -68,6 +68,23 @@ def test_parts_that_are_not_wanted_are_refused():
         hora_torch.plan(nn.Sequential(Mixed("mixed")), HoraConfig(r=2, **said))
 
 
+NO_TARGETS = {
+    "0": "LayerNorm at '0'",
+    "1.out_proj": "NonDynamicallyQuantizableLinear at '1.out_proj': its forward is never called, target the "
+    "MultiheadAttention",
+    "2": "Conv1d at '2': layouts have no axis for a wider kernel, and none for padding (spec L1)",
+}
+
+
+@pytest.mark.parametrize("name", NO_TARGETS)
+def test_what_is_no_map_or_is_never_called_is_refused_with_the_reason(name):
+    model = nn.Sequential(nn.LayerNorm(4), nn.MultiheadAttention(4, 2), nn.Conv1d(4, 4, 3))
+    with pytest.raises(HoraError) as caught:
+        list(sites.find_sites(model, name, HoraConfig()))
+    start = "targets are Linear, Conv1D and MultiheadAttention modules, and convolutions with a kernel of one, got "
+    assert str(caught.value) == start + NO_TARGETS[name]
+
+
 class Deep(nn.Module):
     """Calls a map under a path of two names."""
 
@@ -177,6 +194,22 @@ def test_keys_of_a_known_class_are_not_said_to_be_adapted_where_they_are_named()
     assert [sites.where_named(attention, name) for name in ("Wq", "Wk", "Wv", "dense")] == [None] * 4
     model = tf.Mamba2Model(tf.Mamba2Config(hidden_size=16, num_heads=4, head_dim=8, num_hidden_layers=1, vocab_size=8))
     assert "holds x, b, c" in sites.where_named(model, "layers.0.mixer.in_proj")
+    assert not sites.is_candidate(model, "layers.0.mixer.in_proj")
+    assert [name for name in ("Wq", "Wk", "Wv", "dense") if sites.is_candidate(attention, name)] == ["Wq", "Wv"]
+
+
+@pytest.mark.parametrize(
+    ("order", "holds"),
+    [("rows:1", "rows of no head"), ("qk:4*4", "keys that are queries or values, too"), ("q:4*4", None), ("k v", None)],
+)
+def test_rows_that_are_no_queries_or_values_alone_are_told_of(order, holds, monkeypatch):
+    monkeypatch.setattr(sites, "row_order", lambda _, own: Order.parse(order) if own == "mixed" else None)
+    reason = sites.where_named(nn.Sequential(Mixed("mixed")), "0.mixed")
+    assert reason == (
+        holds
+        and f"what is neither q nor v is adapted where it is named, 'mixed' of Mixed holds {holds}: add "
+        "it to target_modules"
+    )
 
 
 class Indirect(Attention):

@@ -174,14 +174,19 @@ def test_all_passes_see_one_function_whatever_is_drawn_or_taken_out():
 )
 def test_a_loss_that_takes_another_value_is_refused(dtype, bound):
     for off, refused in ((0.97 * bound, False), (1.03 * bound, True)):
-        values = iter([1.0, 1.0 + off])
+        values = iter([4.0, 4.0 * (1.0 + off)])
         made, _ = trial(lambda model, batch, values=values: torch.tensor(next(values)), model=Attention().to(dtype))
         made._value(0)
         if refused:
-            with pytest.raises(HoraError, match="all passes see one function, got a loss of 1 and then"):
+            with pytest.raises(HoraError, match="all passes see one function, got a loss of 4 and then"):
                 made._value(0)
         else:
             made._value(0)
+
+
+def test_a_loss_of_nothing_may_be_computed_again():
+    made, _ = trial(lambda model, batch: torch.tensor(0.0))
+    assert [float(made._value(0)) for _ in range(2)] == [0, 0]
 
 
 LOSSES = {

@@ -4,6 +4,7 @@ import peft
 import pytest
 import torch
 from hora_spec import HoraError
+from hora_torch.layer import HoraLayer
 
 from .oracle import adapted, agree, assert_unchanged, config, evaluate, parameters, snapshot
 
@@ -140,3 +141,21 @@ def test_a_second_config_that_does_not_fit_leaves_the_first(family, name):
     assert_unchanged(model, before)
     model.add_adapter("other", config())
     assert sorted(model.peft_config) == ["default", "other"]
+
+
+def test_an_unmerge_refused_in_the_last_layer_leaves_the_first_merged(family):
+    model = adapted(family)
+    model.merge_adapter()
+    first, *_, last = (module for module in model.modules() if isinstance(module, HoraLayer))
+    merged = last.base_layer.weight.detach().clone()
+    with torch.no_grad():
+        last.base_layer.weight[0, 0] += 1
+    before = snapshot(model)
+    with pytest.raises(HoraError, match="opposite order"):
+        model.unmerge_adapter()
+    assert_unchanged(model, before)
+    assert first.merged
+    with torch.no_grad():
+        last.base_layer.weight.copy_(merged)
+    model.unmerge_adapter()
+    assert not any(module.merged for module in (first, last))

@@ -198,7 +198,7 @@ class _Quanto(QuantizationBackend):
 
     def set_base_weight(self, peft_layer: Any, weight_data: Tensor) -> None:
         base = peft_layer.get_base_layer()
-        base.weight = nn.Parameter(weight_data, requires_grad=False)
+        base.weight = nn.Parameter(weight_data)
         base.freeze()
         base.weight.requires_grad_(False)
 
