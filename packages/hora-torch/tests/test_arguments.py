@@ -11,7 +11,7 @@ import hora_torch
 import peft
 import pytest
 import torch
-from hora_spec import AdapterSpec, HoraError
+from hora_spec import HoraError
 from hora_torch import HoraConfig
 from hora_torch.foreign import UnknownArgumentError
 
@@ -76,40 +76,6 @@ def test_a_config_file_of_a_newer_version_is_still_peft_s_warning():
     with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['newer'\]"):
         config = HoraConfig.from_peft_type(peft_type="HORA", r=3, newer=1)
     assert config.r == 3
-
-
-def test_a_config_without_arguments_is_the_default_of_the_specification():
-    assert HoraConfig().spec() == AdapterSpec(8)
-    assert {name: getattr(HoraConfig(), name) for name in ("seed", "init_weights", "r")} == {
-        "seed": 0,
-        "init_weights": True,
-        "r": 8,
-    }
-
-
-def test_rank_and_alpha_of_a_layer_go_before_those_of_the_config():
-    config = HoraConfig(r=4, hora_alpha=6)
-    assert config.spec() == AdapterSpec(4, alpha=6.0)
-    assert config.spec(rank=9, alpha=5.0) == AdapterSpec(9, alpha=5.0)
-    rooted = HoraConfig(r=4, hora_alpha=6.0, use_rslora=True)
-    assert rooted.spec().scaling == 3
-    assert rooted.spec(rank=9, alpha=5.0).scaling == pytest.approx(5 / 3)
-    assert HoraConfig(r=4, use_rslora=True, alpha_pattern={"x": 6}).spec().alpha is None
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "error", "message"),
-    [
-        ({"target_modules": ".*q", "layers_to_transform": [0]}, HoraError, "numbers into the regex"),
-        ({"target_modules": ["q"], "layers_pattern": "h"}, HoraError, "layers_pattern needs layers_to_transform"),
-        ({"row_order": {"qkv": "q, nonsense("}}, HoraError, "an order of rows names its parts"),
-        ({"task_type": "NO_SUCH_TASK"}, ValueError, "NO_SUCH_TASK"),
-    ],
-)
-def test_what_a_config_cannot_mean_is_refused_when_it_is_made(kwargs, error, message):
-    with pytest.raises(error, match=message):
-        HoraConfig(**kwargs)
-    HoraConfig(target_modules=["q"], layers_to_transform=[0], layers_pattern="h")
 
 
 def test_rslora_divides_by_the_root_of_the_rank_in_every_reader(llama, tmp_path):

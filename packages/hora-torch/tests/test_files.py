@@ -1,6 +1,5 @@
 """Adapters on disk: PEFT's directory is the specification's directory, in both directions, and LoRA of the same."""
 
-import inspect
 import json
 
 import hora_spec
@@ -12,7 +11,6 @@ import torch
 import transformers
 from hora_spec import HoraError
 from hora_torch import HoraConfig
-from hora_torch.layer import HoraLayer
 from safetensors.torch import load_file, save_file
 
 SMALL = {"r": 2, "hidden_dim": 6, "head_embed_dim": 5, "init_weights": False}
@@ -113,62 +111,6 @@ def test_exporting_needs_a_known_adapter(families, tmp_path):
     model = adapted(families["llama"])
     with pytest.raises(HoraError, match="default"):
         hora_torch.export_lora(model, tmp_path, adapter_name="other")
-
-
-def test_each_of_two_adapters_is_taken_out_by_its_name(families, tmp_path):
-    model = adapted(families["llama"])
-    model.add_adapter("other", HoraConfig(**SMALL | {"r": 3}))
-    with pytest.raises(HoraError, match=r"one of \['default', 'other'\], got None"):
-        hora_torch.to_adapter(model)
-    model.save_pretrained(tmp_path)
-    for name, folder, rank in (("default", tmp_path, 2), ("other", tmp_path / "other", 3)):
-        ours, theirs = hora_torch.to_adapter(model, name), hora_spec.load_adapter(folder)
-        assert ours.layers.keys() == theirs.layers.keys()
-        for key, layer in ours.layers.items():
-            assert layer.spec.rank == rank
-            for param, value in layer.params.items():
-                np.testing.assert_array_equal(value, theirs.layers[key].params[param])
-        hora_torch.export_lora(model, tmp_path / f"lora-{name}", adapter_name=name)
-        assert json.loads((tmp_path / f"lora-{name}" / "adapter_config.json").read_text())["r"] == rank
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_an_adapter_of_16_bits_is_taken_out_exactly(families, dtype):
-    model = peft.get_peft_model(families["llama"].model().to(dtype), HoraConfig(**SMALL), autocast_adapter_dtype=False)
-    state = peft.get_peft_model_state_dict(model)
-    for layer in hora_torch.to_adapter(model).layers.values():
-        for param, value in layer.params.items():
-            stored = state[f"base_model.model.{layer.leader}.hora_hyper.{param}"]
-            assert (stored.dtype, value.dtype) == (dtype, np.float32)
-            np.testing.assert_array_equal(value, stored.float())
-
-
-def test_an_adapter_at_another_scale_is_not_taken_out(families, tmp_path):
-    model = adapted(families["llama"])
-    layer = next(module for module in model.modules() if isinstance(module, HoraLayer))
-    layer.set_scale("default", 2)
-    for take in (hora_torch.to_adapter, lambda model: hora_torch.export_lora(model, tmp_path / "lora")):
-        with pytest.raises(
-            HoraError, match=r"'default' acts at 2 times its scale in 'base_model\.model\.model\.layers"
-        ):
-            take(model)
-
-
-def test_every_option_of_the_export_is_hora_spec_s(families, tmp_path):
-    options = {"dtype", "compact", "for_server"}
-    ours, theirs = (inspect.signature(fn).parameters for fn in (hora_torch.export_lora, hora_spec.export_lora))
-    assert {name: ours[name].default for name in options} == {name: theirs[name].default for name in options}
-    model = adapted(families["llama"], rank_pattern={"layers.1.self_attn.[qv]_proj": 3})
-    hora_torch.export_lora(model, tmp_path / "a", dtype=np.float16)
-    assert {value.dtype for value in load_file(tmp_path / "a" / "adapter_model.safetensors").values()} == {
-        torch.float16
-    }
-    for compact in (False, True):
-        hora_torch.export_lora(model, tmp_path / f"{compact}", compact=compact)
-        config = json.loads((tmp_path / f"{compact}" / "adapter_config.json").read_text())
-        assert bool(config.get("rank_pattern")) == compact
-    with pytest.raises(HoraError, match="no such server"):
-        hora_torch.export_lora(model, tmp_path / "c", for_server="no such server")
 
 
 def test_embeddings_that_were_resized_are_taken_out_as_peft_saves_them(families, tmp_path):

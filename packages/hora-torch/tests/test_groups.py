@@ -1,7 +1,5 @@
 """Parameter groups: A and B apart, everything once, nothing by a name that HoRA does not have."""
 
-import inspect
-
 import hora_torch
 import peft
 import peft.optimizers
@@ -159,21 +157,6 @@ def test_each_of_peft_s_optimisers_refuses_hora_and_still_takes_lora(families, n
     loss.backward()
     optimiser.step()
     assert any(bool(value.any()) for key, value in lora.state_dict().items() if "lora_B" in key)
-
-
-def test_what_was_exchanged_in_peft_still_looks_as_it_did():
-    from peft.optimizers import lorafa, loraplus
-    from peft.utils import hotswap
-
-    exchanged = loraplus.get_parameter_names, lorafa.LoraFAOptimizer.__init__, hotswap.hotswap_adapter_from_state_dict
-    assert [fn.__name__ for fn in exchanged] == [
-        "get_parameter_names",
-        "__init__",
-        "hotswap_adapter_from_state_dict",
-    ]
-    assert [next(iter(inspect.signature(fn).parameters)) for fn in exchanged] == ["model", "self", "model"]
-    for fn in exchanged:
-        assert inspect.signature(fn) == inspect.signature(fn.__wrapped__)
 
 
 def test_knowing_hora_twice_is_harmless():

@@ -1,8 +1,5 @@
 """The joint start of A on real modules, against gradients of the weights that are formed whole."""
 
-import inspect
-
-import hora_spec
 import hora_torch
 import numpy as np
 import peft
@@ -182,21 +179,6 @@ def test_the_models_own_loss_is_the_default(families):
         np.testing.assert_array_equal(own["a.q"], named[name]["a.q"])
 
 
-def test_i7_every_option_reaches_the_search_and_their_defaults_are_its_own(families, monkeypatch):
-    given = {"of": "inputs", "scale": "rows", "together": True, "power": 3, "oversample": 5}
-    ours, theirs = (inspect.signature(fn).parameters for fn in (joint_a, hora_spec.joint_start))
-    assert {name: ours[name].default for name in given} == {name: theirs[name].default for name in given}
-    seen = {}
-
-    def search(layers, measure, **options):
-        seen.update(options)
-        return hora_spec.joint_start(layers, measure, **options)
-
-    monkeypatch.setattr("hora_torch.joint.joint_start", search)
-    joint_a(adapted(families["llama"], seed=7), batches(families["llama"]), loss, **given)
-    assert seen == {**given, "seed": 7}
-
-
 def test_i7_dropout_of_the_adapter_is_off_while_it_measures_and_on_afterwards(families):
     family = families["llama"]
     plain, dropping = adapted(family), adapted(family, hora_dropout=0.5).train()
@@ -236,11 +218,6 @@ def without_end(model, batch):
 def test_i7_a_layer_that_the_loss_tells_nothing_about_is_answered(families, loss, options, message):
     with pytest.raises(HoraError, match=rf"{message}.*\(spec I7\)"):
         joint_a(adapted(families["llama"], r=1), batches(families["llama"])[:1], loss, **options)
-
-
-def test_i7_values_that_are_elsewhere_are_not_started(families):
-    with pytest.raises(HoraError, match=r"are not here: start it before.*\(spec I7\)"):
-        joint_a(adapted(families["llama"]).to("meta"), batches(families["llama"]), loss)
 
 
 def test_a_failure_changes_nothing(families):

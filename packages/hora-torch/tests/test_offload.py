@@ -158,16 +158,6 @@ def test_an_offloaded_adapter_is_exported_right_or_refused(families, offload, tm
     agree_or_refuse(compute, expected)
 
 
-@pytest.mark.parametrize("name", ["cpu_offload", "disk_offload"])
-def test_an_adapter_with_hooks_that_fetch_it_is_exported(families, name, tmp_path):
-    family = families["llama"]
-    model = adapted(family)
-    expected = evaluate(model, family.inputs())
-    OFFLOADS[name](model, tmp_path / "away")
-    hora_torch.export_lora(model, tmp_path / "lora")
-    agree(evaluate(peft.PeftModel.from_pretrained(family.model(), tmp_path / "lora"), family.inputs()), expected)
-
-
 class Gathered:
     """Parameters that exist only while the module that owns them runs, as under ZeRO-3."""
 
