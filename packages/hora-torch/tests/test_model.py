@@ -1,5 +1,6 @@
 """What ``HoraModel`` does around its layers: beams, hooks, what a call needs, what is trained, what leaves again."""
 
+import inspect
 import warnings
 
 import hora_torch
@@ -107,6 +108,12 @@ def test_peft_s_own_check_before_a_merge_is_made(family, monkeypatch):
     monkeypatch.setattr(HoraModel, "_check_merge_allowed", lambda self: (_ for _ in ()).throw(HoraError("not allowed")))
     with pytest.raises(HoraError, match="not allowed"):
         asked.merge_adapter()
+
+
+@pytest.mark.parametrize("name", ["merge_adapter", "_unload_and_optionally_merge"])
+def test_a_merge_is_safe_where_peft_s_is(name):
+    ours, theirs = (inspect.signature(getattr(cls, name)).parameters["safe_merge"] for cls in (HoraModel, BaseTuner))
+    assert ours.default is theirs.default is False
 
 
 def test_of_the_warnings_of_an_unload_one_alone_is_left_out(family, monkeypatch):

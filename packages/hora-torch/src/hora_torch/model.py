@@ -109,8 +109,6 @@ class HoraModel(BaseTuner):
         leader = None if plan.leader == current_key else self.model.get_submodule(plan.leader)
         layer.requantizing = get_quantization_kwargs(self.model)
         layer.update_layer(adapter_name, plan, sites, leader, peft_config)
-        if adapter_name not in self.active_adapters:
-            layer.set_requires_grad(adapter_name, False)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
             _use_module_forward(parent)
