@@ -110,10 +110,53 @@ def test_peft_s_own_check_before_a_merge_is_made(family, monkeypatch):
         asked.merge_adapter()
 
 
-@pytest.mark.parametrize("name", ["merge_adapter", "_unload_and_optionally_merge"])
-def test_a_merge_is_safe_where_peft_s_is(name):
-    ours, theirs = (inspect.signature(getattr(cls, name)).parameters["safe_merge"] for cls in (HoraModel, BaseTuner))
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("merge_adapter", "safe_merge"),
+        ("_unload_and_optionally_merge", "safe_merge"),
+        ("inject_adapter", "low_cpu_mem_usage"),
+    ],
+)
+def test_what_is_not_said_is_as_in_peft(name, argument):
+    ours, theirs = (inspect.signature(getattr(cls, name)).parameters[argument] for cls in (HoraModel, BaseTuner))
     assert ours.default is theirs.default is False
+
+
+def test_what_a_config_names_in_vain_is_said(family):
+    with pytest.warns(UserWarning, match="target_modules names .*'v_prj'.*, which no module is called"):
+        adapted(family, target_modules=["q_proj", "v_prj"])
+
+
+def test_what_a_merge_loses_is_told_of_every_layer_that_lost_it(family, monkeypatch):
+    both, told = two(family), []
+    monkeypatch.setattr(HoraLayer, "merge_silently", lambda *_: True)
+    monkeypatch.setattr(model, "warn_of_rounding", lambda rounded, stacklevel: told.extend(rounded))
+    both.merge_adapter()
+    assert told == [name for name, layer in both.base_model.model.named_modules() if isinstance(layer, HoraLayer)]
+
+
+def test_what_was_trained_before_an_injection_that_fails_late_still_is(family, monkeypatch):
+    base = family.model()
+    base.lm_head.requires_grad_(False)
+    before = {name: param.requires_grad for name, param in base.named_parameters()}
+
+    def fail(self, model):
+        BaseTuner._mark_only_adapters_as_trainable(self, model)
+        raise RuntimeError("late")
+
+    monkeypatch.setattr(HoraModel, "_mark_only_adapters_as_trainable", fail)
+    with pytest.raises(RuntimeError, match="late"):
+        peft.get_peft_model(base, config())
+    assert {name: param.requires_grad for name, param in base.named_parameters()} == before
+    assert len(set(before.values())) == 2
+
+
+def test_a_config_that_describes_another_model_s_layers_is_refused():
+    given = HoraConfig(r=2, target_modules=["0"])
+    peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), given)
+    with pytest.raises(HoraError, match="a config describes one adapter"):
+        peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), given)
 
 
 def test_of_the_warnings_of_an_unload_one_alone_is_left_out(family, monkeypatch):
