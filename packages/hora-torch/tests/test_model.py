@@ -244,7 +244,7 @@ def test_four_bits_that_a_cpu_would_pack_for_good_stay_differentiable():
     ]
 
 
-def test_modules_trained_whole_leave_with_an_adapter_that_could_not_be_loaded(families, tmp_path):
+def test_modules_trained_whole_leave_with_an_adapter_that_could_not_be_loaded(families, tmp_path, monkeypatch):
     family = families["vit"]
     adapted(family, modules_to_save=["classifier"]).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
@@ -259,12 +259,24 @@ def test_modules_trained_whole_leave_with_an_adapter_that_could_not_be_loaded(fa
     with pytest.raises(HoraError, match="must be finite"):
         peft.PeftModel.from_pretrained(base, tmp_path, config=given)
     assert type(base.classifier) is nn.Linear
+    save_file(tensors, file)  # the directory is good, and what is read of it is not
+    monkeypatch.setattr(
+        peft.peft_model, "load_peft_weights", lambda *_, **__: tensors | {key: tensors[key] + torch.inf}
+    )
     model = adapted(family, modules_to_save=["classifier"])
-    with pytest.raises(HoraError):
-        model.load_adapter(tmp_path, "other", config=given)
+    with pytest.raises(HoraError, match="is the digest of the tensors"):
+        model.load_adapter(tmp_path, "other")
     assert list(model.base_model.model.classifier.modules_to_save) == ["default"]
     assert list(model.peft_config) == ["default"]
     evaluate(model, family.inputs())
+
+
+def test_tensors_that_a_caller_read_are_looked_at(family):
+    loaded = adapted(family)
+    state = peft.get_peft_model_state_dict(loaded)
+    key = next(key for key in state if key.endswith("b_in"))
+    with pytest.raises(HoraError, match="must be floating"):
+        peft.set_peft_model_state_dict(loaded, state | {key: state[key].int()})
 
 
 def test_a_table_is_made_of_what_is_here():
