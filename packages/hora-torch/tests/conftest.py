@@ -4,7 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,8 @@ import pytest
 import torch
 import transformers as tf
 from hora_spec.testing.profiles import use_fast
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from . import launched  # noqa: F401, where torchvision is of another kind than torch
 
@@ -238,3 +239,12 @@ def family(request: pytest.FixtureRequest) -> Family:
 def families() -> dict[str, Family]:
     """All supported families by name."""
     return FAMILIES
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceMesh]:
+    """A mesh of this process alone."""
+    store = distributed.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()

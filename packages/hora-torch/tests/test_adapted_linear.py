@@ -6,8 +6,7 @@ import pytest
 import torch
 from hora_spec import HoraError
 from hora_torch.adapted_linear import HoraLinear, is_plain
-from torch import distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch import nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import functional as F  # noqa: N812 - as everybody calls it
 from transformers.pytorch_utils import Conv1D
@@ -178,15 +177,6 @@ def test_a_base_that_is_no_map_or_stops_gradients_is_refused():
     with torch.no_grad():
         layer(given().requires_grad_())
     layer(given())
-
-
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    """A mesh of this process alone."""
-    store = distributed.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
-    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    distributed.destroy_process_group()
 
 
 class Local(nn.Linear):

@@ -9,20 +9,10 @@ from hora_torch import HoraConfig
 from hora_torch.hypernet import HoraHypernet
 from hora_torch.merging import merged_weight
 from hora_torch.stored import stored_weight
-from torch import distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from .test_merge import FORMS, given
-
-
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    """A mesh of this process alone."""
-    store = distributed.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
-    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
