@@ -37,6 +37,12 @@ QUICK: Final[dict[str, dict[str, Any]]] = {
     "sweep": {"factors": {"residual": [True], "activation": ["tanh"]}, "references": ["lora"], "seeds": [0, 1]},
     "similarity": {"methods": ["lora", "mh-lora", "hora"]},
     "signal": {"methods": ["linear-probe"], "batches": 6},
+    "rates": {
+        "methods": ["lora", "hora-joint"],
+        "rates": [1e-3, 4e-3, 1.6e-2, 6.4e-2],
+        "seeds": [0, 1],
+        "hessian_seeds": 1,
+    },
     "speed": {"torch": ["linear-probe", "lora", "hora"], "jax": ["linear-probe", "hora"], "rounds": 2},
 }
 
@@ -59,13 +65,10 @@ def sweep(
     asked = Sweep.of(setting.vary)
     asked = asked.with_seeds(seeds_of(seeds)) if seeds else asked
     if task is not None:
-        if task not in asked.tasks:
-            known = ", ".join(asked.tasks) or "none"
-            raise HoraError(f"a piece is one of the file's tasks, {known}, got {task!r}: name one, or leave it out")
+        _check_piece(task, asked.tasks)
         setting = replace(setting, base=vary(setting.base, task=task))
         asked = replace(asked, tasks=())
-    stem = f"{file.stem if file else 'sweep'}{f'-{task}' if task else ''}"
-    out = out or Path("results", f"{stem.replace('_', '-')}.json")
+    out = out or _place("sweep", file, task)
     flags = (f" --seeds {shlex.quote(seeds)}" if seeds else "") + (f" --task {shlex.quote(task)}" if task else "")
     command = _command("sweep", file, flags)
     with _timed("sweep", command, out) as (progress, finish):
@@ -96,6 +99,44 @@ def signal(
     from hora_bench.experiments.signal.run import signal as run
 
     _pieces("signal", run, ("tasks", "methods", "seeds", "batches", "rank"), file, quick=quick, data=data, out=out)
+
+
+def rates(
+    file: File = None,
+    *,
+    quick: Quick = False,
+    data: Data = None,
+    task: Annotated[str | None, typer.Option(help="One of the file's tasks, as a piece.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Result file; results/NAME.json when left out.")] = None,
+) -> None:
+    """How wide the range of good learning rates is, and whether the curvature at the start explains it."""
+    from hora_bench.experiments.rates.run import rates as run
+
+    setting = read_setting(file, quick=QUICK["rates"] if quick else None, data=data)
+    setting = replace(setting, base=vary(setting.base, last_blocks=2, device="cpu")) if quick else setting
+    varied = ("methods", "variants", "tasks", "rates", "seeds", "hessian_seeds", "margin", "fall")
+    arguments = arguments_of(setting.vary, run, *varied)
+    if missing := sorted({"rates", "seeds"} - set(arguments)):
+        raise HoraError(f"curves are of rates and seeds in [vary], got no {' and no '.join(missing)}: add them")
+    if task is not None:
+        _check_piece(task, arguments.get("tasks", ()))
+        arguments["tasks"] = (task,)
+    out = out or _place("rates", file, task)
+    command = _command("rates", file, f" --task {shlex.quote(task)}" if task else "")
+    with _timed("rates", command, out) as (progress, finish):
+        finish(run(setting, out.parent / "runs", **arguments, command=command, progress=progress))
+
+
+def _check_piece(task: str, tasks: Sequence[str]) -> None:
+    if task not in tasks:
+        known = ", ".join(tasks) or "none"
+        raise HoraError(f"a piece is one of the file's tasks, {known}, got {task!r}: name one, or leave it out")
+
+
+def _place(name: str, file: Path | None, task: str | None) -> Path:
+    """Where a result goes that was not told: the name of its experiment file, and of the task of a piece."""
+    stem = f"{file.stem if file else name}{f'-{task}' if task else ''}"
+    return Path("results", f"{stem.replace('_', '-')}.json")
 
 
 def _pieces(

@@ -27,6 +27,7 @@ QUESTIONS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {  # page: its title,
     "speed": ("What does it cost, measured?", ("speed", "screen-cost")),
     "similarity": ("How alike are the heads?", ("similarity",)),
     "signal": ("What do heads have in common?", ("signal",)),
+    "rates": ("How wide is the range of rates?", ("rates",)),
     "theory": ("Does the theory show?", ("theory", "theory-activations")),
 }
 EXPERIMENTS: Final = tuple(name for _, names in QUESTIONS.values() for name in names)
@@ -139,6 +140,8 @@ def _question(name: str, records: Records, page: Path, drawn: Plots, address: Ad
     """Every result that answers a question: its plots, its notes, its tables folded."""
     title, experiments = QUESTIONS[name]
     lines = [f"# {title}", ""]
+    if not any(content["experiment"] in experiments for _, content in records):
+        lines += [f"No result yet: see `hora-bench {experiments[0]}`."]
     for path, content in records:
         if content["experiment"] in experiments:
             lines += [f"## {path.stem}", "", f"{link(path, page)}: `{content['command']}`", ""]
