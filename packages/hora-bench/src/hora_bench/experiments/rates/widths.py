@@ -4,8 +4,8 @@ The mean of few seeds at the best of many rates is too high: it is the best part
 too high as well, the more so the flatter the curve is, and what is called a range is too narrow. A dip by luck cuts it
 once more. Here the best is chosen by all seeds but one and valued by that one, and the curve is made to rise to one
 peak and to fall from there, by least squares, so that what is above a threshold is one range. Where the true curve is
-flat, a range of eight seeds still is half a doubling too narrow in the mean, without these two cures 1.5 (simulated with
-the scatter of a screen, in the tests).
+flat, a range of eight seeds still is half a doubling too narrow in the mean, without these two cures 1.5 (simulated
+with the scatter of a screen, in the tests).
 """
 
 from __future__ import annotations
