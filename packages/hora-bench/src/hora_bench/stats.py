@@ -157,30 +157,34 @@ def two_way_interval(
     return 100 * float(differences.mean()), 100 * float(low), 100 * float(high)
 
 
-def kept(accuracies_pct: Sequence[float], clean_pct: Sequence[float], chance_pct: float) -> list[float] | None:
-    """Percent of what clean accuracy is above chance that is left, one value a seed; None where nothing was above.
+def kept(
+    accuracies_pct: Float[np.ndarray, "seeds ..."],
+    clean_pct: Float[np.ndarray, "seeds ..."],
+    chance_pct: float,
+) -> Float[np.ndarray, "seeds ..."] | None:
+    """Percent of what clean accuracy is above chance that is left; None where nothing was above.
 
     The mean of the values is the ratio of means ``(accuracy - chance) / (clean - chance)``, and their scatter that of
     the ratio to first order (Cochran 1977, 6.4): a single seed near chance does not blow it up. So paired differences
-    of two methods are `Difference.of` their values.
+    of two methods are differences of their values.
 
     Parameters
     ----------
     accuracies_pct, clean_pct
-        Of the same seeds, in the same order.
+        Of the same seeds in the same order, or of each example 0 or 100.
     chance_pct
         What guessing has.
 
     Examples
     --------
-    >>> kept([40.0, 60.0], [80.0, 100.0], 10.0)
-    [43.75, 56.25]
+    >>> kept(np.array([40.0, 60.0]), np.array([80.0, 100.0]), 10.0)
+    array([43.75, 56.25])
     """
-    values, clean = np.subtract(accuracies_pct, chance_pct), np.subtract(clean_pct, chance_pct)
+    values, clean = accuracies_pct - chance_pct, clean_pct - chance_pct
     if clean.mean() < LEAST_ABOVE:
         return None
     ratio = values.mean() / clean.mean()
-    return (100 * (ratio + (values - ratio * clean) / clean.mean())).tolist()
+    return 100 * (ratio + (values - ratio * clean) / clean.mean())
 
 
 def resampled(values: Float[np.ndarray, "seeds examples"], *, seed: int = 0) -> Float[np.ndarray, " draws"]:

@@ -17,7 +17,7 @@ OVER: Final = ("over_lora_pct", "lost_over_lora_pct", "kept_over_lora_pct")
 def lines_of(result: Result) -> Iterator[tuple[str, Sequence[str], list[tuple[str, ...]]]]:
     """Title, header and cells of what is registered, and then of every condition."""
     rates = {choice_of(one): one for one in result["choices"]}
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             *choice_of(one),
             str(one["answer"]),

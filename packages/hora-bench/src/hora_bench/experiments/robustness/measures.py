@@ -15,6 +15,7 @@ from .scoring import ATTACKED, ATTACKS, CLEAN, right_of
 
 ANSWERS: Final = ("corruptions", "attacks")  # each the mean over its conditions, and all that is judged
 LEVEL_OF_ANSWERS: Final = level_of_looks(len(ANSWERS))
+MEAN: Final = "mean of"
 Right = Float[np.ndarray, "seeds examples"]
 
 
@@ -37,10 +38,15 @@ class Group:
     loss: Mapping[str, float | None]
     chance_pct: float
 
-    @property
-    def mean(self) -> Right:
-        """Of all conditions."""
-        return np.mean([*self.changed.values()], axis=0)
+    def under(self, condition: str) -> Right:
+        """Of a condition; the mean of all where its name says so, and clean where there is none of the name."""
+        if condition.startswith(MEAN):
+            return np.mean([*self.changed.values()], axis=0)
+        return self.changed.get(condition, self.clean)
+
+    def kept(self, condition: str) -> Right | None:
+        """Percent of accuracy above chance that is left, by seed and example; None where there was hardly any."""
+        return kept(100 * self.under(condition), 100 * self.clean, self.chance_pct)
 
 
 def groups_of(piece: Mapping[str, Any], chance_pct: Sequence[float]) -> dict[str, Group]:
@@ -79,23 +85,21 @@ def rows_of(group: Group, lora: Group | None, clean: str, answer: str) -> list[d
     clean, answer
         What images that are not changed, and all conditions together, are called.
     """
-    conditions = {clean: group.clean, **group.changed, f"mean of {answer}": group.mean}
-    theirs = {} if lora is None else {clean: lora.clean, **lora.changed, f"mean of {answer}": lora.mean}
     rows = []
-    for name, right in conditions.items():
-        accuracies, before = _pct(right), _pct(group.clean)
-        row: dict[str, Any] = {"condition": name, **mean_interval(accuracies, right.shape[1])}
-        row |= {"test_loss": group.loss.get(name), "accuracies_pct": np.round(accuracies, 2).tolist()}
-        share = kept(accuracies, before, group.chance_pct)
+    for name in (clean, *group.changed, f"mean of {answer}"):
+        right, before = group.under(name), _pct(group.clean)
+        accuracies = _pct(right)
+        row: dict[str, Any] = {"condition": name, **mean_interval(accuracies.tolist(), right.shape[1])}
+        row |= {"test_loss": group.loss.get(name), "accuracies_pct": accuracies.round(2).tolist()}
         if name != clean:
-            row |= {"lost_pct": round(float(np.mean(before) - np.mean(accuracies)), 2), "kept_pct": _rounded(share)}
+            row["lost_pct"] = round(float((before - accuracies).mean()), 2)
+            row["kept_pct"] = _mean(group.kept(name))
         if lora is not None:
-            other, start = _pct(theirs[name]), _pct(lora.clean)
-            row |= {"over_lora_pct": _written(Difference.of(accuracies, other))}
+            other, start = _pct(lora.under(name)), _pct(lora.clean)
+            row["over_lora_pct"] = _over(accuracies, other)
             if name != clean:
-                lost = [[c - a for c, a in zip(*pair, strict=True)] for pair in ((before, accuracies), (start, other))]
-                row |= {"lost_over_lora_pct": _written(Difference.of(*lost))}
-                row |= {"kept_over_lora_pct": _written(kept_over(share, kept(other, start, lora.chance_pct), LEVEL))}
+                row["lost_over_lora_pct"] = _over(before - accuracies, start - other)
+                row["kept_over_lora_pct"] = _over(group.kept(name), lora.kept(name))
         rows.append(row)
     return rows
 
@@ -112,47 +116,38 @@ def answer_of(group: Group, lora: Group | None, *, margin: float, bounded: bool)
     bounded
         Neither has its rate at the edge of its grid; else nothing is said.
     """
-    share = kept(_pct(group.mean), _pct(group.clean), group.chance_pct)
-    found: dict[str, Any] = {"chance_pct": round(group.chance_pct, 2), "clean_pct": _mean(group.clean)}
-    found |= {"changed_pct": _mean(group.mean), "kept_pct": _rounded(share)}
+    share = group.kept(MEAN)
+    found: dict[str, Any] = {"chance_pct": round(group.chance_pct, 2), "clean_pct": _mean(100 * group.clean)}
+    found |= {"changed_pct": _mean(100 * group.under(MEAN)), "kept_pct": _mean(share)}
     if lora is None:
         return found
-    over = kept_over(share, kept(_pct(lora.mean), _pct(lora.clean), lora.chance_pct), LEVEL_OF_ANSWERS)
-    found["kept_over_lora_pct"] = _written(over)
-    if over is not None and over.low is not None:
-        draws = [_resampled(one) for one in (group, lora)]
-        low, high = np.percentile(draws[0] - draws[1], [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
+    theirs, word = lora.kept(MEAN), "not resolved"
+    found["kept_over_lora_pct"] = _over(share, theirs, LEVEL_OF_ANSWERS)
+    if share is not None and theirs is not None and len(share) > 1:
+        low, high = np.percentile(resampled(share - theirs), [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
         found["of_other_examples_pct"] = [round(float(low), 2), round(float(high), 2)]
-    return {**found, "word": over.word(margin) if over is not None and bounded else "not resolved"}
+        word = _difference(share, theirs, LEVEL_OF_ANSWERS).word(margin) if bounded else word
+    return {**found, "word": word}
 
 
-def kept_over(own: list[float] | None, theirs: list[float] | None, level: float) -> Difference | None:
-    """Of shares kept; None where a choice is hardly above chance on clean images."""
-    return None if own is None or theirs is None else Difference.of(own, theirs, level=level)
+def _pct(right: Right) -> Float[np.ndarray, " seeds"]:
+    return 100 * right.mean(1)
 
 
-def _resampled(group: Group) -> np.ndarray:
-    """Shares kept by resamples of seeds and examples."""
-    changed, clean = (100 * resampled(one) - group.chance_pct for one in (group.mean, group.clean))
-    return 100 * changed / clean
+def _mean(values: np.ndarray | None) -> float | None:
+    return None if values is None else round(float(values.mean()), 2)
 
 
-def _pct(right: Right) -> list[float]:
-    """Accuracy of each seed."""
-    return (100 * right.mean(1)).tolist()
+def _difference(own: np.ndarray, theirs: np.ndarray, level: float) -> Difference:
+    """Over the seeds, of values of seeds or of their examples."""
+    return Difference.of(*(one.reshape(len(one), -1).mean(1).tolist() for one in (own, theirs)), level=level)
 
 
-def _rounded(share: list[float] | None) -> float | None:
-    return None if share is None else round(float(np.mean(share)), 2)
-
-
-def _mean(right: Right) -> float:
-    return round(100 * float(right.mean()), 2)
-
-
-def _written(one: Difference | None) -> dict[str, Any] | None:
-    if one is None:
+def _over(own: np.ndarray | None, theirs: np.ndarray | None, level: float = LEVEL) -> dict[str, Any] | None:
+    """A difference as results have it; None where a choice is hardly above chance on clean images."""
+    if own is None or theirs is None:
         return None
+    one = _difference(own, theirs, level)
     return {
         "mean_pct": one.mean,
         "low_pct": one.low,

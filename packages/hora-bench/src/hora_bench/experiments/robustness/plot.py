@@ -11,7 +11,7 @@ from hora_bench.report.rows import name_of
 from hora_bench.report.writing import save
 
 WIDE: Final = 2  # plots beside each other, so that a phone shows them
-MEAN: Final = "mean of "
+MEAN: Final = "mean of"
 
 
 def plot(result: dict[str, Any], folder: Path, *, stem: str = "robustness") -> list[Path]:
