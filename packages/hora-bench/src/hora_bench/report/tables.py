@@ -10,8 +10,8 @@ from typing import Any, Final
 
 from rich.console import Console
 
-from hora_bench.report import comparisons
-from hora_bench.report.rows import COMPARISONS, name_of
+from hora_bench.report import comparisons, ranges, robustness
+from hora_bench.report.rows import COMPARISONS
 from hora_bench.report.writing import cell
 from hora_bench.stats import MARGIN
 from hora_bench.terminal import show_table
@@ -68,7 +68,7 @@ def plots(experiment: str, result: Result, folder: Path, stem: str) -> list[Path
     """Draw the plots of an experiment into `folder`; their names begin with `stem`."""
     if experiment in COMPARISONS:
         return comparisons.plot(result, folder, stem=stem)
-    if experiment not in ("similarity", "signal", "rates", "theory"):
+    if experiment not in ("similarity", "signal", "rates", "theory", "robustness"):
         return []
     return import_module(f"hora_bench.experiments.{experiment}.plot").plot(result, folder, stem=stem)
 
@@ -255,63 +255,13 @@ def _signal(result: Result) -> Iterator[Table]:
 
 
 def _ranges(result: Result) -> Iterator[Table]:
-    """Ends of ranges and their widths beside LoRA's, eigenvalues, and what they explain."""
-    rows = [
-        (
-            name_of(row),
-            row["task"],
-            f"{row['best_pct']}",
-            *(f"{'beyond ' * (end in row['ends_with_grid'])}{row[f'{end}_rate']:g}" for end in ("low", "high")),
-            "{}{mean:g} ({low:g} to {high:g}{})".format(
-                "at least " * bool(row["ends_with_grid"]), " or more" * row["interval_ends_with_grid"], **row["times"]
-            ),
-            cell(row.get("over_lora")),
-            cell(row.get("could_have_seen")),
-            row.get("word", ""),
-            "not reached" if row["fall_rate"] is None else f"{row['fall_rate']:g}",
-        )
-        for row in result["rows"]
-    ]
-    margin, fall = (result["setting"][name] for name in ("margin", "fall"))
-    header = (
-        "choice",
-        "task",
-        "best, %",
-        "from",
-        "to",
-        "times",
-        "over LoRA's",
-        "could have seen",
-        "",
-        f"{fall:g} lost at",
-    )
-    yield Table(f"Screen, a proxy: rates within {margin:g} of the best validation accuracy", header, rows, keys=2)
-    lines = [
-        (
-            "registered" if one["registered"] else "",
-            one["eigenvalue"].replace("_", " "),
-            "upper end" if one["rate"] == "high" else f"{fall:g} lost at",
-            cell({key: one[key] for key in ("rho", "low", "high")}),
-            cell(one["p_value"]),
-            cell(one["needed"]),
-            one["word"],
-        )
-        for one in result["explained"]
-    ]
-    header = ("", "eigenvalue", "rate", "rank correlation", "orders as low", "needed", "")
-    yield Table("Does the largest eigenvalue of the Hessian explain it?", header, lines, keys=3)
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for one in result["eigenvalues"]:
-        found.setdefault((name_of(one), one["task"]), []).append(one)
-    kinds = [name for name in result["eigenvalues"][0] if name not in ("task", "factor", "value", "seed")]
-    spans = [[[one[kind] for one in own] for kind in kinds] for own in found.values()]
-    rows = [(*which, *(f"{min(s):g} to {max(s):g}" for s in own)) for which, own in zip(found, spans, strict=True)]
-    yield Table("Largest eigenvalues, of all seeds", ("choice", "task", *(k.replace("_", " ") for k in kinds)), rows, 2)
-    lines = [
-        (name_of(one), one["task"], f"{one['learning_rate']:g}", f"{one['mean_pct']}", f"{one['at_chance_count']}")
-        for one in result["curves"]
-    ]
-    yield Table("Every rate", ("choice", "task", "rate", "validation accuracy, %", "seeds at chance"), lines, keys=3)
+    for title, header, rows, keys in ranges.lines_of(result):
+        yield Table(title, header, rows, keys)
+
+
+def _robustness(result: Result) -> Iterator[Table]:
+    for title, header, rows in robustness.lines_of(result):
+        yield Table(f"Screen, a proxy: {title}", header, rows, keys=3)
 
 
 def _screen_cost(result: Result) -> Iterator[Table]:
@@ -347,4 +297,5 @@ TABLES: Final[dict[str, Callable[[Result], Iterator[Table]]]] = {
     "rates": _ranges,
     "speed": _speed,
     "screen-cost": _screen_cost,
+    "robustness": _robustness,
 }
