@@ -8,6 +8,7 @@ from typing import Any
 
 RESULTS = "packages/hora-bench/results"
 START, END = "<!-- from result files, by python .ci/site.py readme -->", "<!-- end of what is from result files -->"
+SCREENED = ("default", "residual", "joint")
 WORDS = ("confirmed", "not resolved", "not seen", "not measured")
 
 
@@ -40,7 +41,7 @@ def _measured(root: Path) -> Iterator[tuple[str, str]]:
     most = max(compared, key=lambda why: int(re.search(r"over (\d+) paired seeds", why)[1]))
     yield "accuracy, the comparison with most seeds", most.split("; ")[0].split(". Of ")[0]
     if screens := "; ".join(_screens(root)):
-        yield "accuracy on a screen, a proxy: the last blocks alone", screens
+        yield "accuracy on screens, proxies at equal parameters", screens
     yield "trained parameters, times LoRA's", "; ".join(_parameters(root))
     speeds = [_read(root, path.stem) for path in sorted((root / RESULTS).glob("speed-*.json"))]
     steps = [step for speed in speeds for step in speed["steps"] if step["method"] == "hora" and "over_lora" in step]
@@ -55,14 +56,16 @@ def _measured(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def _screens(root: Path) -> Iterator[str]:
-    """The default beside LoRA on each task that was screened."""
+    """HoRA's forms beside LoRA at its number of parameters, a screen a task."""
+    words: dict[str, list[str]] = {}
     for path in sorted((root / RESULTS).glob("screen-*.json")):
-        rows = {row.get("value"): row for row in _read(root, path.stem).get("rows", ())}
-        if row := rows.get("default"):
-            over, which = row["over_lora_pct"], f"{100 * row['fraction']:.0f} % of {row['task']}"
-            points = f"{over['mean_pct']:+.2f} ({over['low_pct']:+.2f} to {over['high_pct']:+.2f}) points"
-            size = f"{row['params_count'] / rows['lora']['params_count']:.2f} times LoRA's parameters"
-            yield f"default on {which}, {size}: {points} over {over['seeds_count']} paired seeds"
+        for row in _read(root, path.stem).get("rows", ()):
+            if row.get("value") in SCREENED and "word" in row:
+                words.setdefault(row["value"], []).append(row["word"])
+    for form, found in words.items():
+        counts = {word: found.count(word) for word in ("better", "worse") if word in found}
+        said = " and ".join(f"{word} in {count}" for word, count in counts.items())
+        yield f"{form} {said or 'neither better nor worse on any'} of {len(found)} screens"
 
 
 def _parameters(root: Path) -> Iterator[str]:

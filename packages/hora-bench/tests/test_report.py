@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 from hora_bench.cache import read_json
 from hora_bench.experiments.cost.run import cost
-from hora_bench.report.comparisons import lines_of, screen_lines, widths_of
+from hora_bench.report.comparisons import lines_of, plot, widths_of
 from hora_bench.report.page import write_page
+from hora_bench.report.pieces import pieces_of, section
 from hora_bench.report.suites import members_of
 from hora_bench.report.tables import judged_gates
 from hora_bench.report.verdicts import verdicts
 from hora_bench.report.writing import embedded
 from hora_bench.request import Inputs, request
+from hora_bench.stats import Difference
 from hora_bench.store import Measured, RunResult, Scores, Trial, read, write_experiment
 from hora_spec import HoraError
 
@@ -249,27 +251,45 @@ def test_other_activations_recover_faster_where_both_gates_of_all_of_them_pass(o
     assert said("theory-activations", {"setting": {"trials": 24}, "gates": gates}) == [word]
 
 
-def test_the_summary_says_of_screens_what_was_found_and_that_nothing_won(tmp_path):
-    which = {"task": "made", "fraction": 0.1}
-    rows = [
-        row("lora", [50.0, 51.0, 52.0], 0.1, task="made", learning_rate=2, **over_lora(0, 0)),
-        row("hora", [48.0, 49.0, 50.0], 0.1, task="made", learning_rate=2, **over_lora(-3.0, -1.0)),
-        row("dora", [50.0, 51.0, 52.5], 0.1, task="made", learning_rate=2, **over_lora(-2.0, 3.0)),
-    ]
-    rows[1]["loss_over_lora"] = {"mean": 0.2, "low": 0.1, "high": 0.3}
+def piece(task, accuracies, **setting):
+    """A tuned comparison of one task, as a file holds it: choices with their accuracies, LoRA among them."""
+    rows, which = [], {"task": task, "fraction": 0.1}
+    for name, found in accuracies.items():
+        over = Difference.of(found, accuracies["lora"][: len(found)])
+        mean, loss = round(sum(found) / len(found), 2), {"mean": 0.2, "low": 0.1, "high": 0.3}
+        stored = {"mean_pct": over.mean, "low_pct": over.low, "high_pct": over.high}
+        one = row(name, found, 0.1, task=task, learning_rate=2, params_count=10, over_lora_pct=stored)
+        rows.append({**one, "mean_pct": mean, "loss_over_lora": None if name == "lora" else loss})
     trials = [
-        {**which, "factor": "method", "value": one["value"], "learning_rate": rate, "accuracy_pct": 50.0}
-        for one in rows
+        {**which, "factor": "method", "value": name, "learning_rate": rate, "accuracy_pct": 50.0}
+        for name in accuracies
         for rate in (1, 2, 3)
     ]
-    setting = {**SETTING, **which, "last_blocks": 4}
-    result = {"setting": setting, "rows": rows, "search": trials, "notes": []}
-    write_experiment(tmp_path / "screen.json", "sweep", "test", seconds=1.0, result=result)
+    return {"setting": {**SETTING, **which, **setting}, "rows": rows, "search": trials, "notes": []}
+
+
+FOUND = {
+    "one": {"lora": [50.0, 51.0, 52.0], "hora": [53.0, 54.1, 54.9], "dora": [50.0, 51.0, 52.5]},
+    "other": {"lora": [60.0, 61.0, 62.0], "hora": [62.0, 63.1, 63.9], "dora": [58.0, 58.9, 60.1]},
+}
+
+
+@pytest.mark.parametrize("setting", [{"last_blocks": 4}, {}])
+def test_what_is_compared_task_by_task_is_read_as_one(setting, tmp_path):
+    for task, accuracies in FOUND.items():
+        command = f"hora-bench sweep experiments/x.toml --data FOLDER --task {task}"
+        result = piece(task, accuracies, **setting)
+        write_experiment(tmp_path / f"{task}.json", "sweep", command, seconds=1.0, result=result)
     write_page(tmp_path, tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
-    assert "| 10 % of made | 51.0 | none | none | dora | hora (test loss +0.20, +0.10 to +0.30) |" in page
-    assert "No form was shown to be better than LoRA by any of them." in page
-    assert "more accurate than LoRA | not measured" in page  # a screen judges no claim
+    assert ("## Screens" in page) == bool(setting) != ("## Whole models, task by task" in page)
+    assert "10 % of one: [one.json](one.json) | 10 % of other: [other.json](other.json) | mean of tasks |" in page
+    assert "| LoRA, % |  | 51.0 | 61.0 |  |" in page
+    first, second, both = "+3.0 (+2.75 to +3.25), better", "+2.0 (+1.75 to +2.25), better", "+2.5 (-3.85 to +8.85)"
+    assert re.search(rf"hora \| 10 \| {re.escape(first)}.* \| {re.escape(second)}.* \| {re.escape(both)}", page)
+    assert "| hora | +0.20 (+0.10 to +0.30) | +0.20 (+0.10 to +0.30) | +0.2 (+0.2 to +0.2) |" in page
+    assert "Better than LoRA on a task, and worse on none: hora." in page
+    assert ("| more accurate than LoRA | not measured" in page) == bool(setting)  # a screen judges no claim
 
 
 def test_the_range_of_good_rates_ends_where_accuracy_crosses_the_margin():
@@ -297,14 +317,31 @@ def test_what_a_race_stopped_at_different_seeds_is_paired_over_those_of_both():
     content = {"experiment": "sweep", "result": {"setting": SETTING, "rows": rows, "search": trials}}
     (found,) = (one.why for one in verdicts([(Path("r.json"), content)]) if one.claim.startswith("ours: a joint"))
     assert "over a random A, fixed, +1.83 (+0.8 to +2.87) points over 3 paired seeds" in found  # t at 97.5 %
-    (line,) = screen_lines(content["result"])
-    assert "+1.83 (+0.8 to +2.87)" in line
+
+
+def test_a_control_is_paired_with_what_it_controls_task_by_task(tmp_path):
+    made = {"lora": [50.0, 51.0, 52.0], "joint": [60.0, 61.0, 62.0], "random-fixed-a": [58.0, 59.0, 60.5, 0.0]}
+    made["lora"] = [*made["lora"], 53.0]
+    result = piece("one", made, last_blocks=4)
+    found = pieces_of([(tmp_path / "r.json", {"experiment": "sweep", "command": "c", "result": result})], proxy=True)
+    text = "\n".join(section("c", found["c"], tmp_path / "page.md"))
+    assert "| joint over a random A |  | +1.83 (+1.12 to +2.55), better" in text
+
+
+@pytest.mark.parametrize(("sizes", "curve"), [((10, 20, 40), True), ((10, 10, 40), False)])
+def test_methods_of_several_sizes_are_a_curve_over_parameters(sizes, curve, tmp_path):
+    rows = [
+        {**row(f"{method}, {rank}", [50.0, 51.0]), "method": method, "params_count": count}
+        for method in ("lora", "hora")
+        for rank, count in enumerate(sizes)
+    ]
+    (drawn,) = plot({"setting": SETTING, "rows": rows}, tmp_path, stem="made")
+    assert ("trained parameters" in drawn.read_text()) == curve
 
 
 def test_tasks_of_one_result_are_told_apart():
     rows = [row(name, [50.0, 51.0], task=task) for task in ("one", "other") for name in ("lora", "hora")]
     found = {"setting": {**SETTING, "last_blocks": 4}, "rows": rows, "search": []}
-    assert [line[0] for line in screen_lines(found)] == ["100 % of one", "100 % of other"]
     assert [line[1] for line in lines_of(found)[1]] == ["100 % of one"] * 2 + ["100 % of other"] * 2
 
 

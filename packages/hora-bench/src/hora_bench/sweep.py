@@ -221,6 +221,7 @@ def _row(one: Contender, contenders: Sequence[Contender], asked: Sweep, level: f
     losses = [result.scores.loss for result in done if result.scores.loss is not None]
     row: dict[str, Any] = {
         **_which(one.choice),
+        "method": one.request.method,
         "steps": one.request.steps,
         "learning_rate": one.request.learning_rate,
         "rate_at_edge": edge_of(one.trials, one.request.learning_rate),

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from hora_bench.report.rows import Row, is_lora, name_of, paired, proxy_of, rows_of
+from hora_bench.report.rows import Row, is_lora, name_of, proxy_of, rows_of
 from hora_bench.report.writing import cell, save
-from hora_bench.stats import MARGIN, Difference, Word
+from hora_bench.stats import MARGIN, Difference
 
 FEWEST_RATES: Final = 5
+SIZES: Final = 3  # of a method, to draw a curve over them
 
 HEADER = (
     "choice",
@@ -133,10 +134,37 @@ def _means(row: Row, search: Sequence[dict[str, Any]]) -> dict[float, float]:
 
 
 def plot(result: dict[str, Any], folder: Path, *, stem: str) -> list[Path]:
-    """Write ``STEM.svg``: a curve over fractions of the data, or else a choice per line."""
+    """Write ``STEM.svg``: a curve over fractions of the data or over parameters, or else a choice per line."""
     rows = rows_of(result)
-    figure = _curves(rows) if len({row["fraction"] for row in rows}) > 1 else _forest(rows)
+    sized = {name: own for name, own in _by_method(rows).items() if len({row["params_count"] for row in own}) >= SIZES}
+    several = len({row["fraction"] for row in rows}) > 1
+    figure = _curves(rows) if several else _by_parameters(sized) if len(sized) > 1 else _forest(rows)
     return [save(figure, folder / f"{stem}.svg")]
+
+
+def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows that were trained, by their method."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if "method" in row and row["params_count"] is not None:
+            found.setdefault(row["method"], []).append(row)
+    return found
+
+
+def _by_parameters(sized: Mapping[str, Sequence[Row]]) -> Figure:
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for index, (name, rows) in enumerate(sized.items()):
+        own = sorted(rows, key=lambda row: row["params_count"])
+        x = [row["params_count"] * (1 + 0.02 * index) for row in own]
+        axis.plot(x, [row["mean_pct"] for row in own], color=f"C{index}", marker="o", markersize=4, label=name)
+        for place, row in zip(x, own, strict=True):
+            axis.scatter([place] * row["seeds"], row["accuracies_pct"], s=6, color=f"C{index}", alpha=0.5)
+    axis.set_xscale("log")
+    axis.set_xlabel("trained parameters, the new head's among them; small dots are seeds")
+    axis.set_ylabel("test accuracy, %")
+    axis.legend(frameon=False)
+    return figure
 
 
 def _curves(rows: Sequence[Row]) -> Figure:
@@ -205,43 +233,6 @@ def found_in(result: dict[str, Any]) -> Iterator[tuple[str, Difference]]:
     for row in rows_of(result):
         if result.get("search") and row["over_lora"] is not None and not is_lora(row):
             yield f"{name_of(row)}, {_data_of(row)}", row["over_lora"]
-
-
-WORDS: Final[tuple[Word, ...]] = ("better", "equal", "not resolved", "worse")
-SCREENED: Final = ("data", "LoRA, %", *WORDS, "joint over a random A, points", "could have seen, points", "seeds")
-
-
-def screen_lines(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Cells of `SCREENED` for each task and fraction of a screen."""
-    where: dict[str, list[Row]] = {}
-    for row in rows_of(result):
-        where.setdefault(_data_of(row), []).append(row)
-    return [_screen_line(data, rows) for data, rows in where.items()]
-
-
-def _screen_line(data: str, rows: Sequence[Row]) -> tuple[str, ...]:
-    """The choices of each word, and how the test loss of what differs differs."""
-    lora = next((row for row in rows if is_lora(row)), None)
-    judged = [row for row in rows if row["word"]]
-    seen = [row["over_lora"].detectable for row in judged if row["over_lora"].detectable is not None]
-    seeds = {row["seeds"] for row in judged}
-    joint, random = (next((row for row in rows if name_of(row).startswith(name)), None) for name in ("joint", "random"))
-    over = None if joint is None or random is None else paired(joint, random)
-    return (
-        data,
-        "" if lora is None else f"{lora['mean_pct']}",
-        *(", ".join(_with_loss(row) for row in judged if row["word"] == word) or "none" for word in WORDS),
-        shown(over),
-        f"{min(seen)} to {max(seen)}" if seen else "",
-        f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else "".join(map(str, seeds)),
-    )
-
-
-def _with_loss(row: Row) -> str:
-    loss = row.get("loss_over_lora") if row["word"] in ("better", "worse") else None
-    return name_of(row) + (
-        f" (test loss {loss['mean']:+.2f}, {loss['low']:+.2f} to {loss['high']:+.2f})" if loss else ""
-    )
 
 
 def control_lines(records: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:

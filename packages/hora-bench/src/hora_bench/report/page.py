@@ -12,8 +12,9 @@ from hora_spec import HoraError
 
 from hora_bench import store
 from hora_bench.cache import new_file, read_json
-from hora_bench.report.comparisons import SCREENED, forest, found_in, screen_lines
-from hora_bench.report.rows import COMPARISONS, proxy_of
+from hora_bench.report.comparisons import forest, found_in
+from hora_bench.report.pieces import OVER_TASKS, never_worse, pieces_of, section
+from hora_bench.report.rows import COMPARISONS
 from hora_bench.report.tables import notes, plots, tables
 from hora_bench.report.verdicts import verdicts
 from hora_bench.report.writing import embedded, folded, link, save, table, write_html
@@ -37,9 +38,10 @@ LEAD: Final = (
     "seeds would have shown in four of five such experiments."
 )
 PROXIES: Final = (
-    "The last blocks alone, on cached outputs of the frozen ones: proxies, by which no claim is judged. Forms of "
-    "sharing beside LoRA, each at a rate of its own; the tables say with how many parameters."
+    "The last blocks alone, on cached outputs of the frozen ones: proxies, by which no claim is judged. Each choice at "
+    f"a rate of its own. {OVER_TASKS}"
 )
+WHOLE: Final = f"All blocks, each choice at a rate of its own. {OVER_TASKS}"
 DIFFERENCES: Final = "differences"
 
 
@@ -106,7 +108,8 @@ def _summary(records: Records, runs: Sequence[store.RunResult], page: Path, draw
     lines += table(("claim", "verdict", "why", "result"), said)
     for path in drawn[None]:
         lines += ["## Differences from LoRA", "", f"![{DIFFERENCES}]({address(path)})", ""]
-    lines += _screens(records, page)
+    lines += _task_by_task("Whole models, task by task", WHOLE, records, page, proxy=False)
+    lines += _task_by_task("Screens", PROXIES, records, page, proxy=True)
     if page.suffix == ".md":
         lines += ["## Questions", ""]
         lines += [f"- [{title}]({page.stem}/{name}.md)" for name, (title, _) in QUESTIONS.items()]
@@ -122,17 +125,16 @@ def _summary(records: Records, runs: Sequence[store.RunResult], page: Path, draw
     return _squeezed(lines)
 
 
-def _screens(records: Records, page: Path) -> list[str]:
-    """What screens found, and that no form is better than LoRA where none is."""
-    found = [(path, c["result"]) for path, c in records if c["experiment"] in COMPARISONS and proxy_of(c["result"])]
+def _task_by_task(title: str, lead: str, records: Records, page: Path, *, proxy: bool) -> list[str]:
+    """What comparisons found whose tasks are pieces, and which choice a user can take without a loss."""
+    found = pieces_of(records, proxy=proxy)
     if not found:
         return []
-    lines = ["## Screens", "", PROXIES]
-    rows = [(link(path, page), *line) for path, result in found for line in screen_lines(result)]
-    lines += table(("result", *SCREENED), rows)
-    if all(row[1 + SCREENED.index("better")] == "none" for row in rows):
-        lines += ["No form was shown to be better than LoRA by any of them."]
-    return [*lines, ""]
+    lines = [f"## {title}", "", lead, ""]
+    for command, pieces in found.items():
+        safe = ", ".join(never_worse(pieces)) or "none"
+        lines += [*section(command, pieces, page), f"Better than LoRA on a task, and worse on none: {safe}.", ""]
+    return lines
 
 
 def _question(name: str, records: Records, page: Path, drawn: Plots, address: Address) -> str:

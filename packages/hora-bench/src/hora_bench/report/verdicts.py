@@ -8,11 +8,11 @@ from typing import Any, Final, NamedTuple
 
 from scipy import stats
 
-from hora_bench.report.comparisons import WORDS, parameters, shown
+from hora_bench.report.comparisons import parameters, shown
 from hora_bench.report.rows import COMPARISONS, Row, is_lora, name_of, paired, proxy_of, rows_of
 from hora_bench.report.suites import CLAIMS, Claim, compared
 from hora_bench.report.tables import judged_gates
-from hora_bench.stats import MARGIN, Difference
+from hora_bench.stats import MARGIN, Difference, Word
 from hora_bench.store import RunResult
 
 Result = dict[str, Any]
@@ -22,6 +22,7 @@ CONFIRMED: Final = "confirmed"
 ABSENT: Final = "not seen"
 UNRESOLVED: Final = "not resolved"
 UNTESTED: Final = "not measured"
+WORDS: Final[tuple[Word, ...]] = ("better", "equal", "not resolved", "worse")
 AHEAD: Final = 1.2
 NO_SLOWER: Final = 1.05
 SIGNIFICANT: Final = 0.05
