@@ -13,6 +13,8 @@ warmup_steps = 1
 limit = 20
 batch_size = 4
 """
+ROBUST = "[vary.corruptions]\nnoise = [10]\n[vary.attack]\n"
+SEARCHED = f"search = [1e-3, 2e-3]\n{ROBUST}epsilon = 1"
 BAD_FILES = [  # command, what follows in the file, the message
     ("sweep", "[vary]\nmethods = ['lara']", "a method is one of"),
     ("sweep", "[vary.factors]\ncolour = [1]", "the options of hora are"),
@@ -28,6 +30,23 @@ BAD_FILES = [  # command, what follows in the file, the message
     ("sweep", "last_blocks = 9", "leaves at least one block frozen"),
     ("sweep", "last_blocks = 1\nbackend = 'jax'", "a screen (last_blocks) has backend torch"),
     ("sweep", "colour = 1", "got ['colour']"),
+    ("robustness", "last_blocks = 1\n[vary]\nseeds = [0]", "corruptions are noise, blur, contrast, jpeg"),
+    ("robustness", "[vary.corruptions]\nfog = [1]", "each with its strengths, got fog"),
+    ("robustness", "[vary.corruptions]\nnoise = [0]", "strengths of noise (standard deviation, of 255)"),
+    ("robustness", "[vary.corruptions]\njpeg = [nan, 20]", "strengths of jpeg (quality)"),
+    ("robustness", f"{ROBUST}epsilon = 0", "got input should be greater than 0 at epsilon"),
+    ("robustness", f"{ROBUST}epsilon = 1\nsize = 2", "an attack is a table of epsilon, steps, images, seed"),
+    ("robustness", f"{ROBUST}epsilon = 1\nimages = 500", "images that are scored are a number"),
+    ("robustness", f"{ROBUST}epsilon = 1", "at rates of their own, got no search"),
+    ("robustness", f"[vary]\nrace = 2\nseeds = '0-3'\n{SEARCHED}", "got race: drop it"),
+    ("robustness", f"[vary]\ncolour = 2\n{SEARCHED}", "is varied is among methods"),
+    ("robustness", f"[vary]\n{SEARCHED}", "measured on a screen, got all blocks"),
+    ("robustness", f"last_blocks = 1\n[vary]\n{SEARCHED}", "compared with LoRA, got none beside every choice"),
+    (
+        "robustness",
+        f"last_blocks = 1\n[vary]\nmethods = ['lora']\n{SEARCHED}\nimages = 5",
+        "an image of each class is attacked, got 5 of 10 classes",
+    ),
     ("similarity", "[vary]\nsearch = [1]", "is among methods, seeds, got search"),
     ("similarity", "[vary]\nmethods = 'lora'", "methods in what is varied"),
     ("similarity", "[vary]\nmethods = ['vera']", "of HoRA's methods and LoRA, got vera"),

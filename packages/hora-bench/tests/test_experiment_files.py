@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hora_bench import methods
 from hora_bench.cache import read_json
 from hora_bench.choices import Sweep, choices
 from hora_bench.experiments.files import SHIPPED, experiment_file
+from hora_bench.experiments.robustness.run import Plan
 from hora_bench.experiments.signal.run import signal
 from hora_bench.experiments.similarity.run import similarity
 from hora_bench.experiments.speed.run import speed
@@ -46,6 +48,17 @@ def test_a_committed_result_is_of_its_experiment_file_as_it_is_now(path):
     if named is None:
         return
     setting, result = read_setting(SHIPPED / named[1], quick=None, data=None), content["result"]
+    if content["experiment"] == "robustness":
+        plan, stored = Plan.of(setting.vary), result["setting"]
+        assert [*plan.sweep.seeds] == stored["seeds"]
+        assert (plan.corruptions, plan.attack.model_dump(), plan.images, plan.sweep.margin) == tuple(
+            stored[name] for name in ("corruptions", "attack", "images", "margin_pct")
+        )
+        asked = replace(plan.sweep, tasks=[named[2]] if named[2] else plan.sweep.tasks)
+        assert [(one.factor, one.value, one.request.task) for one in choices(setting.base, asked)] == [
+            (one["factor"], one["value"], one["task"]) for one in result["choices"]
+        ]
+        return
     if content["experiment"] not in COMPARISONS:
         assert {name: result["setting"][name] for name in setting.vary if name in result["setting"]}.items() <= (
             setting.vary.items()
@@ -81,7 +94,8 @@ def test_every_experiment_file_fits_its_command(path):
     if own is not None:
         assert set(found.vary) <= set(inspect.signature(own).parameters)
         return
-    asked = Sweep.of(found.vary)
+    robust = path.stem.startswith("robustness")
+    asked = Plan.of(found.vary).sweep if robust else Sweep.of(found.vary)
     for method in (*asked.methods, *asked.references):
         assert methods.find(method).configured(vary(found.base, method=method).options)
     for changes in asked.variants.values():

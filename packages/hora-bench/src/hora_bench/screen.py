@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, Self, final
 
 import numpy as np
 import psutil
@@ -45,6 +45,12 @@ class Cached:
     split: Split
     device: torch.device
     task: Any = field(compare=False, repr=False)
+
+    @classmethod
+    def of(cls, request: Request, task: Any, split: Split) -> Self:
+        """Of a split of a task, as a request sees it; the digest is the task's own."""
+        size, blocks = request.image_size_px or 0, request.last_blocks or 0
+        return cls(task.fingerprint(), request.model, size, blocks, split, device_of(request), task)
 
 
 def screen(
@@ -100,20 +106,8 @@ def _screened(
     trials: Sequence[Trial],
     progress: Progress,
 ) -> Iterator[RunResult | None]:
-    first = asked[0]
-    if task.augmentation != "none":
-        raise HoraError(f"a screen caches what it sees, got {task.name}, whose images change: drop last_blocks")
-    check_device("torch", first.device)
-    device = torch.device("cuda" if first.device != "cpu" and torch.cuda.is_available() else "cpu")
-    size, blocks = first.image_size_px or 0, first.last_blocks or 0
-    learned, scored_on = (
-        tokens(Cached(inputs.data_sha256, first.model, size, blocks, split, device, task))
-        for split in (first.train_on, first.score_on)
-    )
-    members = [subset(task.labels(first.train_on), one.fraction, one.seed) for one in asked]
-    models = [model_of(one, task, learned, own) for one, own in zip(asked, members, strict=True)]
-    stack = Stack(models, device)
-    curve, seconds = train(stack, asked, members, learned, progress)
+    stack, members, curve, seconds = fitted(asked, task, progress)
+    scored_on = tokens(Cached.of(asked[0], task, asked[0].score_on))
     start = time.perf_counter()
     logits = stack.score(scored_on.hidden)
     scored = (time.perf_counter() - start) / len(asked)
@@ -148,6 +142,44 @@ def _screened(
         yield result
 
 
+class Fitted(NamedTuple):
+    """Seeds side by side after training: numbers of their examples, losses ``(steps, seeds)``, seconds of each step."""
+
+    stack: Stack
+    members: list[np.ndarray]
+    curve: np.ndarray
+    seconds: list[float]
+
+
+def fitted(asked: Sequence[Request], task: Any, progress: Progress = silent) -> Fitted:
+    """Train requests that differ in their seed alone, and leave no file.
+
+    Parameters
+    ----------
+    asked, task, progress
+        As for `screen`.
+
+    Raises
+    ------
+    HoraError
+        As of `screen`.
+    """
+    first = asked[0]
+    if task.augmentation != "none":
+        raise HoraError(f"a screen caches what it sees, got {task.name}, whose images change: drop last_blocks")
+    check_device("torch", first.device)
+    learned = tokens(Cached.of(first, task, first.train_on))
+    members = [subset(task.labels(first.train_on), one.fraction, one.seed) for one in asked]
+    models = [model_of(one, task, learned, own) for one, own in zip(asked, members, strict=True)]
+    stack = Stack(models, device_of(first))
+    return Fitted(stack, members, *train(stack, asked, members, learned, progress))
+
+
+def device_of(request: Request) -> torch.device:
+    """Where a screen is trained."""
+    return torch.device("cuda" if request.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 @dataclass(frozen=True, slots=True)
 class Tokens:
     """What the frozen blocks make of a split: ``hidden (examples, seq, embed)``, and its labels and weights."""
@@ -168,16 +200,20 @@ class Tokens:
 def tokens(cached: Cached) -> Tokens:
     """Inputs of the last blocks for every example, computed once a process."""
     model = load.timm_vit(cached.model, cached.size).to(cached.device)
-    before = model.blocks[: -cached.blocks]
     parts: dict[str, list[Any]] = {"image": [], "label": [], "weight": []}
     for batch in cached.task.eval_batches(cached.split, EVAL_BATCH["images"]):
         image = torch.from_numpy(batch["image"]).permute(0, 3, 1, 2).to(cached.device)
-        embedded = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(image))))
-        parts["image"].append(before(embedded))
+        parts["image"].append(frozen(model, cached.blocks, image))
         for name in ("label", "weight"):
             parts[name].append(torch.from_numpy(batch[name]).to(cached.device))
     hidden, label, weight = (torch.cat(part)[: cached.task.size(cached.split)] for part in parts.values())
     return Tokens(hidden, label.long(), weight)
+
+
+def frozen(model: Any, blocks: int, image: torch.Tensor) -> torch.Tensor:
+    """What all but the last blocks make of images ``(batch, 3, height, width)``: ``(batch, seq, embed)``."""
+    embedded = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(image))))
+    return model.blocks[:-blocks](embedded)
 
 
 def model_of(request: Request, task: Any, seen: Tokens, members: np.ndarray) -> nn.Module:

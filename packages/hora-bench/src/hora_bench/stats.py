@@ -8,13 +8,14 @@ from statistics import NormalDist
 from typing import Final, Literal
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from scipy import stats
 
 LEVEL: Final = 0.95
 POWER: Final = 0.8
 MARGIN: Final = 1.0  # points within which two methods count as equal
 DRAWS: Final = 2000
+LEAST_ABOVE: Final = 10.0  # points above chance below which shares of them mean nothing
 
 Word = Literal["better", "worse", "equal", "not resolved"]
 
@@ -154,6 +155,55 @@ def two_way_interval(
     ]
     low, high = np.percentile(means, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
     return 100 * float(differences.mean()), 100 * float(low), 100 * float(high)
+
+
+def kept(
+    accuracies_pct: Float[np.ndarray, "seeds ..."],
+    clean_pct: Float[np.ndarray, "seeds ..."],
+    chance_pct: float,
+) -> Float[np.ndarray, "seeds ..."] | None:
+    """Percent of what clean accuracy is above chance that is left; None where nothing was above.
+
+    The mean of the values is the ratio of means ``(accuracy - chance) / (clean - chance)``, and their scatter that of
+    the ratio to first order (Cochran 1977, 6.4): a single seed near chance does not blow it up. So paired differences
+    of two methods are differences of their values.
+
+    Parameters
+    ----------
+    accuracies_pct, clean_pct
+        Of the same seeds in the same order, or of each example 0 or 100.
+    chance_pct
+        What guessing has.
+
+    Examples
+    --------
+    >>> kept(np.array([40.0, 60.0]), np.array([80.0, 100.0]), 10.0)
+    array([43.75, 56.25])
+    """
+    values, clean = accuracies_pct - chance_pct, clean_pct - chance_pct
+    if clean.mean() < LEAST_ABOVE:
+        return None
+    ratio = values.mean() / clean.mean()
+    return 100 * (ratio + (values - ratio * clean) / clean.mean())
+
+
+def resampled(values: Float[np.ndarray, "seeds examples"], *, seed: int = 0) -> Float[np.ndarray, " draws"]:
+    """Means of resamples of seeds and examples alike, as of `two_way_interval`; equal shapes are drawn alike."""
+    rng, (seeds, examples) = np.random.default_rng(seed), values.shape
+    of_seeds, of_examples = (rng.multinomial(n, np.full(n, 1 / n), DRAWS) / n for n in (seeds, examples))
+    return ((of_seeds @ values) * of_examples).sum(1)
+
+
+def guessing(labels: np.ndarray) -> float:
+    """Accuracy in percent of one answer for all examples, the most frequent.
+
+    Examples
+    --------
+    >>> guessing(np.array([0, 0, 0, 1]))
+    75.0
+    """
+    counts = np.unique(labels, return_counts=True)[1]
+    return 100 * float(counts.max() / counts.sum())
 
 
 def chance_bound(labels: np.ndarray, *, level: float = 0.999) -> float:

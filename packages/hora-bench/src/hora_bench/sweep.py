@@ -16,12 +16,11 @@ from hora_spec import HoraError
 from hora_bench import store
 from hora_bench.choices import Choice, Sweep, choices, lora_of
 from hora_bench.control import CONTROL, control, controlled
-from hora_bench.data.base import Split
 from hora_bench.request import FINAL, Request
 from hora_bench.run import results
 from hora_bench.search import edge_of, search, trials_of
 from hora_bench.setting import Setting
-from hora_bench.stats import Difference, level_of_looks, mean_interval, two_way_interval
+from hora_bench.stats import Difference, guessing, level_of_looks, mean_interval, two_way_interval
 from hora_bench.store import RunResult, Trial
 
 AT_ONE_RATE: Final = """\
@@ -65,7 +64,9 @@ class Contender:
     @property
     def accuracies_pct(self) -> list[float]:
         """One a seed; guessing where a run diverged."""
-        return [one.scores.accuracy_pct if one else _guessing(self.task, self.request.score_on) for one in self.found]
+        return [
+            one.scores.accuracy_pct if one else guessing(self.task.labels(self.request.score_on)) for one in self.found
+        ]
 
     def loss_over(self, other: Contender, level: float) -> dict[str, float | None] | None:
         """Test loss less that of another over the seeds that both have, with its interval; None where one diverged."""
@@ -121,7 +122,7 @@ def sweep(
         raise HoraError(f"seeds of a comparison are in [vary], got seed {setting.base.seed} in [request]: move it")
     if asked.race and not any(lora_of(choice, chosen) for choice in chosen):
         raise HoraError('a race is against LoRA, got none under equal circumstances: add references = ["lora"]')
-    contenders = _searched(chosen, _tasks(setting, chosen), out, asked, command)
+    contenders = searched(chosen, tasks_of(setting, chosen), out, asked, command=command)
     count = len(contenders)
     progress(count, count * (1 + looks))
     for look, seeds in enumerate(asked.batches, 1):
@@ -140,15 +141,13 @@ def sweep(
             "race": asked.race,
         },
         "rows": rows,
-        "search": [
-            {**_which(one.choice), **trial.model_dump(exclude={"file"})} for one in contenders for trial in one.trials
-        ],
+        "search": tried(contenders),
         "controls": checked,
         "notes": _notes(setting.base, asked, contenders, bool(checked)),
     }
 
 
-def _tasks(setting: Setting, chosen: Sequence[Choice]) -> list[Any]:
+def tasks_of(setting: Setting, chosen: Sequence[Choice]) -> list[Any]:
     """The data of each choice, read once for all that want it alike."""
     read: dict[tuple[Any, ...], Any] = {}
     for choice in chosen:
@@ -161,14 +160,18 @@ def _data_of(asked: Request) -> tuple[Any, ...]:
     return (asked.task, asked.model, asked.image_size_px, asked.scoring, asked.limit)
 
 
-def _searched(
-    chosen: Sequence[Choice],
-    tasks: Sequence[Any],
-    out: Path,
-    asked: Sweep,
-    command: str,
+def searched(
+    chosen: Sequence[Choice], tasks: Sequence[Any], out: Path, asked: Sweep, *, command: str = ""
 ) -> list[Contender]:
-    """Every choice at its own rate, after as many trials as others on its task and fraction, or at the base's."""
+    """Every choice at its own rate, after as many trials as others on its task and fraction, or at the base's.
+
+    Parameters
+    ----------
+    chosen, tasks
+        What is compared, and the data of each.
+    out, asked, command
+        As for `sweep`.
+    """
     found = [Contender(choice, task, choice.request, []) for choice, task in zip(chosen, tasks, strict=True)]
     groups: dict[Any, list[Contender]] = {}
     for one in found:
@@ -203,13 +206,13 @@ def _settled(one: Contender, margin: float, level: float) -> bool:
     return bool(one.found and one.lora) and one.over(one.lora, level).word(margin) != "not resolved"
 
 
-def _guessing(task: Any, split: Split) -> float:
-    """Accuracy of one answer for all examples of a split, the most frequent."""
-    counts = np.unique(task.labels(split), return_counts=True)[1]
-    return 100 * float(counts.max() / counts.sum())
+def tried(contenders: Sequence[Contender]) -> list[dict[str, Any]]:
+    """Every trial of every choice, as results have them."""
+    return [{**which(one.choice), **trial.model_dump(exclude={"file"})} for one in contenders for trial in one.trials]
 
 
-def _which(choice: Choice) -> dict[str, Any]:
+def which(choice: Choice) -> dict[str, Any]:
+    """The fields by which results tell choices apart."""
     asked = choice.request
     return {"task": asked.task, "factor": choice.factor, "value": choice.value, "fraction": asked.fraction}
 
@@ -220,7 +223,7 @@ def _row(one: Contender, contenders: Sequence[Contender], asked: Sweep, level: f
     first = next(other for other in contenders if _place(other) == _place(one))
     losses = [result.scores.loss for result in done if result.scores.loss is not None]
     row: dict[str, Any] = {
-        **_which(one.choice),
+        **which(one.choice),
         "method": one.request.method,
         "steps": one.request.steps,
         "learning_rate": one.request.learning_rate,

@@ -22,7 +22,7 @@ from hora_bench.experiments.cost.architectures import MODELS
 from hora_bench.experiments.files import experiment_file
 from hora_bench.report.tables import identification, plots, show, show_tables
 from hora_bench.request import seeds_of, vary
-from hora_bench.setting import arguments_of, read_setting
+from hora_bench.setting import Setting, arguments_of, read_setting
 from hora_bench.store import Journal, check_file, write_experiment
 from hora_bench.versions import sources_sha256
 
@@ -35,6 +35,15 @@ Data = Annotated[Path | None, typer.Option(help="Folder of tasks.", exists=True)
 
 QUICK: Final[dict[str, dict[str, Any]]] = {
     "sweep": {"factors": {"residual": [True], "activation": ["tanh"]}, "references": ["lora"], "seeds": [0, 1]},
+    "robustness": {
+        "methods": ["lora", "hora"],
+        "search": [3e-3, 1e-2],
+        "search_seeds": [2],
+        "seeds": [0, 1],
+        "corruptions": {"noise": [40], "blur": [2], "contrast": [0.3], "jpeg": [10]},
+        "attack": {"epsilon": 2, "steps": 2, "images": 20},
+        "images": 50,
+    },
     "similarity": {"methods": ["lora", "mh-lora", "hora"]},
     "signal": {"methods": ["linear-probe"], "batches": 6},
     "speed": {"torch": ["linear-probe", "lora", "hora"], "jax": ["linear-probe", "hora"], "rounds": 2},
@@ -58,18 +67,52 @@ def sweep(
     setting = read_setting(file, quick=QUICK["sweep"] if quick else None, data=data)
     asked = Sweep.of(setting.vary)
     asked = asked.with_seeds(seeds_of(seeds)) if seeds else asked
-    if task is not None:
-        if task not in asked.tasks:
-            known = ", ".join(asked.tasks) or "none"
-            raise HoraError(f"a piece is one of the file's tasks, {known}, got {task!r}: name one, or leave it out")
-        setting = replace(setting, base=vary(setting.base, task=task))
-        asked = replace(asked, tasks=())
-    stem = f"{file.stem if file else 'sweep'}{f'-{task}' if task else ''}"
-    out = out or Path("results", f"{stem.replace('_', '-')}.json")
+    setting, asked = _piece(setting, asked, task)
+    out = out or _file_of("sweep", file, task)
     flags = (f" --seeds {shlex.quote(seeds)}" if seeds else "") + (f" --task {shlex.quote(task)}" if task else "")
     command = _command("sweep", file, flags)
     with _timed("sweep", command, out) as (progress, finish):
         finish(run(setting, out.parent / "runs", asked, command=command, progress=progress))
+
+
+def robustness(
+    file: File = None,
+    *,
+    quick: Quick = False,
+    data: Data = None,
+    task: Annotated[str | None, typer.Option(help="In place of the file's: one of its tasks, as a piece.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Result file; results/NAME.json when left out.")] = None,
+) -> None:
+    """What is kept under corruptions and adversarial steps, by choices that each have their own rate, beside LoRA."""
+    from hora_bench.experiments.robustness.run import Plan
+    from hora_bench.experiments.robustness.run import robustness as run
+
+    setting = read_setting(file, quick=QUICK["robustness"] if quick else None, data=data)
+    setting = replace(setting, base=vary(setting.base, last_blocks=4)) if quick else setting
+    plan = Plan.of(setting.vary)
+    setting, sweep = _piece(setting, plan.sweep, task)
+    out = out or _file_of("robustness", file, task)
+    command, journal = _command("robustness", file, f" --task {shlex.quote(task)}" if task else ""), _journal(out)
+    with _timed("robustness", command, out) as (progress, finish):
+        plan = replace(plan, sweep=sweep)
+        finish(run(setting, out.parent / "runs", plan, command=command, journal=journal, progress=progress))
+    journal.remove()
+
+
+def _piece(setting: Setting, asked: Sweep, task: str | None) -> tuple[Setting, Sweep]:
+    """One of a file's tasks in place of all, where one is named."""
+    if task is None:
+        return setting, asked
+    if task not in asked.tasks:
+        known = ", ".join(asked.tasks) or "none"
+        raise HoraError(f"a piece is one of the file's tasks, {known}, got {task!r}: name one, or leave it out")
+    return replace(setting, base=vary(setting.base, task=task)), replace(asked, tasks=())
+
+
+def _file_of(name: str, file: Path | None, task: str | None) -> Path:
+    """Where the result of a file, or of its piece, goes unless said."""
+    stem = f"{file.stem if file else name}{f'-{task}' if task else ''}"
+    return Path("results", f"{stem.replace('_', '-')}.json")
 
 
 def similarity(

@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -149,6 +149,30 @@ class ImageTask:
             classes[rows] = (classes[rows] + rng.integers(1, self.num_classes, len(rows))) % self.num_classes
             parts[part] = replace(self._examples(part), classes=classes)
         return replace(self, name=f"{self.name}-wrong{100 * share:g}", **parts)
+
+    def changed(self, name: str, change: Callable[[np.ndarray], np.ndarray]) -> Self:
+        """The task with every test image changed at the size that the model sees; what is learned from stays.
+
+        Parameters
+        ----------
+        name
+            Follows the task's name.
+        change
+            From pixels ``(height, width, 3)`` of bytes to others; an image that does not decode stays as it is.
+
+        Raises
+        ------
+        HoraError
+            Images are cut while they are read, so that a changed one would be cut again.
+        """
+        if self.augmentation != "none":
+            raise HoraError(
+                f"images that are changed are seen whole, got {self.name} with {self.augmentation}: drop it"
+            )
+        read = [self._read(source) for source in self.test.sources]
+        pairs = zip(self.test.sources, read, strict=True)
+        sources = [source if pixels is None else change(pixels) for source, pixels in pairs]
+        return replace(self, name=f"{self.name}-{name}", test=replace(self.test, sources=sources))
 
     def train_batch(self, split: Split, indices: np.ndarray, rng: np.random.Generator) -> Batch:
         """``image (batch, height, width, 3)`` float32 normalised, ``label (batch,)``, ``weight (batch,)``.

@@ -14,7 +14,7 @@ from hora_bench import store
 from hora_bench.cache import new_file, read_json
 from hora_bench.report.comparisons import forest, found_in
 from hora_bench.report.pieces import OVER_TASKS, never_worse, pieces_of, section
-from hora_bench.report.rows import COMPARISONS
+from hora_bench.report.rows import COMPARISONS, rows_of
 from hora_bench.report.tables import notes, plots, tables
 from hora_bench.report.verdicts import verdicts
 from hora_bench.report.writing import embedded, folded, link, save, table, write_html
@@ -28,6 +28,7 @@ QUESTIONS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {  # page: its title,
     "speed": ("What does it cost, measured?", ("speed", "screen-cost")),
     "similarity": ("How alike are the heads?", ("similarity",)),
     "signal": ("What do heads have in common?", ("signal",)),
+    "robustness": ("Is it robust?", ("robustness",)),
     "theory": ("Does the theory show?", ("theory", "theory-activations")),
 }
 EXPERIMENTS: Final = tuple(name for _, names in QUESTIONS.values() for name in names)
@@ -41,6 +42,7 @@ PROXIES: Final = (
     "The last blocks alone, on cached outputs of the frozen ones: proxies, by which no claim is judged. Each choice at "
     f"a rate of its own. {OVER_TASKS}"
 )
+WRONG: Final = "-wrong"  # in names of tasks
 WHOLE: Final = f"All blocks, each choice at a rate of its own. {OVER_TASKS}"
 DIFFERENCES: Final = "differences"
 
@@ -140,16 +142,24 @@ def _task_by_task(title: str, lead: str, records: Records, page: Path, *, proxy:
 def _question(name: str, records: Records, page: Path, drawn: Plots, address: Address) -> str:
     """Every result that answers a question: its plots, its notes, its tables folded."""
     title, experiments = QUESTIONS[name]
-    lines = [f"# {title}", ""]
-    for path, content in records:
-        if content["experiment"] in experiments:
-            lines += [f"## {path.stem}", "", f"{link(path, page)}: `{content['command']}`", ""]
-            for plot in drawn[path]:
-                lines += [f"![{plot.stem}]({address(plot)})", ""]
-            for one in tables(content["experiment"], content["result"]):
-                lines += folded(one.title, one.header, one.rows)
-            lines += [*(f"- {note}" for note in notes(content["result"])), ""]
+    own = [(path, content) for path, content in records if page_of(content) == name]
+    lines = [f"# {title}", "", *([] if own else [f"Not measured yet: see `hora-bench {experiments[0]}`."])]
+    for path, content in own:
+        lines += [f"## {path.stem}", "", f"{link(path, page)}: `{content['command']}`", ""]
+        for plot in drawn[path]:
+            lines += [f"![{plot.stem}]({address(plot)})", ""]
+        for one in tables(content["experiment"], content["result"]):
+            lines += folded(one.title, one.header, one.rows)
+        lines += [*(f"- {note}" for note in notes(content["result"])), ""]
     return _squeezed(lines)
+
+
+def page_of(content: dict[str, Any]) -> str:
+    """The question that a result answers: comparisons after wrong labels are of robustness."""
+    experiment = content["experiment"]
+    if experiment in COMPARISONS and all(WRONG in row["task"] for row in rows_of(content["result"])):
+        return "robustness"
+    return next(name for name, (_, experiments) in QUESTIONS.items() if experiment in experiments)
 
 
 def _machine(content: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple
 from scipy import stats
 
 from hora_bench.report.comparisons import parameters, shown
+from hora_bench.report.robustness import difference_of
 from hora_bench.report.rows import COMPARISONS, Row, is_lora, name_of, paired, proxy_of, rows_of
 from hora_bench.report.suites import CLAIMS, Claim, compared
 from hora_bench.report.tables import judged_gates
@@ -260,6 +261,40 @@ def _joint(result: Result) -> Said:
             )
 
 
+def _robust(result: Result) -> Said:
+    """By the registered shares kept, of the default or of what stands first after LoRA; of a screen, and called so."""
+    margin = result["setting"]["margin_pct"]
+    for task, answer in dict.fromkeys((one["task"], one["answer"]) for one in result["answers"]):
+        rows = [one for one in result["answers"] if (one["task"], one["answer"]) == (task, answer)]
+        judged = [one for one in rows if "word" in one]
+        lora = next(one for one in rows if "word" not in one)
+        if not judged:
+            continue
+        first = next((one for one in judged if name_of(one) == "default"), judged[0])
+        over = difference_of(first, "kept_over_lora_pct")
+        words = [one["word"] for one in judged if one is not first]
+        counts = [
+            f"{words.count(word)} {word}" + (f" ({_names(judged, word, first)})" if word in ("better", "worse") else "")
+            for word in WORDS
+            if word in words
+        ]
+        others = f". Of {len(words)} other choices: {', '.join(counts)}" if words else ""
+        compared = (name_of(first), name_of(lora))
+        edge = _edge(*(one for one in result["choices"] if one["task"] == task and name_of(one) in compared))
+        yield (
+            UNRESOLVED if over is None or edge else _of_difference(over),
+            (
+                f"a screen, a proxy: under {answer} {name_of(first)} keeps {first['kept_pct']} % of what it is above "
+                f"chance on clean {task} ({first['clean_pct']} %), LoRA {lora['kept_pct']} % ({lora['clean_pct']} %): "
+                f"{'nothing to compare' if over is None else _points(over)}{edge}{others} (equal: within {margin:g})"
+            ),
+        )
+
+
+def _names(judged: Sequence[Row], word: str, first: Row) -> str:
+    return ", ".join(name_of(one) for one in judged if one["word"] == word and one is not first)
+
+
 def _recovery(result: Result) -> Said:
     judged = judged_gates(result)
     if judged:
@@ -311,4 +346,5 @@ JUDGES: Final[tuple[tuple[str, tuple[str, ...], Callable[[Result], Said]], ...]]
     ("sharing makes the heads' updates alike", ("similarity",), _alike_heads),
     ("ours: data ask the heads for alike updates", ("signal",), _asked_alike),
     ("ours: a joint A, fixed, is more accurate than LoRA", COMPARISONS, _joint),
+    ("ours: more robust than LoRA at equal clean accuracy", ("robustness",), _robust),
 )

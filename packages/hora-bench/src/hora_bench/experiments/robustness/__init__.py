@@ -1,0 +1,1 @@
+"""Robustness: what is kept under corruptions and adversarial steps, beside LoRA."""
