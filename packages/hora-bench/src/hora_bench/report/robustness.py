@@ -28,7 +28,7 @@ def lines_of(result: Result) -> Iterator[tuple[str, Sequence[str], list[tuple[st
             "{:+} to {:+}".format(*one["of_other_examples_pct"]) if "of_other_examples_pct" in one else "",
             cell(over and over.detectable),
             str(one.get("word", "")),
-            f"{rates[choice_of(one)]['learning_rate']:g}",
+            _rate(rates[choice_of(one)]),
         )
         for one in result["answers"]
     ]
@@ -49,6 +49,10 @@ def lines_of(result: Result) -> Iterator[tuple[str, Sequence[str], list[tuple[st
     header = ("task", "choice", "condition", "accuracy, %", "over LoRA, points", "lost over LoRA, points")
     header += ("kept over LoRA, %", "kept, %", "test loss")
     yield "every condition, described and not judged", header, rows
+
+
+def _rate(one: dict[str, Any]) -> str:
+    return f"{one['learning_rate']:g}" + (f" ({one['rate_at_edge']} tried)" if one["rate_at_edge"] else "")
 
 
 def choice_of(one: dict[str, Any]) -> tuple[str, str]:

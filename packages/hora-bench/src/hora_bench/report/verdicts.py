@@ -10,7 +10,7 @@ from scipy import stats
 
 from hora_bench.report.comparisons import parameters, shown
 from hora_bench.report.robustness import difference_of
-from hora_bench.report.rows import COMPARISONS, Row, is_lora, name_of, paired, proxy_of, rows_of
+from hora_bench.report.rows import COMPARISONS, Row, is_lora, name_of, of_wrong_labels, paired, proxy_of, rows_of
 from hora_bench.report.suites import CLAIMS, Claim, compared
 from hora_bench.report.tables import judged_gates
 from hora_bench.stats import MARGIN, Difference, Word
@@ -272,13 +272,6 @@ def _robust(result: Result) -> Said:
             continue
         first = next((one for one in judged if name_of(one) == "default"), judged[0])
         over = difference_of(first, "kept_over_lora_pct")
-        words = [one["word"] for one in judged if one is not first]
-        counts = [
-            f"{words.count(word)} {word}" + (f" ({_names(judged, word, first)})" if word in ("better", "worse") else "")
-            for word in WORDS
-            if word in words
-        ]
-        others = f". Of {len(words)} other choices: {', '.join(counts)}" if words else ""
         compared = (name_of(first), name_of(lora))
         edge = _edge(*(one for one in result["choices"] if one["task"] == task and name_of(one) in compared))
         yield (
@@ -286,13 +279,42 @@ def _robust(result: Result) -> Said:
             (
                 f"a screen, a proxy: under {answer} {name_of(first)} keeps {first['kept_pct']} % of what it is above "
                 f"chance on clean {task} ({first['clean_pct']} %), LoRA {lora['kept_pct']} % ({lora['clean_pct']} %): "
-                f"{'nothing to compare' if over is None else _points(over)}{edge}{others} (equal: within {margin:g})"
+                f"{'nothing to compare' if over is None else _points(over)}{edge}{_others(judged, first)} "
+                f"(equal: within {margin:g})"
             ),
         )
 
 
-def _names(judged: Sequence[Row], word: str, first: Row) -> str:
-    return ", ".join(name_of(one) for one in judged if one["word"] == word and one is not first)
+def _wrong_labels(result: Result) -> Said:
+    """By paired differences where labels of training and validation are wrong; of screens too, and called so."""
+    if not of_wrong_labels(result):
+        return
+    rows, margin = rows_of(result), result["setting"].get("margin_pct", MARGIN)
+    for task in dict.fromkeys(row["task"] for row in rows):
+        judged = [row for row in rows if row["task"] == task and row["word"]]
+        lora = next((row for row in rows if row["task"] == task and is_lora(row)), None)
+        if lora is None or not judged:
+            continue
+        first = next((row for row in judged if name_of(row) == "default"), judged[0])
+        edge, proxy = _edge(first, lora), "a screen, a proxy: " if proxy_of(result) else ""
+        yield (
+            _unless(edge, _of_difference(first["over_lora"])),
+            (
+                f"{proxy}{name_of(first)} on {100 * first['fraction']:g} % of {task}: {_points(first['over_lora'])}"
+                f"{edge}{_others(judged, first)} (equal: within {margin:g})"
+            ),
+        )
+
+
+def _others(judged: Sequence[Row], first: Row) -> str:
+    """How many of the choices beside the first have each word, and which of them differ from LoRA."""
+    named = {word: [name_of(one) for one in judged if one is not first and one["word"] == word] for word in WORDS}
+    counts = [
+        f"{len(names)} {word}" + (f" ({', '.join(names)})" if word in ("better", "worse") else "")
+        for word, names in named.items()
+        if names
+    ]
+    return f". Of {len(judged) - 1} other choices: {', '.join(counts)}" if counts else ""
 
 
 def _recovery(result: Result) -> Said:
@@ -347,4 +369,5 @@ JUDGES: Final[tuple[tuple[str, tuple[str, ...], Callable[[Result], Said]], ...]]
     ("ours: data ask the heads for alike updates", ("signal",), _asked_alike),
     ("ours: a joint A, fixed, is more accurate than LoRA", COMPARISONS, _joint),
     ("ours: more robust than LoRA at equal clean accuracy", ("robustness",), _robust),
+    ("ours: more accurate than LoRA where labels are wrong", COMPARISONS, _wrong_labels),
 )
