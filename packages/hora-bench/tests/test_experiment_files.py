@@ -11,6 +11,7 @@ from hora_bench import methods
 from hora_bench.cache import read_json
 from hora_bench.choices import Sweep, choices
 from hora_bench.experiments.files import SHIPPED, experiment_file
+from hora_bench.experiments.rates.run import rates
 from hora_bench.experiments.robustness.run import Plan
 from hora_bench.experiments.signal.run import signal
 from hora_bench.experiments.similarity.run import similarity
@@ -48,6 +49,7 @@ def test_a_committed_result_is_of_its_experiment_file_as_it_is_now(path):
     if named is None:
         return
     setting, result = read_setting(SHIPPED / named[1], quick=None, data=None), content["result"]
+    varied = {**setting.vary, **({"tasks": [named[2]]} if named[2] else {})}
     if content["experiment"] == "robustness":
         plan, stored = Plan.of(setting.vary), result["setting"]
         assert [*plan.sweep.seeds] == stored["seeds"]
@@ -60,11 +62,9 @@ def test_a_committed_result_is_of_its_experiment_file_as_it_is_now(path):
         ]
         return
     if content["experiment"] not in COMPARISONS:
-        assert {name: result["setting"][name] for name in setting.vary if name in result["setting"]}.items() <= (
-            setting.vary.items()
-        )
+        assert {name: result["setting"][name] for name in varied if name in result["setting"]}.items() <= varied.items()
         return
-    asked = Sweep.of({**setting.vary, **({"tasks": [named[2]]} if named[2] else {})})
+    asked = Sweep.of(varied)
     rows = [(row["factor"], row["value"], row["fraction"]) for row in rows_of(result)]
     assert {(one.factor, one.value, one.request.fraction) for one in choices(setting.base, asked)} <= {*rows}
     assert tuple(result["setting"]["seeds"]) == asked.seeds
@@ -89,7 +89,7 @@ def test_an_experiment_file_gives_request_and_what_varies(tmp_path):
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_experiment_file_fits_its_command(path):
     found = read_setting(path, quick=None, data=None)
-    others = {"similarity": similarity, "signal": signal, "speed": speed}
+    others = {"similarity": similarity, "signal": signal, "rates": rates, "speed": speed}
     own = next((run for name, run in others.items() if path.stem.startswith(name)), None)
     if own is not None:
         assert set(found.vary) <= set(inspect.signature(own).parameters)

@@ -7,6 +7,8 @@ import torch
 from hora_bench import assets
 from hora_bench.cache import cache_dir
 from hora_bench.models import load
+from hora_bench.recipe import head_init
+from torch import nn
 
 CACHE = cache_dir()  # before the tests' own cache takes its place
 TOLERANCE = 1e-5  # of the largest logit
@@ -61,3 +63,22 @@ def test_both_language_models_are_one_function_and_float32_is_equally_far_from_i
 def test_the_real_commonsense_records_have_the_published_counts():
     counts = assets.find("commonsense").origin["checks"]
     assert counts == {"train_records": 147_580, "test_records": 22_419}
+
+
+@needs("minilm")
+def test_the_real_encoder_hears_what_sentences_mean():
+    model, tokenizer = load.sentence_classifier("minilm", head_init(384, 2, 0)), load.tokenizer("minilm")
+    said = ["A kitten sleeps.", "The young cat is asleep.", "Shares fell sharply on Monday."]
+    given = tokenizer(said, padding="longest", truncation=False, return_tensors="pt")
+    seen = []
+    model.head.register_forward_pre_hook(lambda _, inputs: seen.append(nn.functional.normalize(inputs[0])))
+    with torch.no_grad():
+        model(given.input_ids, given.attention_mask, given.token_type_ids)
+    alike = seen[0] @ seen[0].T
+    assert alike[0, 1] > 0.6 > 0.2 > alike[0, 2]
+
+
+@needs("glue-val")
+def test_the_real_sentences_have_the_published_counts():
+    counts = assets.find("glue-val").origin["checks"]
+    assert counts == {"sst2_sentences": 872, "mrpc_sentences": 408, "rte_sentences": 277}

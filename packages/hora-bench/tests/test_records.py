@@ -142,6 +142,16 @@ def test_a_limit_takes_equally_many_of_each_task(llama_directory, commonsense_fo
         task.cut(7)
 
 
+def test_a_commonsense_task_alone_has_its_own_records_and_all_of_the_validation(llama_directory, commonsense_folder):
+    name, row = "openbookqa", fields("openbookqa", DOCUMENTS["openbookqa"])
+    rows = [{**row, "instruction": f"{i}. {row['instruction']}"} for i in range(150)]
+    written(commonsense_folder / name / "train.jsonl", *rows)
+    task = commonsense(load.tokenizer(str(llama_directory)), folder=commonsense_folder, member=name)
+    assert task.name == f"commonsense/{name}"
+    assert {record.group for part in ("train", "val", "test") for record in task.records(part)} == {name}
+    assert [task.size(part) for part in ("train", "val", "test")] == [30, 120, 30]
+
+
 def test_commonsense_has_the_prompt_and_the_patterns_of_llm_adapters_and_lists_what_differs(
     llama_directory, commonsense_folder
 ):

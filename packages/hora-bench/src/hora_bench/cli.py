@@ -35,6 +35,7 @@ for former in ("ablate", "sample-efficiency"):  # what result files of earlier v
     app.command(former, hidden=True)(experiments.sweep)
 app.command("similarity", rich_help_panel=PAPER)(experiments.similarity)
 app.command("signal", rich_help_panel=PAPER)(experiments.signal)
+app.command("rates", rich_help_panel=PAPER)(experiments.rates)
 app.command("robustness", rich_help_panel=PAPER)(experiments.robustness)
 app.command("speed", rich_help_panel=PAPER)(experiments.speed)
 app.command("report", rich_help_panel=PAPER)(experiments.report)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -116,7 +116,7 @@ def plan(console: Any, asked: Request, *, architecture: dict[str, Any] | None, n
     architecture
         The Hugging Face configuration of a model that is not here, or None.
     num_classes
-        Of an image task; None for text.
+        Of a task of images or sentences; None for text.
 
     Raises
     ------
@@ -129,9 +129,11 @@ def plan(console: Any, asked: Request, *, architecture: dict[str, Any] | None, n
             "--dry-run counts methods on weights without values, got vblora, whose forward looks at its values: "
             "run a few steps of a small model instead"
         )
-    images, mesh = asked.image_size_px is not None, asked.mesh or {}
-    if images:
+    classified, mesh = asked.kind != "text", asked.mesh or {}
+    if asked.kind == "images":
         counts, work = _vit(asked, method, num_classes or 0)
+    elif classified:
+        counts, work = _encoder(asked, method, num_classes or 0)
     else:
         stored = architecture or _stored_config(asked.model)
         work = _text_workload(stored, asked.batch_size)
@@ -139,9 +141,9 @@ def plan(console: Any, asked: Request, *, architecture: dict[str, Any] | None, n
         count = partial(llama_by_xla, dtype=asked.dtype) if by_xla else llama_by_torch
         counts = count(stored, method, work)
     half = 2 if asked.dtype == "bfloat16" else 4
-    # images are multiplied in bfloat16 with weights that stay float32
+    # images and sentences are multiplied in bfloat16 with weights that stay float32
     found = memory(
-        counts, work, mesh=mesh, frozen_itemsize=4 if images else half, itemsize=half, recomputed=asked.remat
+        counts, work, mesh=mesh, frozen_itemsize=4 if classified else half, itemsize=half, recomputed=asked.remat
     )
     devices, share = prod(mesh.values()), 100 * counts.trained_count / counts.params_count
     form = f"{devices} devices ({', '.join(f'{axis} {size}' for axis, size in mesh.items())})" if mesh else "1 device"
@@ -177,6 +179,18 @@ def _vit(asked: Request, method: Method, num_classes: int) -> tuple[Counts, Work
     )
     image = torch.zeros(asked.batch_size, size, size, 3, device="meta")
     return _by_torch(model, method, {"image": image}), work
+
+
+def _encoder(asked: Request, method: Method, num_classes: int) -> tuple[Counts, Workload]:
+    import torch
+
+    model = load.abstract_sentence_classifier(asked.model, num_classes)
+    work = replace(_text_workload(model.config.to_dict(), asked.batch_size), outputs=num_classes)
+    whole = torch.zeros(work.batch_size, work.seq, dtype=torch.long, device="meta")
+    # transformers 5.23 looks whether a mask hides anything, and abstract tensors have no values
+    unmasked = {"attention_mask": None}
+    model.encoder.register_forward_pre_hook(lambda _, args, given: (args, {**given, **unmasked}), with_kwargs=True)
+    return _by_torch(model, method, {"tokens": whole, "valid": whole, "types": whole}), work
 
 
 def _text_workload(stored: dict[str, Any], batch_size: int) -> Workload:

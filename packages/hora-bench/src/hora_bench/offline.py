@@ -7,6 +7,7 @@ the rotary layout, base and grouping of heads, the norms' eps and the output tha
 
 import json
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,19 @@ def _compare_blocks(source: Path, model: Any) -> float:
     if not difference < 1e-3:
         raise HoraError(f"converted features must equal the ONNX graph's within 1e-3, got {difference:.2e}")
     return difference
+
+
+def encoder_from_zip(source: Path, target: Path) -> dict[str, float]:
+    """The configuration, weights and tokenizer in a zip archive, as they are; the number of values in the weights."""
+    from zipfile import ZipFile
+
+    from safetensors import safe_open
+
+    with ZipFile(source) as archive:
+        archive.extractall(target, [name for name in archive.namelist() if "/" not in name])
+    with safe_open(target / "model.safetensors", framework="np") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 (no mapping)
+    return {"values": float(sum(map(prod, shapes)))}
 
 
 def llama_from_gguf(source: Path, target: Path) -> dict[str, float]:

@@ -12,7 +12,7 @@ from hora_spec import HoraError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hora_bench import methods
-from hora_bench.data.base import Task
+from hora_bench.data.base import Kind, Task
 from hora_bench.recipe import Recipe, Schedule
 from hora_bench.versions import code_sha256, versions
 
@@ -79,9 +79,18 @@ class Request(Record):
             raise HoraError(f"drop path belongs to vision transformers, got {self.drop_path} for text: leave it out")
         if self.last_blocks is not None:
             self._screened()
+        if self.backend == "jax" and self.kind == "sentences":
+            raise HoraError("sentences are classified by encoders on torch, got --backend jax: pass --backend torch")
         if self.backend == "jax" and self.image_size_px is not None and self.dtype != "float32":
             raise HoraError(f"on JAX image models are trained in float32, got --dtype {self.dtype}: leave it out")
         return self
+
+    @property
+    def kind(self) -> Kind:
+        """What a task must hold for this request."""
+        if self.image_size_px is not None:
+            return "images"
+        return "sentences" if self.scoring == "accuracy" else "text"
 
     @property
     def proxy(self) -> str:
@@ -108,6 +117,15 @@ class Request(Record):
         """The part that the optimiser sees."""
         shared = Recipe.__dataclass_fields__.keys() & type(self).model_fields.keys()
         return Recipe(**{name: getattr(self, name) for name in shared})
+
+
+def check_kind(request: Request, kind: Kind) -> None:
+    """Raise HoraError where a request is for another kind of task: a field of it would change nothing."""
+    if request.kind != kind:
+        got = f"image_size_px {request.image_size_px} and scoring {request.scoring} for a task of {kind}"
+        raise HoraError(
+            f"images have a size, text a scoring other than accuracy, and sentences neither, got {got}: change them"
+        )
 
 
 class Inputs(Record):

@@ -17,13 +17,13 @@ from hora_bench.data.base import Judged, Score, Task
 from hora_bench.data.prompts import prompts, responses
 from hora_bench.models import load
 from hora_bench.recipe import subset
-from hora_bench.request import Inputs, Request, name_of
+from hora_bench.request import Inputs, Request, check_kind, name_of
 from hora_bench.store import PREDICTIONS, RunResult, Scores, Trial
 from hora_bench.training import EVERY_S, Checkpoint, DivergedError, Learner, fit, predict
 from hora_bench.versions import machine
 
 Progress = Callable[[str, int, int, float], None]
-EVAL_BATCH = {"images": 50, "text": 32}
+EVAL_BATCH = {"images": 50, "sentences": 50, "text": 32}
 NEW_TOKENS = 32
 
 
@@ -82,6 +82,7 @@ def run(
         if found is None:
             raise DivergedError(f"the loss must be finite, got none at rate {request.learning_rate:g}: lower it")
         return found
+    check_kind(request, task.kind)
     inputs = Inputs.of(request, task)
     name = name_of(request, inputs)
     path, files = out / f"{name}.json", out / name

@@ -11,7 +11,7 @@ from typing import Any, Final, get_type_hints
 from hora_spec import HoraError
 from pydantic import TypeAdapter, ValidationError
 
-from hora_bench.data.catalog import FAMILIES, load_task, plain_of
+from hora_bench.data.catalog import FAMILIES, kind_of, load_task, plain_of
 from hora_bench.request import Request, first_error, request, seeds_of
 
 QUICK: Final[dict[str, Any]] = {"image_size_px": 28, "steps": 10, "warmup_steps": 1, "limit": 100}
@@ -39,7 +39,7 @@ class Setting:
         """A task by name, as a request wants its data; default the base request."""
         asked = asked or self.base
         scoring = None if asked.scoring == "accuracy" else asked.scoring
-        family = FAMILIES.get(plain_of(task))
+        family = FAMILIES.get(plain_of(task).partition("/")[0])
         data = None if family is not None and family.brings_data else self.data
         return load_task(
             task, model=asked.model, data=data, image_size=asked.image_size_px, scoring=scoring, limit=asked.limit
@@ -84,7 +84,22 @@ def read_setting(path: Path | None, *, quick: dict[str, Any] | None, data: Path 
             f"an experiment file has [request], with fields among {', '.join(known)}, and [vary], got {unknown} in "
             f"{path.name}"
         )
-    return Setting(request(**content.get("request", {})), content.get("vary", {}), data)
+    varied = content.get("vary", {})
+    return Setting(request(**_of_kind(content.get("request", {}), varied, data)), varied, data)
+
+
+def _of_kind(fields: Mapping[str, Any], varied: Mapping[str, Any], data: Path | None) -> dict[str, Any]:
+    """Fields of a request as the kind of its tasks has them: a file cannot say that there is no image size."""
+    tasks = varied.get("tasks") or [fields.get("task", Request.model_fields["task"].default)]
+    kinds = {kind_of(task, data) for task in tasks}
+    if len(kinds) > 1:
+        raise HoraError(f"the tasks of a file are of one kind, got {', '.join(sorted(kinds))}: write a file for each")
+    if kinds == {"images"}:
+        return dict(fields)
+    if "image_size_px" in fields:
+        raise HoraError(f"image_size_px belongs to images, got it for {tasks[0]}: leave it out")
+    scored = {"scoring": "log-likelihood"} if kinds == {"text"} else {}
+    return {"image_size_px": None, **scored, **fields}
 
 
 def arguments_of(varied: Mapping[str, Any], run: Callable[..., Any], *names: str) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Learner(Protocol):
         ...
 
     def outputs(self, batch: Batch) -> np.ndarray:
-        """Logits ``(rows, classes)`` of images, or summed log-likelihoods ``(rows,)`` of responses."""
+        """Logits ``(rows, classes)`` of images and sentences, or summed log-likelihoods ``(rows,)`` of responses."""
         ...
 
     def write(self, batch: Batch, *, end: int, new_tokens: int, beams: int) -> np.ndarray:

@@ -26,8 +26,8 @@ def build(request: Request, task: Any) -> Learner:
     check_device(request.backend, request.device)
     method = methods.find(request.method).configured(request.options)
     head, size = None, request.image_size_px or 224
-    if task.kind == "images":
-        head = head_init(load.num_features(request.model), task.num_classes, request.seed)
+    if task.kind != "text":
+        head = head_init(load.num_features(request.model, task.kind), task.num_classes, request.seed)
     if request.backend == "torch":
         import torch
 
@@ -36,9 +36,11 @@ def build(request: Request, task: Any) -> Learner:
 
         if task.kind == "images":
             base = load.timm_vit(request.model, size, head, drop_path=request.drop_path)
+        elif head is not None:
+            base = load.sentence_classifier(request.model, head)
         else:
             base = load.causal_lm(request.model, dtype=request.dtype)
-        half = torch.bfloat16 if task.kind == "images" and request.dtype == "bfloat16" else None
+        half = torch.bfloat16 if head is not None and request.dtype == "bfloat16" else None
         accelerator, loss = make_accelerator(request.device), start_loss(half)
         examples = [placed(batch, accelerator.device) for batch in start_batches(request, task, method)]
         if examples:

@@ -32,14 +32,14 @@ QUIET = "9"  # above every level of the profiler's own log
 
 @final
 class Logits(nn.Module):
-    """A batch to logits: of images ``(batch, classes)``, of the response's tokens ``(batch, response, vocab)``.
+    """A batch to logits: of images and sentences ``(batch, classes)``, of responses ``(batch, response, vocab)``.
 
     Parameters
     ----------
     model
         Any of the benchmark's.
     autocast
-        Dtype in which images are multiplied with weights that stay as they are; None multiplies in theirs.
+        Dtype in which images and sentences are multiplied with weights that stay as they are; None: in theirs.
     """
 
     def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
@@ -49,15 +49,18 @@ class Logits(nn.Module):
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Logits in float32."""
-        if "image" in batch:
-            image = batch["image"].permute(0, 3, 1, 2)
-            cast = torch.autocast(image.device.type, self.autocast) if self.autocast else nullcontext()
-            with cast, PathDrop.following(self.model, batch.get("paths")):
-                return self.model(image).float()
+        if "at" not in batch:
+            return self._classified(batch).float()
         causal = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         hidden = causal.base_model(input_ids=batch["tokens"].long(), use_cache=False).last_hidden_state
         picked = hidden.gather(1, batch["at"].long()[..., None].expand(-1, -1, hidden.shape[-1]))
         return causal.get_output_embeddings()(picked).float()
+
+    def _classified(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        given = batch["image"].permute(0, 3, 1, 2) if "image" in batch else batch["tokens"]
+        cast = torch.autocast(given.device.type, self.autocast) if self.autocast else nullcontext()
+        with cast, PathDrop.following(self.model, batch.get("paths")):
+            return self.model(given) if "image" in batch else self.model(given, batch["valid"], batch["types"])
 
     def generate(self, **settings: Any) -> torch.Tensor:
         """Ids ``(batch, prompt + new)`` that the model writes after prompts."""
@@ -149,12 +152,12 @@ class TorchLearner:
 
     @torch.no_grad()
     def outputs(self, batch: Batch) -> np.ndarray:
-        """Logits ``(rows, classes)`` of images, or summed log-likelihoods ``(rows,)`` of responses."""
+        """Logits ``(rows, classes)`` of images and sentences, or summed log-likelihoods ``(rows,)`` of responses."""
         self.logits.eval()
         local = self.local(batch)
         logits = self.logits(local)
-        if "image" in batch:
-            return self.gathered(logits, len(batch["image"]))
+        if "at" not in batch:
+            return self.gathered(logits, len(batch["label"]))
         chosen = logits.log_softmax(-1).gather(-1, local["label"].long()[..., None])[..., 0]
         return self.gathered((chosen * local["weight"]).sum(-1), len(batch["tokens"]))
 

@@ -18,7 +18,8 @@ def prepare(model: Any, method: Method, *, seed: int, examples: Examples = (), l
     Parameters
     ----------
     model
-        A timm ViT with a new ``head``, which every method trains, or a causal language model; also on the meta device.
+        A timm ViT or a `SentenceClassifier` with a new ``head``, which every method trains, or a causal language model;
+        also on the meta device.
     method
         Adapts Q and V of all layers, in the peers too: a fused qkv is split for them.
     seed
@@ -30,7 +31,7 @@ def prepare(model: Any, method: Method, *, seed: int, examples: Examples = (), l
     Raises
     ------
     HoraError
-        The method does not exist on torch.
+        The method does not exist on torch, or cannot adapt this model.
     """
     method.check_backend("torch")
     declare_missing_ops()
@@ -59,7 +60,7 @@ def prepare(model: Any, method: Method, *, seed: int, examples: Examples = (), l
         if method.start and loss is not None:
             torch_starts.joint(adapted, method.start, examples, loss)
         return adapted
-    targets = split_torch(model) or ["q_proj", "v_proj"]
+    targets = split_torch(model) or _whole_maps(model, method)
     given = {"target_modules": targets, "modules_to_save": saved}
     config = _peer(method, given, model, targets)
     if method.family == "lora-ga" and loss is not None:
@@ -68,6 +69,21 @@ def prepare(model: Any, method: Method, *, seed: int, examples: Examples = (), l
     if method.family == "eva" and loss is not None:
         torch_starts.eva(adapted, examples, loss)
     return adapted
+
+
+def _whole_maps(model: Any, method: Method) -> list[str]:
+    """Names of the modules that HoRA adapts, none of which may hold more than a projection that it adapts."""
+    import hora_torch
+
+    sites = [site for layer in hora_torch.plan(model, hora_torch.HoraConfig()).layers for site in layer.sites.values()]
+    for site in sites:
+        rows = site.projection.num_heads * site.projection.head_dim
+        if rows != site.weight_shape[0]:
+            raise HoraError(
+                f"{method.name} adapts whole maps, Q and V as HoRA does, got {site.module}, of whose "
+                f"{site.weight_shape[0]} rows they are {rows}: choose a method of HoRA"
+            )
+    return sorted({site.module.rpartition(".")[2] for site in sites})
 
 
 def _adapted(model: Any, config: Any) -> Any:

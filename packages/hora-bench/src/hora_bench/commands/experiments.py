@@ -46,6 +46,12 @@ QUICK: Final[dict[str, dict[str, Any]]] = {
     },
     "similarity": {"methods": ["lora", "mh-lora", "hora"]},
     "signal": {"methods": ["linear-probe"], "batches": 6},
+    "rates": {
+        "methods": ["lora", "hora-joint"],
+        "rates": [1e-3, 4e-3, 1.6e-2, 6.4e-2],
+        "seeds": [0, 1],
+        "hessian_seeds": 1,
+    },
     "speed": {"torch": ["linear-probe", "lora", "hora"], "jax": ["linear-probe", "hora"], "rounds": 2},
 }
 
@@ -139,6 +145,31 @@ def signal(
     from hora_bench.experiments.signal.run import signal as run
 
     _pieces("signal", run, ("tasks", "methods", "seeds", "batches", "rank"), file, quick=quick, data=data, out=out)
+
+
+def rates(
+    file: File = None,
+    *,
+    quick: Quick = False,
+    data: Data = None,
+    task: Annotated[str | None, typer.Option(help="In place of the file's: one of its tasks, as a piece.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Result file; results/NAME.json when left out.")] = None,
+) -> None:
+    """How wide the range of good learning rates is, and whether the curvature at the start explains it."""
+    from hora_bench.experiments.rates.run import rates as run
+
+    setting = read_setting(file, quick=QUICK["rates"] if quick else None, data=data)
+    setting = replace(setting, base=vary(setting.base, last_blocks=2, device="cpu")) if quick else setting
+    varied = ("methods", "variants", "tasks", "rates", "seeds", "hessian_seeds", "margin", "fall")
+    arguments = arguments_of(setting.vary, run, *varied)
+    if missing := sorted({"rates", "seeds"} - set(arguments)):
+        raise HoraError(f"curves are of rates and seeds in [vary], got no {' and no '.join(missing)}: add them")
+    setting, asked = _piece(setting, Sweep(tasks=arguments.pop("tasks", ())), task)
+    out = out or _file_of("rates", file, task)
+    command = _command("rates", file, f" --task {shlex.quote(task)}" if task else "")
+    with _timed("rates", command, out) as (progress, finish):
+        runs = out.parent / "runs"
+        finish(run(setting, runs, tasks=asked.tasks, **arguments, command=command, progress=progress))
 
 
 def _pieces(

@@ -38,7 +38,7 @@ def command(
     context: typer.Context,
     task: Annotated[
         str,
-        typer.Argument(help=f"A folder, a .jsonl file, or one of {TASKS}; vtab/NAME and fgvc/NAME for one of a suite."),
+        typer.Argument(help=f"A folder, a .jsonl file, or one of {TASKS}; vtab/NAME for one of a suite."),
     ],
     data: Annotated[Path | None, typer.Argument(help="Folder, archive or file with the data of a named task.")] = None,
     *,
@@ -67,7 +67,7 @@ def command(
     ] = None,
     beams: Annotated[int | None, typer.Option(min=1, help="torch: of generated answers; 1 when left out.")] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16"], typer.Option(help="Of frozen weights; images: autocast.")
+        Literal["float32", "bfloat16"], typer.Option(help="Of frozen weights; images, sentences: autocast.")
     ] = "float32",
     mesh: Annotated[str | None, typer.Option(help="Devices of JAX, such as fsdp=2,tp=4.")] = None,
     dry_run: Annotated[
@@ -114,8 +114,8 @@ def _refuse_idle(context: typer.Context, given: dict[str, Any], kind: str) -> No
         ({"lr", "wd"}, given["tune"], "are what --tune chooses", "drop one"),
         ({"epochs"}, given["steps"] is not None, "are another way to say --steps", "drop one"),
         ({"seed"}, given["seeds"] is not None, "is another way to say --seeds", "drop one"),
-        ({"scoring", "beams"}, kind == "images", "belong to language models", "leave it out"),
-        ({"image_size"}, kind == "text", "belongs to images", "leave it out"),
+        ({"scoring", "beams"}, kind != "text", "belong to language models", "leave it out"),
+        ({"image_size"}, kind != "images", "belongs to images", "leave it out"),
         (
             set(given) - PLANNED - {"options"},
             given["dry_run"],
@@ -140,7 +140,7 @@ def _methods(given: str) -> list[str]:
 
 def _unread(named: Named, given: dict[str, Any]) -> str:
     """How a task is scored, before its data is read."""
-    return "accuracy" if named.family.kind == "images" else given["scoring"] or "log-likelihood"
+    return (given["scoring"] or "log-likelihood") if named.family.kind == "text" else "accuracy"
 
 
 def _told(each: list[tuple[Named, dict[str, Any]]]) -> str:
@@ -172,7 +172,7 @@ def _runs(named: Named, given: dict[str, Any]) -> None:
         limit=given["limit"],
     )
     steps = protocol.steps(task.size("train+val"), given["epochs"], given["steps"])
-    scoring = "accuracy" if task.kind == "images" else task.scoring
+    scoring = task.scoring if task.kind == "text" else "accuracy"
     base = _request(named, given, task=task.name, scoring=scoring, steps=steps)
     for seed in given["seeds"]:
         _run(named, base.replace(seed=seed), task, given)
@@ -261,6 +261,9 @@ def _tell(result: Any, out: Path) -> None:
     )
     for group, accuracy in scores.groups_pct.items():
         console.print(f"  {group}: {accuracy:.1f} %")
+    if cut := result.data.get("cut_count"):
+        said = f"  {cut} sentences of all splits were cut at {result.data['cutoff_tokens']} tokens"
+        console.print(said, style="yellow")
     if result.unreadable_images:
         console.print(f"  unreadable: {json.dumps(result.unreadable_images)}", style="yellow")
     console.print(f"[dim]{out / result.name}.json, adapter and predictions in {out / result.name}[/dim]")
@@ -273,7 +276,7 @@ def _plan(named: Named, given: dict[str, Any]) -> None:
     size = _image_size(named, given)
     asked = _request(named, given, task=named.name, scoring=_unread(named, given), steps=(1, 0))
     classes = named.family.members.get(named.member)
-    if size and not classes:
+    if named.family.kind != "text" and not classes:
         classes = load_task(named.name, data=given["data"], model=asked.model, image_size=size).num_classes
     architecture = configs.read(given["config"]).get("architecture") if given["config"] else None
     plan(console, asked, architecture=architecture, num_classes=classes)

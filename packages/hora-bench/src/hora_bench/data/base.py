@@ -11,6 +11,7 @@ from hora_spec import HoraError
 
 Batch = dict[str, np.ndarray]
 Split = Literal["train", "val", "test", "train+val"]
+Kind = Literal["images", "sentences", "text"]  # classes of images or sentences, or text that a language model writes
 PARTS = ("train", "val", "test")
 
 
@@ -84,7 +85,7 @@ class Task(Protocol):
     name: str
 
     @property
-    def kind(self) -> Literal["images", "text"]:
+    def kind(self) -> Kind:
         """What batches hold."""
         ...
 

@@ -6,11 +6,14 @@ Every number of a protocol can be changed on the command line; what was used is 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from hora_spec import HoraError
 
+from hora_bench.data.base import Kind
+from hora_bench.data.commonsense import OPTIONS
 from hora_bench.data.folders import FGVC, VTAB
+from hora_bench.data.sentences import GLUE
 from hora_bench.recipe import Schedule, steps_of
 
 SHUFFLED: Final = "-shuffled"
@@ -111,20 +114,23 @@ class Family:
     load
         Reads the data of a member.
     members
-        Names and numbers of classes of a suite's tasks.
+        Names and numbers of classes, or of options, of a suite's tasks.
     needs
         What the path must hold, where one must be given.
     brings_data
         Its data comes with a package: no path is taken.
+    whole
+        Its name alone is a task of its own, all members together, and no suite.
     """
 
     name: str
-    kind: Literal["images", "text"]
+    kind: Kind
     protocol: Protocol
     load: Callable[[Asked, str], Any]
     members: dict[str, int]
     needs: str = ""
     brings_data: bool = False
+    whole: bool = False
 
 
 VISION: Final = Protocol(
@@ -170,6 +176,19 @@ TEXT: Final = Protocol(
 )
 
 
+# A short run for few sentences. The rate is where MiniLM's validation was best or level with it: experiments search it.
+SENTENCES: Final = Protocol(
+    model="minilm",
+    image_size_px=None,
+    batch_size=16,
+    epochs=10,
+    warmup=0.1,
+    learning_rate=3e-3,
+    weight_decay=1e-4,
+    rank=8,
+)
+
+
 def _digits(asked: Asked, member: str) -> Any:
     from hora_bench.data import digits
 
@@ -206,7 +225,19 @@ def _fgvc(asked: Asked, member: str) -> Any:
 def _commonsense(asked: Asked, member: str) -> Any:
     from hora_bench.data.commonsense import commonsense
 
-    return commonsense(asked.tokenizer, folder=asked.data, **asked.text)
+    return commonsense(asked.tokenizer, folder=asked.data, member=member, **asked.text)
+
+
+def _glue(asked: Asked, member: str) -> Any:
+    from hora_bench.data.sentences import glue
+
+    return glue(member, asked.tokenizer)
+
+
+def _sentences(asked: Asked, member: str) -> Any:
+    from hora_bench.data.sentences import sentence_task
+
+    return sentence_task(_given(asked), asked.tokenizer)
 
 
 def _records(asked: Asked, member: str) -> Any:
@@ -226,6 +257,7 @@ CLASSES: Final = (
     "test.txt: a path and a label per line), in train.json, val.json and test.json, or as datasets saves them"
 )
 SPLITS: Final = "CUB/train.json, CUB/val.json, CUB/test.json (VPT's splits) and CUB/images, the same for the others"
+LABELLED: Final = "one JSON object a line (text, label, and text_pair for pairs), or train, val and test.jsonl of them"
 LINES: Final = "one JSON record a line (instruction, input, output, answer, options), or train, val and test.jsonl"
 FAMILIES: Final = {
     family.name: family
@@ -235,7 +267,9 @@ FAMILIES: Final = {
         Family(name="image-folder", kind="images", protocol=VISION, load=_folder, members={}, needs=CLASSES),
         Family(name="vtab", kind="images", protocol=BENCHMARK, load=_vtab, members=VTAB),
         Family(name="fgvc", kind="images", protocol=BENCHMARK, load=_fgvc, members=FGVC, needs=SPLITS),
-        Family(name="commonsense", kind="text", protocol=TEXT, load=_commonsense, members={}),
+        Family(name="glue-val", kind="sentences", protocol=SENTENCES, load=_glue, members=GLUE, brings_data=True),
+        Family(name="sentences", kind="sentences", protocol=SENTENCES, load=_sentences, members={}, needs=LABELLED),
+        Family(name="commonsense", kind="text", protocol=TEXT, load=_commonsense, members=OPTIONS, whole=True),
         Family(name="records", kind="text", protocol=TEXT, load=_records, members={}, needs=LINES),
     )
 }
@@ -281,8 +315,15 @@ def find(task: str, data: Path | None = None) -> list[Named]:
         )
     if data is not None and family.brings_data:
         raise HoraError(f"{name} brings its own data, got the path {data}: leave it out")
-    members = [member] if member or not family.members else list(family.members)
-    return [Named(f"{name}/{one}" if one else name, family, one, data) for one in members]
+    one = member or family.whole or not family.members
+    members = [member] if one else list(family.members)
+    return [Named(f"{name}/{each}" if each else name, family, each, data) for each in members]
+
+
+def kind_of(task: str, data: Path | None = None) -> Kind:
+    """What a task of that name or path holds, before its data is read; a path that is not there yet holds images."""
+    family, place = FAMILIES.get(plain_of(task).partition("/")[0]), _place(plain_of(task), data)
+    return (family or (_family_at(place) if place else FAMILIES["image-folder"])).kind
 
 
 def _place(task: str, data: Path | None) -> Path | None:
@@ -298,8 +339,12 @@ def _by_path(task: str, data: Path | None) -> Named:
         known = ", ".join(FAMILIES)
         where = "" if data is None else f" in {data}, which must hold {task}, {task}.tar.gz, {task}.tar or {task}.jsonl"
         raise HoraError(f"a task is one of {known}, a path or a name in a folder of tasks, got {task!r}{where}")
+    return Named(task, _family_at(place), "", place)
+
+
+def _family_at(place: Path) -> Family:
     lines = place.suffix == ".jsonl" or (place / "train.jsonl").exists()
-    return Named(task, FAMILIES["records" if lines else "image-folder"], "", place)
+    return FAMILIES["records" if lines else "image-folder"]
 
 
 def load_task(

@@ -25,6 +25,7 @@ FOLDERS: Final = dict(
     )
 )
 TEST_SPLITS: Final = {"ARC-Easy": "test", "ARC-Challenge": "test", "openbookqa": "test"}  # the others: val
+OPTIONS: Final = dict(zip(TASKS, (2, 2, 3, 4, 2, 4, 4, 4), strict=True))  # numbers of most of their records' options
 UNCONDITIONED: Final = 1_000_000
 PATTERNS: Final = {
     "boolq": r"true|false",
@@ -41,7 +42,7 @@ DEVIATIONS: Final = (
     "a prompt that is too long loses its beginning, theirs its end",
     "prompt and response are tokenised apart",
     "WinoGrande has its 40,398 distinct records, theirs repeats those of its smaller sets: 63,238",
-    "validation is 15 records of each task, theirs 120 of all",
+    "validation is 15 records of each task, or 120 of a task alone, theirs 120 of all",
     "weights are float32 or bfloat16, theirs 8 bits or 16",
 )
 
@@ -72,8 +73,10 @@ def rebuild(source: Path, target: Path) -> dict[str, float]:
     return counts
 
 
-def commonsense(tokenizer: Any, *, scoring: Scoring = "log-likelihood", folder: Path | None = None) -> TextTask:
-    """The eight tasks together: trained on all, tested on each.
+def commonsense(
+    tokenizer: Any, *, scoring: Scoring = "log-likelihood", folder: Path | None = None, member: str = ""
+) -> TextTask:
+    """The eight tasks together, trained on all and tested on each, or one of them alone.
 
     Parameters
     ----------
@@ -83,20 +86,22 @@ def commonsense(tokenizer: Any, *, scoring: Scoring = "log-likelihood", folder: 
         Of the answers.
     folder
         With ``TASK/train.jsonl`` and ``TASK/test.jsonl``; default the asset.
+    member
+        The one task; default all.
     """
-    asset = assets.find("commonsense")
+    asset, tasks = assets.find("commonsense"), (member,) if member else TASKS
     folder = folder or asset.get()
     train, val, test = [], [], []
-    for task in TASKS:
+    for task in tasks:
         learned = _of(task, folder, "train")
         order = sorted(range(len(learned)), key=lambda i: sha256(learned[i].prompt.encode()).digest())
-        chosen = set(order[: VAL_COUNT // len(TASKS)])
+        chosen = set(order[: VAL_COUNT // len(tasks)])
         val += [learned[i] for i in sorted(chosen)]
         train += [record for i, record in enumerate(learned) if i not in chosen]
         test += _of(task, folder, "test")
     origin = dict(asset.origin or {}) if folder == asset.path else {"source": f"folder {folder.name}"}
     origin["deviations_from_llm_adapters"] = list(DEVIATIONS)
-    return TextTask("commonsense", train, val, test, tokenizer, scoring, origin)
+    return TextTask("/".join(("commonsense", *tasks * bool(member))), train, val, test, tokenizer, scoring, origin)
 
 
 def _of(task: str, folder: Path, split: str) -> list[Record]:

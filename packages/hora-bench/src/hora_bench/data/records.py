@@ -91,14 +91,24 @@ def read_records(path: Path, **form: str) -> list[Record]:
     HoraError
         There is no such file, or a record says which rule it breaks.
     """
+    return [read_record(stored, where, **form) for where, stored in json_lines(path)]
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each object of a file with one JSON object a line is, for messages, and the object.
+
+    Raises
+    ------
+    HoraError
+        There is no such file, or a line is no such object.
+    """
     if not path.is_file():
         raise HoraError(f"records are read from a file of JSON lines, got {path}, which does not exist: check the path")
-    records = []
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                records.append(read_record(_object(line, where := f"record {number} of {path.name}"), where, **form))
-    return records
+                where = f"record {number} of {path.name}"
+                yield where, _object(line, where)
 
 
 def _object(line: bytes, where: str) -> dict[str, Any]:

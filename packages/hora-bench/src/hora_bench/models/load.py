@@ -143,9 +143,9 @@ def abstract_vit(name: str, image_size: int | None = None, num_classes: int = 0)
         )
 
 
-def num_features(name: str) -> int:
-    """Width of the features that a new head reads, without weights."""
-    return abstract_vit(name).num_features
+def num_features(name: str, kind: str = "images") -> int:
+    """Width of the features of images, or of sentences, that a new head reads, without weights."""
+    return _encoder_config(name).hidden_size if kind == "sentences" else abstract_vit(name).num_features
 
 
 def nnx_vit(name: str, image_size: int, head: Head | None = None, **changes: Any) -> Any:
@@ -166,7 +166,76 @@ def causal_lm(name: str, *, dtype: str = "float32") -> Any:
 
     logging.disable_progress_bar()
     with _loading(name, "a causal language model of the hub"):
-        return AutoModelForCausalLM.from_pretrained(directory(name), dtype=getattr(torch, dtype)).eval()
+        return _whole(name, AutoModelForCausalLM, dtype=getattr(torch, dtype))
+
+
+def _whole(name: str, kind: Any, **settings: Any) -> Any:
+    """A model of transformers that has all of its weights from the checkpoint, none that were drawn."""
+    model, found = kind.from_pretrained(directory(name), output_loading_info=True, **settings)
+    if drawn := sorted(key for key in found["missing_keys"] if not key.startswith("pooler.")):
+        raise HoraError(
+            f"a pretrained {type(model).__name__} has all its weights in the checkpoint, got {name} without "
+            f"{drawn[0]}: pass a --model of this kind"
+        )
+    return model.eval()
+
+
+def sentence_classifier(name: str, head: Head) -> Any:
+    """An encoder of transformers with a new head on the mean of its tokens, in evaluation mode; it has no dropout.
+
+    Parameters
+    ----------
+    name
+        Asset, directory or hub name of an encoder that was trained on masked words.
+    head
+        Kernel ``(features, classes)`` and bias.
+
+    Raises
+    ------
+    HoraError
+        There is no such encoder, or its checkpoint lacks weights.
+    """
+    config = _encoder_config(name)
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with _loading(name, "an encoder of the hub"):
+        return _classifier(_whole(name, AutoModel, config=config), head)
+
+
+def abstract_sentence_classifier(name: str, classes: int) -> Any:
+    """The same on the meta device; attention as plain products, which counters see."""
+    config = _encoder_config(name)
+    import torch
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        encoder = AutoModel.from_config(config, attn_implementation="eager")
+        return _classifier(encoder, (np.zeros((config.hidden_size, classes)), np.zeros(classes)))
+
+
+def _classifier(encoder: Any, head: Head) -> Any:
+    from hora_bench.models.encoder import SentenceClassifier
+
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None
+    return SentenceClassifier(encoder, head).eval()
+
+
+def _encoder_config(name: str) -> Any:
+    """Of an encoder, without dropout: a mean over everything that a decoder saw would be something else."""
+    declare_missing_ops()
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
+
+    with _loading(name, "an encoder of the hub"):
+        config = AutoConfig.from_pretrained(directory(name))
+    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING or config.is_encoder_decoder:
+        raise HoraError(f"sentences are classified by encoders, got {name}, a {config.model_type}: pass --model minilm")
+    for key, value in config.to_dict().items():
+        if "dropout" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+    return config
 
 
 def abstract_causal_lm(architecture: dict[str, Any]) -> Any:

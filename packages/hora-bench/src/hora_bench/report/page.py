@@ -28,6 +28,7 @@ QUESTIONS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {  # page: its title,
     "speed": ("What does it cost, measured?", ("speed", "screen-cost")),
     "similarity": ("How alike are the heads?", ("similarity",)),
     "signal": ("What do heads have in common?", ("signal",)),
+    "rates": ("How wide is the range of rates?", ("rates",)),
     "robustness": ("Is it robust?", ("robustness",)),
     "theory": ("Does the theory show?", ("theory", "theory-activations")),
 }

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from rich.console import Console
 
-from hora_bench.report import comparisons, robustness
+from hora_bench.report import comparisons, ranges, robustness
 from hora_bench.report.rows import COMPARISONS
 from hora_bench.report.writing import cell
 from hora_bench.stats import MARGIN
@@ -68,7 +68,7 @@ def plots(experiment: str, result: Result, folder: Path, stem: str) -> list[Path
     """Draw the plots of an experiment into `folder`; their names begin with `stem`."""
     if experiment in COMPARISONS:
         return comparisons.plot(result, folder, stem=stem)
-    if experiment not in ("similarity", "signal", "theory", "robustness"):
+    if experiment not in ("similarity", "signal", "rates", "theory", "robustness"):
         return []
     return import_module(f"hora_bench.experiments.{experiment}.plot").plot(result, folder, stem=stem)
 
@@ -254,6 +254,11 @@ def _signal(result: Result) -> Iterator[Table]:
     yield Table("What heads have in common in the gradient", header, rows, keys=5)
 
 
+def _ranges(result: Result) -> Iterator[Table]:
+    for title, header, rows, keys in ranges.lines_of(result):
+        yield Table(title, header, rows, keys)
+
+
 def _robustness(result: Result) -> Iterator[Table]:
     for title, header, rows in robustness.lines_of(result):
         yield Table(f"Screen, a proxy: {title}", header, rows, keys=3)
@@ -289,6 +294,7 @@ TABLES: Final[dict[str, Callable[[Result], Iterator[Table]]]] = {
     **dict.fromkeys(COMPARISONS, _comparison),
     "similarity": _similarity,
     "signal": _signal,
+    "rates": _ranges,
     "speed": _speed,
     "screen-cost": _screen_cost,
     "robustness": _robustness,
