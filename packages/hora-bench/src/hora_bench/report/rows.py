@@ -42,7 +42,8 @@ def proxy_of(result: dict[str, Any]) -> bool:
 
 def of_wrong_labels(result: dict[str, Any]) -> bool:
     """Whether labels that are learned from are wrong in every row, as the names of the tasks say."""
-    return all("-wrong" in row["task"] for row in rows_of(result))
+    tasks = [row["task"] for row in rows_of(result)]
+    return bool(tasks) and all("-wrong" in task for task in tasks)
 
 
 def _word(row: Row, rows: Sequence[Row], result: dict[str, Any]) -> str:
