@@ -15,7 +15,7 @@ from hora_bench.experiments.robustness import scoring
 from hora_bench.experiments.robustness.attacks import Attack, fgsm, pgd
 from hora_bench.experiments.robustness.corruptions import CORRUPTIONS, corrupt
 from hora_bench.experiments.robustness.measures import Group, answer_of, groups_of, rows_of
-from hora_bench.experiments.robustness.plot import plot
+from hora_bench.experiments.robustness.plot import _multiples, plot
 from hora_bench.experiments.robustness.run import Plan, robustness
 from hora_bench.report.page import page_of, write_page
 from hora_bench.report.tables import tables
@@ -29,6 +29,7 @@ from hora_spec import HoraError
 from torch.nn.functional import cross_entropy
 
 STRENGTHS = {"noise": (10, 40), "blur": (0.7, 2), "contrast": (0.7, 0.3), "jpeg": (60, 5)}
+KEYS = ("mean_pct", "low_pct", "high_pct")
 ATTACK = Attack(epsilon=2, steps=2, images=6)
 VARY = {
     "methods": ["lora", "hora"],
@@ -228,6 +229,7 @@ def test_who_is_more_accurate_on_clean_images_has_more_to_lose_and_is_judged_by_
     assert answer_of(ours, lora, margin=5.0, bounded=False)["word"] == "not resolved"  # a rate at the edge
     last = rows_of(ours, lora, "clean", "corruptions")[-1]
     assert last["condition"] == "mean of corruptions"
+    assert last["kept_over_lora_pct"] == said["kept_over_lora_pct"]
     if word == "equal":
         assert last["lost_over_lora_pct"]["low_pct"] > 10
         assert said["kept_over_lora_pct"]["level"] == 0.975
@@ -283,8 +285,41 @@ def test_robustness_is_measured_resumed_tabulated_drawn_and_judged(setting, tmp_
     assert all(f">{condition}</text>" in drawn.read_text() for condition in conditions if "clean" not in condition)
 
 
-def test_comparisons_after_wrong_labels_are_of_the_page_on_robustness():
-    setting = {"task": "made", "fraction": 0.1, "seeds": [0], "last_blocks": 4}
+def test_every_condition_of_every_choice_is_a_point_with_its_interval_in_the_plot_of_the_choice():
+    rows = [
+        {
+            "factor": "variant",
+            "value": name,
+            "condition": condition,
+            "kept_over_lora_pct": dict(zip(KEYS, of, strict=True)),
+        }
+        for name in ("joint", "default", "residual")
+        for condition, of in (("noise 20", (1.0, 0.0, 2.0)), ("mean of corruptions", (-3.0, -5.0, None)))
+    ]
+    figure = _multiples(rows)
+    assert [axis.get_title() for axis in figure.axes if axis.get_visible()] == ["joint", "default", "residual"]
+    for axis in figure.axes[:3]:
+        points = [one for one in axis.lines if len(one.get_xdata()) == 1 and one.get_marker() == "o"]
+        assert [(one.get_xdata()[0], one.get_ydata()[0]) for one in points] == [(1.0, 0), (-3.0, 1)]
+        assert [one.get_segments()[0].tolist() for one in axis.collections] == [[[0.0, 0.0], [2.0, 0.0]]]
+
+
+@pytest.mark.parametrize(("shift", "word"), [(3.0, "confirmed"), (-3.0, "not seen"), (0.2, "not resolved")])
+def test_comparisons_after_wrong_labels_are_of_the_page_on_robustness_and_have_a_verdict(shift, word):
+    setting = {"task": "made", "fraction": 0.1, "seeds": [0, 1, 2], "last_blocks": 4}
+    claim = "ours: more accurate than LoRA where labels are wrong"
     for task, page in (("made-wrong20", "robustness"), ("made", "comparisons")):
-        rows = [{"factor": "method", "value": "lora", "task": task, "fraction": 0.1, "test_loss": 1.0}]
-        assert page_of({"experiment": "sweep", "result": {"setting": setting, "rows": rows}}) == page
+        which = {"task": task, "fraction": 0.1, "factor": "method"}
+        lora, ours = [50.0, 51.0, 52.0], [50.5 + shift, 51.0 + shift, 51.5 + shift]
+        rows = [
+            {**which, "value": name, "accuracies_pct": found, "test_loss": 1.0, "learning_rate": 2, "params_count": 1}
+            for name, found in (("lora", lora), ("joint", ours))
+        ]
+        for row, found in zip(rows, (lora, ours), strict=True):
+            over = Difference.of(found, lora)
+            row["over_lora_pct"] = {f"{name}_pct": getattr(over, name) for name in ("mean", "low", "high")}
+        trials = [{**which, "value": row["value"], "learning_rate": rate} for row in rows for rate in (1, 2, 3)]
+        content = {"experiment": "sweep", "result": {"setting": setting, "rows": rows, "search": trials}}
+        assert page_of(content) == page
+        found = [one for one in verdicts([(Path("r.json"), content)]) if one.claim == claim]
+        assert [one.word for one in found] == [word if page == "robustness" else "not measured"]

@@ -271,8 +271,13 @@ def _notes(base: Request, asked: Sweep, contenders: Sequence[Contender], control
     notes = [f"{base.proxy[0].upper()}{base.proxy[1:]}. It says nothing of a full run."] if base.proxy else []
     notes += (AT_OWN_RATES if asked.search else AT_ONE_RATE).splitlines()
     notes += PAIRED.format(level=level, margin=asked.margin).splitlines()
-    twice = [seed for seed in asked.searching if asked.search and seed in asked.seeds]
-    notes += [SEARCHED_TOO.format(seeds=", ".join(map(str, twice)))] if twice else []
+    notes += searched_too(asked)
     notes += [RACED.format(race=asked.race)] if asked.race else []
     notes += [DIVERGED] if any(None in one.found for one in contenders) else []
     return [*notes, *([CONTROL] if controlled else [])]
+
+
+def searched_too(asked: Sweep) -> list[str]:
+    """That seeds both search and judge, where some do."""
+    twice = [seed for seed in asked.searching if asked.search and seed in asked.seeds]
+    return [SEARCHED_TOO.format(seeds=", ".join(map(str, twice)))] if twice else []

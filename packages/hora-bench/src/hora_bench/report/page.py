@@ -14,7 +14,7 @@ from hora_bench import store
 from hora_bench.cache import new_file, read_json
 from hora_bench.report.comparisons import forest, found_in
 from hora_bench.report.pieces import OVER_TASKS, never_worse, pieces_of, section
-from hora_bench.report.rows import COMPARISONS, rows_of
+from hora_bench.report.rows import COMPARISONS, of_wrong_labels
 from hora_bench.report.tables import notes, plots, tables
 from hora_bench.report.verdicts import verdicts
 from hora_bench.report.writing import embedded, folded, link, save, table, write_html
@@ -43,7 +43,6 @@ PROXIES: Final = (
     "The last blocks alone, on cached outputs of the frozen ones: proxies, by which no claim is judged. Each choice at "
     f"a rate of its own. {OVER_TASKS}"
 )
-WRONG: Final = "-wrong"  # in names of tasks
 WHOLE: Final = f"All blocks, each choice at a rate of its own. {OVER_TASKS}"
 DIFFERENCES: Final = "differences"
 
@@ -158,7 +157,7 @@ def _question(name: str, records: Records, page: Path, drawn: Plots, address: Ad
 def page_of(content: dict[str, Any]) -> str:
     """The question that a result answers: comparisons after wrong labels are of robustness."""
     experiment = content["experiment"]
-    if experiment in COMPARISONS and all(WRONG in row["task"] for row in rows_of(content["result"])):
+    if experiment in COMPARISONS and of_wrong_labels(content["result"]):
         return "robustness"
     return next(name for name, (_, experiments) in QUESTIONS.items() if experiment in experiments)
 

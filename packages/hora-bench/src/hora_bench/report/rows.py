@@ -40,6 +40,12 @@ def proxy_of(result: dict[str, Any]) -> bool:
     return result["setting"].get("last_blocks") is not None
 
 
+def of_wrong_labels(result: dict[str, Any]) -> bool:
+    """Whether labels that are learned from are wrong in every row, as the names of the tasks say."""
+    tasks = [row["task"] for row in rows_of(result)]
+    return bool(tasks) and all("-wrong" in task for task in tasks)
+
+
 def _word(row: Row, rows: Sequence[Row], result: dict[str, Any]) -> str:
     """What a tuned comparison with LoRA allows to say: nothing where a rate of either is at the edge of its grid."""
     over = row["over_lora"]

@@ -8,22 +8,28 @@ from typing import Any, Final, NamedTuple
 
 from scipy import stats
 
-from hora_bench.report.comparisons import parameters, shown
-from hora_bench.report.robustness import difference_of
+from hora_bench.report.comparisons import parameters
+from hora_bench.report.judging import (
+    ABSENT,
+    CONFIRMED,
+    UNRESOLVED,
+    UNTESTED,
+    WORDS,
+    Said,
+    edge_said,
+    of_difference,
+    points,
+    unless,
+)
+from hora_bench.report.robustness import robust, wrong_labels
 from hora_bench.report.rows import COMPARISONS, Row, is_lora, name_of, paired, proxy_of, rows_of
 from hora_bench.report.suites import CLAIMS, Claim, compared
 from hora_bench.report.tables import judged_gates
-from hora_bench.stats import MARGIN, Difference, Word
+from hora_bench.stats import MARGIN
 from hora_bench.store import RunResult
 
 Result = dict[str, Any]
 Records = Sequence[tuple[Path, dict[str, Any]]]
-Said = Iterator[tuple[str, str]]
-CONFIRMED: Final = "confirmed"
-ABSENT: Final = "not seen"
-UNRESOLVED: Final = "not resolved"
-UNTESTED: Final = "not measured"
-WORDS: Final[tuple[Word, ...]] = ("better", "equal", "not resolved", "worse")
 AHEAD: Final = 1.2
 NO_SLOWER: Final = 1.05
 SIGNIFICANT: Final = 0.05
@@ -66,33 +72,9 @@ def _of_suite(claim: Claim, runs: Sequence[RunResult]) -> Iterator[Verdict]:
     """One verdict per method and circumstances in which whole suites were run, LoRA's too."""
     found = list(compared(claim, runs))
     for name, difference in found:
-        yield Verdict(claim.text, _of_difference(difference, claim.points), f"{name}: {_points(difference)}")
+        yield Verdict(claim.text, of_difference(difference, claim.points), f"{name}: {points(difference)}")
     if not found:
         yield Verdict(claim.text, UNTESTED, f"`{claim.command}`, and this page says what it shows")
-
-
-def _of_difference(difference: Difference, claimed: float = 0.0) -> str:
-    """Confirmed where all of the interval is at least half of what is claimed; not seen where none of it is."""
-    if difference.low is None or difference.high is None:
-        return UNRESOLVED
-    least = max(claimed / 2, 1e-9)
-    return CONFIRMED if difference.low >= least else ABSENT if difference.high < least else UNRESOLVED
-
-
-def _points(difference: Difference) -> str:
-    seen = "" if difference.detectable is None else f", of which {difference.detectable} could have been seen"
-    return f"{shown(difference)} points over {difference.seeds} paired seeds{seen}"
-
-
-def _edge(*rows: Row | None) -> str:
-    """What is to be said of best rates that are the last of their grid."""
-    found = [f"{name_of(row)}'s rate is the {row['rate_at_edge']} tried" for row in rows if row and row["rate_at_edge"]]
-    return f"; {' and '.join(found)}, a better may lie beyond" if found else ""
-
-
-def _unless(edge: str, word: str) -> str:
-    """A comparison with a rate at the edge of its grid decides nothing."""
-    return UNRESOLVED if edge else word
 
 
 def _at_one_percent(result: Result) -> Said:
@@ -100,12 +82,12 @@ def _at_one_percent(result: Result) -> Said:
     for lora, rows in _tuned(result):
         for row in rows:
             if row["fraction"] == 0.01 and name_of(row).startswith("hora"):
-                edge, wanted = _edge(row, lora), (AHEAD - 1) * lora["mean_pct"]
+                edge, wanted = edge_said(row, lora), (AHEAD - 1) * lora["mean_pct"]
                 yield (
-                    _unless(edge, _of_difference(row["over_lora"], 2 * wanted)),
+                    unless(edge, of_difference(row["over_lora"], 2 * wanted)),
                     (
                         f"{name_of(row)} has {row['mean_pct']} % on {row['task']}, LoRA {lora['mean_pct']} %: "
-                        f"{_points(row['over_lora'])}; claimed are {wanted:.1f}{edge}"
+                        f"{points(row['over_lora'])}; claimed are {wanted:.1f}{edge}"
                     ),
                 )
 
@@ -116,7 +98,7 @@ def _more_accurate(result: Result) -> Said:
         first = next((row for row in rows if name_of(row) == "default" or name_of(row).startswith("hora")), None)
         if first is None or first["fraction"] == 0.01:
             continue
-        edge, margin = _edge(first, lora), result["setting"].get("margin_pct", MARGIN)
+        edge, margin = edge_said(first, lora), result["setting"].get("margin_pct", MARGIN)
         words = [row["word"] for row in rows if row is not first]
         counts = ", ".join(f"{words.count(word)} {word}" for word in WORDS if word in words)
         others = (
@@ -125,9 +107,9 @@ def _more_accurate(result: Result) -> Said:
             else ""
         )
         yield (
-            _unless(edge, _of_difference(first["over_lora"])),
+            unless(edge, of_difference(first["over_lora"])),
             (
-                f"{name_of(first)} on {100 * first['fraction']:g} % of {first['task']}: {_points(first['over_lora'])}"
+                f"{name_of(first)} on {100 * first['fraction']:g} % of {first['task']}: {points(first['over_lora'])}"
                 f"{edge}{others}"
             ),
         )
@@ -289,50 +271,16 @@ def _joint(result: Result) -> Said:
     for lora, rows in _tuned(result):
         control = next((row for row in rows if name_of(row).startswith("random")), None)
         for row in (row for row in rows if name_of(row).startswith("joint")):
-            edge = _edge(row, lora)
-            beside = "" if control is None else f"; over a random A, fixed, {_points(paired(row, control))}"
+            edge = edge_said(row, lora)
+            beside = "" if control is None else f"; over a random A, fixed, {points(paired(row, control))}"
             yield (
-                _unless(edge, _of_difference(row["over_lora"])),
+                unless(edge, of_difference(row["over_lora"])),
                 (
                     f"{name_of(row)} on {100 * row['fraction']:g} % of {row['task']}, {parameters(row) or 'unknown'} "
-                    f"trained parameters, LoRA {parameters(lora) or 'unknown'}: {_points(row['over_lora'])}{beside}; "
+                    f"trained parameters, LoRA {parameters(lora) or 'unknown'}: {points(row['over_lora'])}{beside}; "
                     f"lowest seeds {min(row['accuracies_pct']):.1f} %, LoRA's {min(lora['accuracies_pct']):.1f} %{edge}"
                 ),
             )
-
-
-def _robust(result: Result) -> Said:
-    """By the registered shares kept, of the default or of what stands first after LoRA; of a screen, and called so."""
-    margin = result["setting"]["margin_pct"]
-    for task, answer in dict.fromkeys((one["task"], one["answer"]) for one in result["answers"]):
-        rows = [one for one in result["answers"] if (one["task"], one["answer"]) == (task, answer)]
-        judged = [one for one in rows if "word" in one]
-        lora = next(one for one in rows if "word" not in one)
-        if not judged:
-            continue
-        first = next((one for one in judged if name_of(one) == "default"), judged[0])
-        over = difference_of(first, "kept_over_lora_pct")
-        words = [one["word"] for one in judged if one is not first]
-        counts = [
-            f"{words.count(word)} {word}" + (f" ({_names(judged, word, first)})" if word in ("better", "worse") else "")
-            for word in WORDS
-            if word in words
-        ]
-        others = f". Of {len(words)} other choices: {', '.join(counts)}" if words else ""
-        compared = (name_of(first), name_of(lora))
-        edge = _edge(*(one for one in result["choices"] if one["task"] == task and name_of(one) in compared))
-        yield (
-            UNRESOLVED if over is None or edge else _of_difference(over),
-            (
-                f"a screen, a proxy: under {answer} {name_of(first)} keeps {first['kept_pct']} % of what it is above "
-                f"chance on clean {task} ({first['clean_pct']} %), LoRA {lora['kept_pct']} % ({lora['clean_pct']} %): "
-                f"{'nothing to compare' if over is None else _points(over)}{edge}{others} (equal: within {margin:g})"
-            ),
-        )
-
-
-def _names(judged: Sequence[Row], word: str, first: Row) -> str:
-    return ", ".join(name_of(one) for one in judged if one["word"] == word and one is not first)
 
 
 def _recovery(result: Result) -> Said:
@@ -388,5 +336,6 @@ JUDGES: Final[tuple[tuple[str, tuple[str, ...], Callable[[Result], Said]], ...]]
     ("ours: the default has a wider range of learning rates than LoRA", ("rates",), _wider),
     ("ours: the Hessian at the start explains how high a rate may be", ("rates",), _explained),
     ("ours: a joint A, fixed, is more accurate than LoRA", COMPARISONS, _joint),
-    ("ours: more robust than LoRA at equal clean accuracy", ("robustness",), _robust),
+    ("ours: more robust than LoRA at equal clean accuracy", ("robustness",), robust),
+    ("ours: more accurate than LoRA where labels are wrong", COMPARISONS, wrong_labels),
 )

@@ -86,7 +86,7 @@ def rows_of(group: Group, lora: Group | None, clean: str, answer: str) -> list[d
         What images that are not changed, and all conditions together, are called.
     """
     rows = []
-    for name in (clean, *group.changed, f"mean of {answer}"):
+    for name in (clean, *group.changed, f"{MEAN} {answer}"):
         right, before = group.under(name), _pct(group.clean)
         accuracies = _pct(right)
         row: dict[str, Any] = {"condition": name, **mean_interval(accuracies.tolist(), right.shape[1])}
@@ -99,7 +99,8 @@ def rows_of(group: Group, lora: Group | None, clean: str, answer: str) -> list[d
             row["over_lora_pct"] = _over(accuracies, other)
             if name != clean:
                 row["lost_over_lora_pct"] = _over(before - accuracies, start - other)
-                row["kept_over_lora_pct"] = _over(group.kept(name), lora.kept(name))
+                level = LEVEL_OF_ANSWERS if name.startswith(MEAN) else LEVEL
+                row["kept_over_lora_pct"] = _over(group.kept(name), lora.kept(name), level)
         rows.append(row)
     return rows
 

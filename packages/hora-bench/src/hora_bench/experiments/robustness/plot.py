@@ -32,10 +32,11 @@ def _multiples(rows: list[dict[str, Any]]) -> Figure:
     down = -(-len(names) // WIDE)
     size = (3.6 * min(WIDE, len(names)) + 0.6, (0.6 + 0.2 * len(conditions)) * down + 0.5)
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(down, min(WIDE, len(names)), sharex=True, sharey=True, squeeze=False).flat
-    for axis in list(axes)[len(names) :]:
+    axes = figure.subplots(down, min(WIDE, len(names)), sharex=True, sharey=True, squeeze=False).ravel()
+    for axis in axes[len(names) :]:
         axis.set_visible(False)
     for axis, name in zip(axes, names, strict=False):
+        axis.tick_params(labelsize=8)
         axis.axvline(0, color="0.6", linewidth=0.8)
         axis.set_title(name, fontsize=9)
         for row in (row for row in rows if name_of(row) == name):
@@ -46,8 +47,9 @@ def _multiples(rows: list[dict[str, Any]]) -> Figure:
                 over["mean_pct"], conditions.index(row["condition"]), xerr=widths, fmt="o", capsize=2,
                 color="C1" if mean else "C0", markersize=5 if mean else 3.5, fillstyle="full" if mean else "none",
             )  # fmt: skip
-    axes = figure.axes
-    axes[0].set_yticks(range(len(conditions)), conditions, fontsize=8)
-    axes[0].invert_yaxis()
+    for axis in axes[max(0, len(names) - WIDE) : len(names)]:
+        axis.tick_params(labelbottom=True)
+    axes[0].set_yticks(range(len(conditions)), conditions)
+    axes[0].set_ylim(len(conditions) - 0.4, -0.6)
     figure.supxlabel("kept of accuracy above chance, over LoRA's, %", fontsize=9)
     return figure

@@ -16,7 +16,7 @@ from hora_bench.search import edge_of
 from hora_bench.setting import Setting
 from hora_bench.stats import LEAST_ABOVE, guessing
 from hora_bench.store import Journal
-from hora_bench.sweep import AT_OWN_RATES, DIVERGED, Contender, searched, tasks_of, tried, which
+from hora_bench.sweep import AT_OWN_RATES, DIVERGED, Contender, searched, searched_too, tasks_of, tried, which
 
 from .attacks import RELATIVE_STEP, Attack
 from .corruptions import corruptions_of
@@ -27,9 +27,10 @@ IMAGES: Final = 400
 OWN: Final = ("corruptions", "attack", "images")  # beside the fields of a sweep
 IDLE: Final = ("race", "fractions", "learning_rates", "controls")
 NOTES: Final = """\
-Registered before any test image was seen: the share kept, (changed - chance) / (clean - chance) in percent, of the \
-mean over all corruptions and of the mean over both attacks, over LoRA's with the same seeds. These two of each choice \
-are judged; what stands under a single condition is described. Chance is one answer for all, the most frequent.
+What is judged was fixed before anything was measured: the share kept, (changed - chance) / (clean - chance) in \
+percent, of the mean over all corruptions and of the mean over both attacks, over LoRA's with the same seeds. These \
+two of each choice are judged; what stands under a single condition is described. Chance is one answer for all, the \
+most frequent.
 Scored are {scored} test images, as equally many of each class as there are, or all where there are fewer.
 A difference of losses of accuracy, clean less changed, is shown beside it and judges nothing: who is more accurate on \
 clean images has more to lose. Nothing is said of a choice that is less than {least:g} points above chance on them.
@@ -221,5 +222,5 @@ def _notes(setting: Setting, plan: Plan, pieces: Sequence[dict[str, Any]]) -> li
         epsilon=attack.epsilon,
     )
     notes = [f"{proxy[0].upper()}{proxy[1:]}. It says nothing of a full run.", *said.splitlines()]
-    notes += AT_OWN_RATES.splitlines()
+    notes += [*AT_OWN_RATES.splitlines(), *searched_too(plan.sweep)]
     return notes + ([DIVERGED] if any(any(piece["diverged"]) for piece in pieces) else [])
