@@ -13,11 +13,13 @@ from hora_bench.choices import choices
 from hora_bench.data.catalog import find
 from hora_bench.data.sentences import GLUE, GLUE_SHARES, read_sentences, rebuild, sentence_task
 from hora_bench.experiments.files import SHIPPED
+from hora_bench.experiments.signal.run import signal
+from hora_bench.experiments.similarity.run import similarity
 from hora_bench.models import load
 from hora_bench.models.encoder import SentenceClassifier
 from hora_bench.recipe import head_init
 from hora_bench.request import FINAL, request
-from hora_bench.setting import read_setting
+from hora_bench.setting import Setting, read_setting
 from hora_bench.sweep import Sweep
 from hora_spec import HoraError
 from pydantic import ValidationError
@@ -246,6 +248,15 @@ def test_a_file_about_sentences_has_no_image_size(request_, message, tmp_path):
     path.write_text('[request]\ntask = "commonsense/openbookqa"\n')
     setting = read_setting(path, quick=None, data=None)
     assert (setting.base.kind, setting.base.scoring) == ("text", "log-likelihood")
+
+
+@pytest.mark.parametrize(
+    ("experiment", "varied"), [(similarity, {"methods": ["hora"]}), (signal, {"methods": ["hora"]})]
+)
+def test_what_looks_into_vision_transformers_is_refused_for_text(experiment, varied):
+    for kind in ({}, {"scoring": "log-likelihood"}):
+        with pytest.raises(HoraError, match=r"looks into vision transformers, got a task of (sentences|text)"):
+            experiment(Setting(asked("minilm", **kind)), **varied)
 
 
 def encoder(**sizes):
