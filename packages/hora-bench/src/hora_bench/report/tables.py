@@ -215,8 +215,8 @@ def _comparison(result: Result) -> Iterator[Table]:
         header = ("choice", "data", "best rate", "from", "to", "times")
         seeds = len({trial.get("seed", 0) for trial in result["search"]})
         title = (
-            f"Rates within {margin:g} of the best, on validation, {seeds} seeds, without an interval: the best is chosen "
-            "without the seed that values it"
+            f"Rates within {margin:g} of the best, on validation, {seeds} seeds, without an interval: the best is "
+            "chosen without the seed that values it"
         )
         yield Table(title, header, widths, keys=2)
     if result.get("controls"):
