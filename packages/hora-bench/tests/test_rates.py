@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hora_bench import run as running
 from hora_bench import screen
 from hora_bench.experiments.rates import run as rates_run
 from hora_bench.experiments.rates import widths
@@ -247,7 +246,6 @@ def test_ranges_are_measured_by_pieces_resumed_tabulated_drawn_and_on_the_page(
         rates(Setting(base), tmp_path / "runs", tasks=(task,), **asked)
     monkeypatch.setattr(screen, "Stack", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(rates_run, "sharpness", lambda *_: pytest.fail("measured again"))
-    rates_run.sharpness.__module__ = sharpness.__module__
     result = rates(Setting(base), tmp_path / "runs", tasks=("made", "other"), **asked)
     assert [(row["task"], row["value"]) for row in result["rows"]] == [
         (task, name) for task in ("made", "other") for name in ("lora", "two")
@@ -313,8 +311,3 @@ def test_the_verdicts_on_ranges_state_their_power():
     assert "default 2 times (1.6 to 2.5), wider; 2 seeds would have shown 1.4 times; gain-1 2 times" in said[0].why
     assert "-0.9 (-1.0 to -0.7), 3 choices on made; 1.0 % of their orders" in said[1].why
     assert "-0.829 or less would be no luck" in said[1].why
-
-
-def test_a_run_of_a_curve_is_one_of_the_tool(base, image_task, tmp_path):
-    (found,) = running.results(base, [4], image_task, tmp_path, command="test")
-    assert len(found.loss) == base.steps

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -233,7 +232,7 @@ def _eigenvalues(
     pieces: int,
 ) -> list[dict[str, float]]:
     """Of each seed, kept in a file of the task's beside the runs: pieces of several tasks may run at the same time."""
-    code = sources_sha256(Path(sys.modules[sharpness.__module__].__file__ or ""))
+    code = sources_sha256(Path(__file__).with_name("sharpness.py"))
     kept, found = Journal(out / f"sharpness-{task.name.replace('/', '-')}.jsonl", code), []
     for count, seed in enumerate(seeds, 1):
         one = asked.replace(learning_rate=rate, seed=seed, **VALIDATED)
