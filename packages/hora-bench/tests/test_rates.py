@@ -299,6 +299,7 @@ def test_the_verdicts_on_ranges_state_their_power():
     which = {"task": "made", "factor": "variant"}
     over = {"over_lora": {"mean": 2.0, "low": 1.6, "high": 2.5}, "could_have_seen": 1.4}
     rows = [{**which, "value": name, **over, "word": "wider"} for name in ("default", "gain-1")]
+    rows[1]["ratio_is"] = "at least"
     rows.insert(0, {**which, "factor": "method", "value": "lora"})
     found = {"rho": -0.9, "low": -1.0, "high": -0.7, "p_value": 0.01, "needed": -0.829, "word": "explains"}
     result = {
@@ -308,6 +309,6 @@ def test_the_verdicts_on_ranges_state_their_power():
     }
     said = [one for one in verdicts([("r.json", {"experiment": "rates", "result": result})]) if one.file]
     assert [one.word for one in said] == ["confirmed", "confirmed"]
-    assert "default 2 times (1.6 to 2.5), wider; 2 seeds would have shown 1.4 times; gain-1 2 times" in said[0].why
+    assert "default 2.0 (1.6 to 2.5), wider; 2 seeds would have shown 1.4 times; gain-1 at least 2.0" in said[0].why
     assert "-0.9 (-1.0 to -0.7), 3 choices on made; 1.0 % of their orders" in said[1].why
     assert "-0.829 or less would be no luck" in said[1].why

@@ -46,7 +46,7 @@ def _range(row: Row) -> tuple[str, ...]:
         f"{'at most ' * ('low' in ends)}{row['low_rate']:g}",
         f"{'at least ' * ('high' in ends)}{row['high_rate']:g}",
         f"{'at least ' * bool(ends)}{times['mean']:g} ({times['low']:g} to {times['high']:g}{more})",
-        cell(row.get("over_lora")),
+        _ratio(row),
         cell(row.get("could_have_seen")),
         row.get("word", ""),
         "not reached" if row["fall_rate"] is None else f"{row['fall_rate']:g}",
@@ -77,20 +77,21 @@ def wider(result: Result) -> Said:
         rows = {name_of(row): row for row in result["rows"] if row["task"] == task and "over_lora" in row}
         ours = rows.pop("default", None)
         if ours is not None:
-            beside = "".join(f"; {name} {_ratio(row)}" for name, row in rows.items())
+            beside = "".join(f"; {name} {_ratio(row)}, {row['word']}" for name, row in rows.items())
             seeds = len(result["setting"]["seeds"])
             yield (
                 of_word.get(ours["word"], UNRESOLVED),
                 (
-                    f"screen, a proxy, {task}: width over LoRA's, default {_ratio(ours)}; {seeds} seeds would have "
+                    f"screen, a proxy, {task}: width over LoRA's, default {_ratio(ours)}, {ours['word']}; {seeds} seeds would have "
                     f"shown {ours['could_have_seen']:g} times{beside}"
                 ),
             )
 
 
 def _ratio(row: Row) -> str:
-    over = row["over_lora"]
-    return f"{over['mean']:g} times ({over['low']:g} to {over['high']:g}), {row['word']}"
+    """Nothing for LoRA itself; what is at least so wide, or at most, since a range ends with the grid, says so."""
+    bound = row.get("ratio_is")
+    return f"{bound} " * bool(bound) + cell(row.get("over_lora"))
 
 
 def explained(result: Result) -> Said:

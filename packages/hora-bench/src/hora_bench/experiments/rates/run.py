@@ -289,6 +289,8 @@ def _row(one: Measured, lora: Measured | None, step: float) -> dict[str, Any]:
         mean, (low, high) = found.width - lora.found.width, bounds(differences)
         difference = Difference.stored(mean, low, high, len(one.trials[0]))
         row["over_lora"] = {"mean": _times(mean), "low": _times(low), "high": _times(high)}
+        ends = (bool(row["ends_with_grid"]), lora.found.open_low or lora.found.open_high)
+        row["ratio_is"] = {(True, False): "at least", (False, True): "at most", (True, True): "unbounded"}.get(ends)
         row["could_have_seen"] = _times(difference.detectable or 0.0)
         row["word"] = word_of(
             difference, step, own=one.open_low or one.open_high, other=lora.open_low or lora.open_high
