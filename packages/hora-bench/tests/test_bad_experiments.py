@@ -56,7 +56,7 @@ BAD_FILES = [  # command, what follows in the file, the message
     ("signal", "[vary]\nmethods = ['vera']", "signals are measured after linear-probe"),
     ("signal", "[vary]\nbatches = 5", "batches in what is varied"),
     ("signal", "[vary]\nbatches = 30", "have two examples or more that training has not seen"),
-    ("signal", "backend = 'jax'", "signals are those of a vision transformer on torch"),
+    ("signal", "backend = 'jax'", "signals are measured on torch, got backend jax"),
     ("signal", "last_blocks = 1", "a screen is for runs and sweeps"),
     ("rates", "[vary]\nrates = [1e-3, 2e-3, 4e-3, 8e-3]\nseeds = [0, 1]", "measured on a screen, got no last_blocks"),
     (

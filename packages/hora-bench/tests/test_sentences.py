@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -13,11 +14,13 @@ from hora_bench.choices import choices
 from hora_bench.data.catalog import find
 from hora_bench.data.sentences import GLUE, GLUE_SHARES, read_sentences, rebuild, sentence_task
 from hora_bench.experiments.files import SHIPPED
+from hora_bench.experiments.signal.run import signal
+from hora_bench.experiments.similarity.run import similarity
 from hora_bench.models import load
 from hora_bench.models.encoder import SentenceClassifier
 from hora_bench.recipe import head_init
 from hora_bench.request import FINAL, request
-from hora_bench.setting import read_setting
+from hora_bench.setting import Setting, read_setting
 from hora_bench.sweep import Sweep
 from hora_spec import HoraError
 from pydantic import ValidationError
@@ -211,6 +214,19 @@ def test_a_run_that_was_stopped_ends_where_a_whole_one_does(sentences, bert_dire
     assert len(lines) == sentences.size("test")
 
 
+@pytest.mark.parametrize("method", ["hora", "lora"])
+def test_a_saved_adapter_on_its_encoder_says_what_the_result_says(method, sentences, bert_directory, tmp_path):
+    result = runs.run(asked(bert_directory, method=method, options={"rank": 2}), sentences, tmp_path, command="test")
+    base = load.sentence_classifier(str(bert_directory), head_init(32, 2, 7))  # another head than it was trained with
+    model = peft.PeftModel.from_pretrained(base, tmp_path / result.name / "adapter").eval()
+    (batch,) = sentences.eval_batches("test", sentences.size("test"))
+    with torch.no_grad():
+        outputs = model(*(torch.from_numpy(batch[part]) for part in ("tokens", "valid", "types"))).numpy()
+    lines = (tmp_path / result.name / "predictions.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    np.testing.assert_allclose([one.loss for one in sentences.judge("test", outputs)], losses, atol=1e-5)
+
+
 def test_what_does_not_fit_sentences_is_refused_before_anything_runs(
     sentences, bert_directory, llama_directory, tmp_path
 ):
@@ -246,6 +262,15 @@ def test_a_file_about_sentences_has_no_image_size(request_, message, tmp_path):
     path.write_text('[request]\ntask = "commonsense/openbookqa"\n')
     setting = read_setting(path, quick=None, data=None)
     assert (setting.base.kind, setting.base.scoring) == ("text", "log-likelihood")
+
+
+@pytest.mark.parametrize(
+    ("experiment", "varied"), [(similarity, {"methods": ["hora"]}), (signal, {"methods": ["hora"]})]
+)
+def test_what_looks_into_vision_transformers_is_refused_for_text(experiment, varied):
+    for kind in ({}, {"scoring": "log-likelihood"}):
+        with pytest.raises(HoraError, match=r"looks into vision transformers, got a task of (sentences|text)"):
+            experiment(Setting(asked("minilm", **kind)), **varied)
 
 
 def encoder(**sizes):

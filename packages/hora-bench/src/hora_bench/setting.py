@@ -35,6 +35,11 @@ class Setting:
     vary: dict[str, Any] = field(default_factory=dict)
     data: Path | None = None
 
+    def check_images(self) -> None:
+        """Raise HoraError where the tasks are not of images: what looks into a vision transformer needs one."""
+        if self.base.kind != "images":
+            raise HoraError(f"this looks into vision transformers, got a task of {self.base.kind}: name one of images")
+
     def load(self, task: str, asked: Request | None = None) -> Any:
         """A task by name, as a request wants its data; default the base request."""
         asked = asked or self.base

@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 from matplotlib.figure import Figure
 
+from hora_bench.experiments.rates.widths import range_of
 from hora_bench.report.rows import Row, is_lora, name_of, proxy_of, rows_of
 from hora_bench.report.writing import cell, save
 from hora_bench.stats import MARGIN, Difference
@@ -87,50 +88,38 @@ def lines_of(result: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, .
 
 
 def widths_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Of every choice the best rate and the range of rates around it whose mean accuracy is within the margin of it.
+    """Of every choice the best rate and the range of rates whose accuracy in the search is within the margin of it.
 
-    Between two rates accuracy is taken to be linear in the logarithm of the rate, and 0 where a seed diverged. Nothing
-    is said of fewer than five rates, and an end of the range that is an end of the grid is marked.
+    As `hora_bench.experiments.rates.widths` has it; accuracy is 0 where a seed diverged. Nothing is said of fewer than
+    five rates, and an end of the range that is an end of the grid is marked.
     """
     lines, margin = [], result["setting"].get("margin_pct", MARGIN)
     for row in rows_of(result):
-        means = _means(row, result.get("search", []))
-        if len(means) < FEWEST_RATES:
+        found = _curve(row, result.get("search", []))
+        if len(found) < FEWEST_RATES:
             continue
-        rates, best = sorted(means), max(means, key=lambda rate: (means[rate], -rate))
-        logs, values = np.log(rates), np.array([means[rate] for rate in rates]) - means[best] + margin
-        place, ends = rates.index(best), []
-        for side in (-1, 1):
-            inner = place
-            while 0 <= inner + side < len(rates) and values[inner + side] >= 0:
-                inner += side
-            if not 0 <= inner + side < len(rates):
-                ends.append((rates[inner], "at most " if side < 0 else "at least "))
-                continue
-            share = values[inner] / (values[inner] - values[inner + side])
-            ends.append((float(np.exp(logs[inner] + share * (logs[inner + side] - logs[inner]))), ""))
-        (low, open_low), (high, open_high) = ends
-        bound = "at least " if open_low or open_high else ""
+        rates, accuracies = sorted(found), np.array([found[rate] for rate in sorted(found)]).T
+        good = range_of(accuracies, rates, margin=margin, fall=margin)
         lines.append(
             (
                 name_of(row),
                 _data_of(row),
-                f"{best:.3g}",
-                f"{open_low}{low:.2g}",
-                f"{open_high}{high:.2g}",
-                f"{bound}{high / low:.1f}",
+                f"{rates[int(accuracies.mean(0).argmax())]:.3g}",
+                f"{'at most ' * good.open_low}{2**good.low:.2g}",
+                f"{'at least ' * good.open_high}{2**good.high:.2g}",
+                f"{'at least ' * (good.open_low or good.open_high)}{2**good.width:.1f}",
             )
         )
     return lines
 
 
-def _means(row: Row, search: Sequence[dict[str, Any]]) -> dict[float, float]:
-    """Mean accuracy over seeds of every rate that a row's search tried."""
+def _curve(row: Row, search: Sequence[dict[str, Any]]) -> dict[float, list[float]]:
+    """Accuracies of all seeds at every rate that a row's search tried."""
     found: dict[float, list[float]] = {}
     for trial in search:
         if all(trial.get(key) == row.get(key) for key in ("task", "factor", "value", "fraction")):
-            found.setdefault(trial["learning_rate"], []).append(trial["accuracy_pct"])
-    return {rate: 0.0 if None in values else float(np.mean(values)) for rate, values in found.items()}
+            found.setdefault(trial["learning_rate"], []).append(trial["accuracy_pct"] or 0.0)
+    return found
 
 
 def plot(result: dict[str, Any], folder: Path, *, stem: str) -> list[Path]:

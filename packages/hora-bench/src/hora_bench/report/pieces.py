@@ -16,6 +16,7 @@ from hora_bench.stats import MARGIN, Difference
 Records = Sequence[tuple[Path, dict[str, Any]]]
 TASK: Final = re.compile(r" --task \S+")
 FILE: Final = re.compile(r"experiments/(\S+)\.toml")
+FEWEST_TASKS: Final = 3  # that have a mean
 CONTROLLED: Final = ("joint", "random-fixed-a")
 OVER_TASKS: Final = (
     "Differences from LoRA in points, the word for each, and in brackets what could have been seen. The mean of tasks "
@@ -115,8 +116,8 @@ def _judged(difference: Difference, word: str) -> str:
 
 
 def _mean(means: Sequence[float], margin: float) -> str:
-    """Over tasks, and the word for it; of one task nothing."""
-    if len(means) < 2:
+    """Over tasks, and the word for it; nothing of fewer than three."""
+    if len(means) < FEWEST_TASKS:
         return ""
     found = Difference.of(means, [0.0] * len(means))
     return f"{shown(found)}, {found.word(margin)}"
@@ -125,7 +126,7 @@ def _mean(means: Sequence[float], margin: float) -> str:
 def _loss_line(name: str, rows: Sequence[Row | None]) -> tuple[str, ...]:
     losses = [row and row.get("loss_over_lora") for row in rows]
     means = [loss["mean"] for loss in losses if loss]
-    mean = shown(Difference.of(means, [0.0] * len(means))) if len(means) > 1 else ""
+    mean = shown(Difference.of(means, [0.0] * len(means))) if len(means) >= FEWEST_TASKS else ""
     return (name, *(_loss(one) if one else "" for one in losses), mean)
 
 

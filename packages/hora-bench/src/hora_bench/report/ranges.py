@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from hora_bench.report.judging import ABSENT, CONFIRMED, UNRESOLVED, Said
 from hora_bench.report.rows import Row, name_of
 from hora_bench.report.writing import cell
 
+Result = dict[str, Any]
 Lines = tuple[str, Sequence[str], Sequence[Sequence[str]], int]
 
 
-def lines_of(result: dict[str, Any]) -> Iterator[Lines]:
+def lines_of(result: Result) -> Iterator[Lines]:
     """Title, header, cells and number of columns that name a row, of each table."""
     margin, fall = (result["setting"][name] for name in ("margin", "fall"))
     header = ("choice", "task", "best, %", "from", "to", "times", "over LoRA's", "could have seen", "verdict")
@@ -19,7 +21,7 @@ def lines_of(result: dict[str, Any]) -> Iterator[Lines]:
     title = f"Screen, a proxy: rates within {margin:g} of the best validation accuracy"
     yield title, (*header, f"{fall:g} lost from"), rows, 2
     header = ("", "eigenvalue", "rate", "rank correlation", "orders as low", "needed", "verdict")
-    rows = [_explained(one, fall) for one in result["explained"]]
+    rows = [_pair(one, fall) for one in result["explained"]]
     yield "Does the largest eigenvalue of the Hessian explain it?", header, rows, 3
     kinds = list(dict.fromkeys(one["eigenvalue"] for one in result["explained"]))
     found: dict[tuple[str, str], list[Row]] = {}
@@ -51,7 +53,7 @@ def _range(row: Row) -> tuple[str, ...]:
     )
 
 
-def _explained(one: dict[str, Any], fall: float) -> tuple[str, ...]:
+def _pair(one: dict[str, Any], fall: float) -> tuple[str, ...]:
     return (
         "registered" if one["registered"] else "",
         one["eigenvalue"].replace("_", " "),
@@ -66,3 +68,43 @@ def _explained(one: dict[str, Any], fall: float) -> tuple[str, ...]:
 def _span(values: Iterator[float]) -> str:
     found = list(values)
     return f"{min(found):g} to {max(found):g}"
+
+
+def wider(result: Result) -> Said:
+    """By the widths of the default's range of rates and of LoRA's on each task; others stand beside."""
+    of_word = {"wider": CONFIRMED, "narrower": ABSENT, "equal": ABSENT}
+    for task in result["setting"]["tasks"]:
+        rows = {name_of(row): row for row in result["rows"] if row["task"] == task and "over_lora" in row}
+        ours = rows.pop("default", None)
+        if ours is not None:
+            beside = "".join(f"; {name} {_ratio(row)}" for name, row in rows.items())
+            seeds = len(result["setting"]["seeds"])
+            yield (
+                of_word.get(ours["word"], UNRESOLVED),
+                (
+                    f"screen, a proxy, {task}: width over LoRA's, default {_ratio(ours)}; {seeds} seeds would have "
+                    f"shown {ours['could_have_seen']:g} times{beside}"
+                ),
+            )
+
+
+def _ratio(row: Row) -> str:
+    over = row["over_lora"]
+    return f"{over['mean']:g} times ({over['low']:g} to {over['high']:g}), {row['word']}"
+
+
+def explained(result: Result) -> Said:
+    """By the registered rank correlation; all choices and tasks of one result, since pieces have too few."""
+    found = next(one for one in result["explained"] if one["registered"])
+    if found["rho"] is not None:
+        choices = len(result["rows"]) // len(result["setting"]["tasks"])
+        needed = "none could be" if found["needed"] is None else f"{found['needed']} or less would be"
+        yield (
+            {"explains": CONFIRMED, "does not explain": ABSENT}.get(found["word"], UNRESOLVED),
+            (
+                "screen, a proxy: rank correlation of the adapter's eigenvalue with the upper end of the range "
+                f"{found['rho']:+} ({found['low']:+} to {found['high']:+}), {choices} choices on "
+                f"{', '.join(result['setting']['tasks'])}; {100 * found['p_value']:.1f} % of their orders give as "
+                f"low a value ({needed} no luck)"
+            ),
+        )

@@ -214,7 +214,10 @@ def _comparison(result: Result) -> Iterator[Table]:
         margin = result["setting"].get("margin_pct", MARGIN)
         header = ("choice", "data", "best rate", "from", "to", "times")
         seeds = len({trial.get("seed", 0) for trial in result["search"]})
-        title = f"Rates within {margin:g} of the best, on validation: means of {seeds} seeds, which have no interval"
+        title = (
+            f"Rates within {margin:g} of the best, on validation, {seeds} seeds, without an interval: the best is "
+            "chosen without the seed that values it"
+        )
         yield Table(title, header, widths, keys=2)
     if result.get("controls"):
         header = ("backend", "method", "accuracy, %", "shuffled, %", "bound of chance, %", "at chance")

@@ -21,6 +21,7 @@ from hora_bench.report.judging import (
     points,
     unless,
 )
+from hora_bench.report.ranges import explained, wider
 from hora_bench.report.robustness import robust, wrong_labels
 from hora_bench.report.rows import COMPARISONS, Row, is_lora, name_of, paired, proxy_of, rows_of
 from hora_bench.report.suites import CLAIMS, Claim, compared
@@ -226,46 +227,6 @@ def _asked_alike(result: Result) -> Said:
         )
 
 
-def _wider(result: Result) -> Said:
-    """By the widths of the default's range of rates and of LoRA's on each task; others stand beside."""
-    of_word = {"wider": CONFIRMED, "narrower": ABSENT, "equal": ABSENT}
-    for task in result["setting"]["tasks"]:
-        rows = {name_of(row): row for row in result["rows"] if row["task"] == task and "over_lora" in row}
-        ours = rows.pop("default", None)
-        if ours is not None:
-            beside = "".join(f"; {name} {_ratio(row)}" for name, row in rows.items())
-            seeds = len(result["setting"]["seeds"])
-            yield (
-                of_word.get(ours["word"], UNRESOLVED),
-                (
-                    f"screen, a proxy, {task}: width over LoRA's, default {_ratio(ours)}; {seeds} seeds would have "
-                    f"shown {ours['could_have_seen']:g} times{beside}"
-                ),
-            )
-
-
-def _ratio(row: Row) -> str:
-    over = row["over_lora"]
-    return f"{over['mean']:g} times ({over['low']:g} to {over['high']:g}), {row['word']}"
-
-
-def _explained(result: Result) -> Said:
-    """By the registered rank correlation; all choices and tasks of one result, since pieces have too few."""
-    found = next(one for one in result["explained"] if one["registered"])
-    if found["rho"] is not None:
-        choices = len(result["rows"]) // len(result["setting"]["tasks"])
-        needed = "none could be" if found["needed"] is None else f"{found['needed']} or less would be"
-        yield (
-            {"explains": CONFIRMED, "does not explain": ABSENT}.get(found["word"], UNRESOLVED),
-            (
-                "screen, a proxy: rank correlation of the adapter's eigenvalue with the upper end of the range "
-                f"{found['rho']:+} ({found['low']:+} to {found['high']:+}), {choices} choices on "
-                f"{', '.join(result['setting']['tasks'])}; {100 * found['p_value']:.1f} % of their orders give as "
-                f"low a value ({needed} no luck)"
-            ),
-        )
-
-
 def _joint(result: Result) -> Said:
     """By paired differences of what starts from a joint A, each at a rate of its own."""
     for lora, rows in _tuned(result):
@@ -333,8 +294,8 @@ JUDGES: Final[tuple[tuple[str, tuple[str, ...], Callable[[Result], Said]], ...]]
     ("no cost at inference once merged", ("speed",), _merged_inference),
     ("sharing makes the heads' updates alike", ("similarity",), _alike_heads),
     ("ours: data ask the heads for alike updates", ("signal",), _asked_alike),
-    ("ours: the default has a wider range of learning rates than LoRA", ("rates",), _wider),
-    ("ours: the Hessian at the start explains how high a rate may be", ("rates",), _explained),
+    ("ours: the default has a wider range of learning rates than LoRA", ("rates",), wider),
+    ("ours: the Hessian at the start explains how high a rate may be", ("rates",), explained),
     ("ours: a joint A, fixed, is more accurate than LoRA", COMPARISONS, _joint),
     ("ours: more robust than LoRA at equal clean accuracy", ("robustness",), robust),
     ("ours: more accurate than LoRA where labels are wrong", COMPARISONS, wrong_labels),

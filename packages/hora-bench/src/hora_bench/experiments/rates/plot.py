@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from scipy import stats
 
 from hora_bench.report.rows import name_of
@@ -45,10 +46,12 @@ def _curves(result: dict[str, Any]) -> Figure:
                 axis.plot(row[f"{end}_rate"], y, "<" if end == "low" else ">", color=f"C{index}", markersize=9)
         axis.axhline(0, color="0.6", linewidth=0.8)
         axis.set_xscale("log")
+        axis.set_yticks(range(0, 101, 20))
+        axis.set_ylim(-3 * len(names) - 4, 1 + max(max(line["accuracies_pct"]) for line in result["curves"]))
         axis.set_ylabel(f"{task}: validation accuracy, %")
         axis.grid(alpha=0.3, linewidth=0.5)
     axis.set_xlabel(f"learning rate; bars: within {result['setting']['margin']:g} of the best")
-    figure.axes[0].legend(frameon=False, fontsize=8, loc="upper right")
+    figure.legend(*axis.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=3, loc="outside upper center")
     return figure
 
 
@@ -69,6 +72,10 @@ def _eigenvalues(result: dict[str, Any]) -> Figure:
         axis.plot(np.mean(values), row["high_rate"], markersize=6, linestyle="", label=label, **look)
     axis.set_xscale("log" if all(one[registered["eigenvalue"]] > 0 for one in result["eigenvalues"]) else "symlog")
     axis.set_yscale("log")
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        side.set_major_formatter(StrMethodFormatter("{x:g}"))
+        side.set_minor_formatter(NullFormatter())
     axis.set_xlabel("largest eigenvalue of the Hessian at the start, adapter alone; small: seeds")
     axis.set_ylabel("upper end of the range of rates")
     axis.grid(alpha=0.3, linewidth=0.5)

@@ -82,8 +82,9 @@ def signal(
         The request is not of a vision transformer on torch, or a method's updates are not known head by head.
     """
     base = setting.base
-    if base.backend != "torch" or base.image_size_px is None:
-        raise HoraError(f"signals are those of a vision transformer on torch, got backend {base.backend}: leave it out")
+    setting.check_images()
+    if base.backend != "torch":
+        raise HoraError(f"signals are measured on torch, got backend {base.backend}: leave it out")
     others = [name for name in methods if find(name).family not in ("probe", *MEASURED[1:])]
     if others:
         raise HoraError(

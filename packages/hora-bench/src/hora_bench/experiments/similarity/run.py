@@ -61,6 +61,7 @@ def similarity(
         ``setting``; ``start`` per parametrisation; ``trials``; ``summary``, means over layers, heads and seeds per
         method and projection; ``layers``, every measurement of the first seed; ``notes``.
     """
+    setting.check_images()
     if setting.base.backend != "torch":
         raise HoraError(f"updates are compared on torch, got backend {setting.base.backend}: leave it out")
     others = [name for name in methods if find(name).family not in COMPARED]

@@ -83,7 +83,7 @@ def speed(
         A backend does not reach the device, or the clock or the dtype does not fit.
     """
     text = setting.base.task == NAME
-    base = setting.base.replace(image_size_px=None) if text else setting.base
+    base = setting.base.replace(image_size_px=None, scoring="log-likelihood") if text else setting.base
     contenders = {backend: methods for backend, methods in (("torch", torch), ("jax", jax)) if methods}
     _check(base, contenders, clock, device)  # before weights are fetched
     task = RandomText(seq) if text else setting.load(base.task)
