@@ -73,6 +73,8 @@ def test_a_line_that_is_no_json_object_is_named(records_file):
         records_file.write_text("\n".join([*lines[:4], broken, *lines[4:]]), encoding="latin-1")
         with pytest.raises(HoraError, match=r"record 5 of made\.jsonl must be one JSON object"):
             read_records(records_file)
+    with pytest.raises(HoraError, match=r"got \['label', 'text'\]: run it as sentences"):
+        read_records(written(records_file, {"text": "a film", "label": 1}))
     with pytest.raises(HoraError, match="does not exist"):
         read_records(records_file.parent / "none.jsonl")
 

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -211,6 +212,19 @@ def test_a_run_that_was_stopped_ends_where_a_whole_one_does(sentences, bert_dire
     assert runs.run(wanted, sentences, tmp_path / "cut", command="again") == resumed  # found, not made again
     lines = (tmp_path / "cut" / resumed.name / "predictions.jsonl").read_text().splitlines()
     assert len(lines) == sentences.size("test")
+
+
+@pytest.mark.parametrize("method", ["hora", "lora"])
+def test_a_saved_adapter_on_its_encoder_says_what_the_result_says(method, sentences, bert_directory, tmp_path):
+    result = runs.run(asked(bert_directory, method=method, options={"rank": 2}), sentences, tmp_path, command="test")
+    base = load.sentence_classifier(str(bert_directory), head_init(32, 2, 7))  # another head than it was trained with
+    model = peft.PeftModel.from_pretrained(base, tmp_path / result.name / "adapter").eval()
+    (batch,) = sentences.eval_batches("test", sentences.size("test"))
+    with torch.no_grad():
+        outputs = model(*(torch.from_numpy(batch[part]) for part in ("tokens", "valid", "types"))).numpy()
+    lines = (tmp_path / result.name / "predictions.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    np.testing.assert_allclose([one.loss for one in sentences.judge("test", outputs)], losses, atol=1e-5)
 
 
 def test_what_does_not_fit_sentences_is_refused_before_anything_runs(

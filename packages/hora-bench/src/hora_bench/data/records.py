@@ -133,7 +133,8 @@ def read_record(
         raise HoraError(f"{where} must have text in {wrong[0]}, got {texts[wrong[0]]!r}: write it in quotes")
     instruction, given, output, answer = (texts[key] or "" for key in ("instruction", "input", "output", "answer"))
     if not instruction or not (output or answer):
-        raise HoraError(f"{where} must have instruction, and answer or output, got {sorted(stored)}: add them")
+        fix = "run it as sentences" if {"text", "label"} <= set(stored) else "add them"
+        raise HoraError(f"{where} must have instruction, and answer or output, got {sorted(stored)}: {fix}")
     options = _options(stored.get("options"), instruction, where)
     answer = answer or output
     if options and answer not in options:
