@@ -102,6 +102,17 @@ def test_a_changed_task_is_another_one_and_is_never_served_the_tokens_of_the_cle
     torch.testing.assert_close(tokens(Cached.of(asked, same, "test")).hidden, clean)
 
 
+def test_every_condition_is_scored_on_its_own_images_of_all_classes(asked, image_task):
+    seen = scoring.Seen.of(asked, image_task, {"noise": [20, 40], "contrast": [0.5]}, ATTACK, 9)
+    assert [*seen.splits] == ["clean", "noise 20", "noise 40", "contrast 0.5"]
+    hidden = [split.hidden for split in seen.splits.values()]
+    assert all(len(one) == 9 for one in hidden)
+    assert all((one - other).abs().max() > 1e-2 for i, one in enumerate(hidden) for other in hidden[:i])
+    assert all(torch.equal(split.label, seen.splits["clean"].label) for split in seen.splits.values())
+    assert torch.equal(seen.labels, seen.splits["clean"].label[seen.rows])
+    assert sorted(np.unique(seen.labels, return_counts=True)[1]) == [2, 2, 2]
+
+
 def test_images_are_changed_at_the_size_that_the_model_sees_and_unreadable_ones_stay_so(tmp_path):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")
@@ -134,6 +145,8 @@ def test_on_a_linear_model_both_attacks_go_to_the_worst_corner_of_the_ball_and_n
     torch.testing.assert_close(pgd(linear(weight), images, 0.1, steps=5, start=start), worst)
     once = pgd(linear(weight), images, 0.1, steps=1, start=torch.zeros_like(images))
     torch.testing.assert_close(once, worst)  # FGSM is one step without a random start
+    still = pgd(lambda moved: 0 * moved.sum(), images, 0.1, steps=2, start=start)
+    torch.testing.assert_close(still, (images + 0.1 * start).clamp(0, 1))
 
 
 @pytest.fixture
@@ -155,7 +168,7 @@ def test_the_whole_model_that_is_attacked_is_the_one_that_is_scored(trained, ask
         scoring._check_alike(found + 0.1, screened)
 
 
-def test_an_attack_stays_in_the_ball_and_in_valid_pixels_and_raises_the_loss_of_each_seed(trained, asked):
+def test_an_attack_stays_in_the_ball_and_in_valid_pixels_and_raises_the_loss_of_each_seed(trained, asked, monkeypatch):
     whole, seen, radius = scoring.Whole(trained.stack, asked, trained.view), trained.seen, 1 / 255
     images, labels = seen.pixels.expand(2, *seen.pixels.shape), seen.labels.repeat(2)
 
@@ -175,7 +188,15 @@ def test_an_attack_stays_in_the_ball_and_in_valid_pixels_and_raises_the_loss_of_
         with torch.no_grad():
             assert (losses(moved).sum(1) > losses(images).sum(1)).all()
     assert not torch.equal(moves[0][0], moves[0][1])  # each seed has its own worst image
+    monkeypatch.setattr(scoring, "SIDE_BY_SIDE", 8)  # four images of two seeds, then the other two
     together = scoring.attacks_of(whole, seen, ATTACK, 2)
+    moves = (
+        fgsm(lambda m: losses(m).sum(), images, 2 / 255),
+        pgd(lambda m: losses(m).sum(), images, 2 / 255, steps=2, start=start),
+    )
+    for name, moved in zip(scoring.ATTACKS, moves, strict=True):
+        with torch.no_grad():
+            np.testing.assert_allclose(together[name], whole.logits(moved).numpy(), atol=1e-3)
     assert {name: found.shape for name, found in together.items()} == dict.fromkeys(
         (scoring.ATTACKED, *scoring.ATTACKS), (2, 6, 3)
     )
