@@ -82,8 +82,8 @@ def wider(result: Result) -> Said:
             yield (
                 of_word.get(ours["word"], UNRESOLVED),
                 (
-                    f"screen, a proxy, {task}: width over LoRA's, default {_ratio(ours)}, {ours['word']}; {seeds} seeds "
-                    f"would have shown {ours['could_have_seen']:g} times{beside}"
+                    f"screen, a proxy, {task}: width over LoRA's, default {_ratio(ours)}, {ours['word']}; {seeds} "
+                    f"seeds would have shown {ours['could_have_seen']:g} times{beside}"
                 ),
             )
 
