@@ -14,6 +14,7 @@ from hora_bench.experiments.rates.run import rates, word_of
 from hora_bench.experiments.rates.sharpness import ADAPTER, ALL, KINDS, STEPPED, is_head, largest, sharpness
 from hora_bench.experiments.rates.widths import bounds, cut, draws_of, level_of, one_peak, range_of
 from hora_bench.recipe import batch_indices
+from hora_bench.report.comparisons import widths_of
 from hora_bench.report.page import write_page
 from hora_bench.report.tables import tables
 from hora_bench.report.verdicts import verdicts
@@ -312,3 +313,19 @@ def test_the_verdicts_on_ranges_state_their_power():
     assert "default 2.0 (1.6 to 2.5), wider; 2 seeds would have shown 1.4 times; gain-1 at least 2.0" in said[0].why
     assert "-0.9 (-1.0 to -0.7), 3 choices on made; 1.0 % of their orders" in said[1].why
     assert "-0.829 or less would be no luck" in said[1].why
+
+
+def test_the_ranges_of_a_search_end_where_accuracy_crosses_the_margin():
+    which = {"task": "made", "factor": "method", "value": "lora", "fraction": 1.0}
+    curve = {1e-3: 56.0, 2e-3: 58.0, 4e-3: 60.0, 8e-3: 58.0, 1.6e-2: None}
+    trials = [{**which, "learning_rate": rate, "accuracy_pct": value} for rate, value in curve.items()]
+    setting = {"task": "made", "fraction": 1.0, "seeds": [0]}
+    rows = [{**which, "mean_pct": 50.0, "accuracies_pct": [50.0], "test_loss": 1.0, "learning_rate": 4e-3}]
+
+    def found(trials):
+        return [line[2:] for line in widths_of({"setting": setting, "rows": rows, "search": trials})]
+
+    assert found(trials) == [("0.004", "0.0028", "0.0057", "2.0")]  # a point below on either side, half a doubling
+    assert found(trials[1:]) == []  # of four rates
+    flat = [{**trial, "accuracy_pct": 60.0} for trial in trials]
+    assert found(flat) == [("0.001", "at most 0.001", "at least 0.016", "at least 16.0")]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hora_bench.cache import read_json
 from hora_bench.experiments.cost.run import cost
-from hora_bench.report.comparisons import lines_of, plot, widths_of
+from hora_bench.report.comparisons import lines_of, plot
 from hora_bench.report.page import write_page
 from hora_bench.report.pieces import pieces_of, section
 from hora_bench.report.suites import members_of
@@ -294,21 +294,6 @@ def test_what_is_compared_task_by_task_is_read_as_one(setting, tmp_path):
     )
     assert "Better than LoRA on a task, and worse on none: hora." in page
     assert ("| more accurate than LoRA | not measured" in page) == bool(setting)  # a screen judges no claim
-
-
-def test_the_range_of_good_rates_ends_where_accuracy_crosses_the_margin():
-    which = {"task": "made", "factor": "method", "value": "lora", "fraction": 1.0}
-    curve = {1e-3: 56.0, 2e-3: 58.0, 4e-3: 60.0, 8e-3: 58.0, 1.6e-2: None}
-    trials = [{**which, "learning_rate": rate, "accuracy_pct": value} for rate, value in curve.items()]
-    rows = [row("lora", [50.0], task="made", learning_rate=4e-3)]
-
-    def found(trials):
-        return [line[2:] for line in widths_of({"setting": SETTING, "rows": rows, "search": trials})]
-
-    assert found(trials) == [("0.004", "0.0028", "0.0057", "2.0")]  # a point below on either side, half a doubling
-    assert found(trials[1:]) == []  # of four rates
-    flat = [{**trial, "accuracy_pct": 60.0} for trial in trials]
-    assert found(flat) == [("0.001", "at most 0.001", "at least 0.016", "at least 16.0")]
 
 
 def test_what_a_race_stopped_at_different_seeds_is_paired_over_those_of_both():
