@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from hora_bench.report.comparisons import parameters, shown
-from hora_bench.report.rows import COMPARISONS, Row, is_lora, name_of, paired, proxy_of, rows_of
+from hora_bench.report.rows import COMPARISONS, Row, is_lora, name_of, paired, proxy_of, rows_of, typical
 from hora_bench.report.writing import link, table
 from hora_bench.stats import MARGIN, Difference
 
 Records = Sequence[tuple[Path, dict[str, Any]]]
 TASK: Final = re.compile(r" --task \S+")
 FILE: Final = re.compile(r"experiments/(\S+)\.toml")
+MEDIANS: Final = "Medians of the paired differences in points, which a few seeds that collapse do not move."
 FEWEST_TASKS: Final = 3  # that have a mean
 CONTROLLED: Final = ("joint", "random-fixed-a")
 OVER_TASKS: Final = (
@@ -76,7 +77,9 @@ def section(command: str, pieces: Records, page: Path) -> list[str]:
         rows.append(_controlled([[rows.get(name) for name in CONTROLLED] for rows in on.values()], margin))
     lines += [*table(header, rows), "Test loss less LoRA's: lower is better."]
     losses = [_loss_line(name, [rows.get(name) for rows in on.values()]) for name in names]
-    return [*lines, *table(("choice", *on, "mean of tasks"), losses)]
+    lines += table(("choice", *on, "mean of tasks"), losses)
+    medians = [_typical_line(name, [rows.get(name) for rows in on.values()], loras) for name in names]
+    return [*lines, MEDIANS, *table(("choice", *on), medians)]
 
 
 def never_worse(pieces: Records) -> list[str]:
@@ -128,6 +131,11 @@ def _loss_line(name: str, rows: Sequence[Row | None]) -> tuple[str, ...]:
     means = [loss["mean"] for loss in losses if loss]
     mean = shown(Difference.of(means, [0.0] * len(means))) if len(means) >= FEWEST_TASKS else ""
     return (name, *(_loss(one) if one else "" for one in losses), mean)
+
+
+def _typical_line(name: str, rows: Sequence[Row | None], loras: Sequence[Row | None]) -> tuple[str, ...]:
+    both = zip(rows, loras, strict=True)
+    return (name, *("" if row is None or lora is None else typical(row, lora) for row, lora in both))
 
 
 def _loss(one: dict[str, float]) -> str:

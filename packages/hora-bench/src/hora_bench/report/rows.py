@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
+import numpy as np
+
 from hora_bench.stats import LEVEL, MARGIN, Difference
 
 COMPARISONS: Final = ("sweep", "ablate", "sample-efficiency")
@@ -82,6 +84,12 @@ def paired(row: Row, other: Row) -> Difference:
     seeds = min(len(row["accuracies_pct"]), len(other["accuracies_pct"]))
     level = row.get("over_lora_pct", {}).get("level", LEVEL)
     return Difference.of(row["accuracies_pct"][:seeds], other["accuracies_pct"][:seeds], level=level)
+
+
+def typical(row: Row, other: Row) -> str:
+    """Median of the paired differences, which a few seeds that collapse do not move, and how many seeds are ahead."""
+    differences = np.subtract(*zip(*zip(row["accuracies_pct"], other["accuracies_pct"], strict=False), strict=True))
+    return f"{float(np.median(differences)):+.2f}, ahead in {int((differences > 0).sum())} of {len(differences)} seeds"
 
 
 def _over_lora(row: Row, rows: Sequence[Row]) -> Difference | None:

@@ -23,7 +23,7 @@ from hora_bench.report.judging import (
 )
 from hora_bench.report.ranges import explained, wider
 from hora_bench.report.robustness import robust, wrong_labels
-from hora_bench.report.rows import COMPARISONS, Row, is_lora, name_of, paired, proxy_of, rows_of
+from hora_bench.report.rows import COMPARISONS, Row, is_lora, name_of, paired, proxy_of, rows_of, typical
 from hora_bench.report.suites import CLAIMS, Claim, compared
 from hora_bench.report.tables import judged_gates
 from hora_bench.stats import MARGIN
@@ -238,8 +238,9 @@ def _joint(result: Result) -> Said:
                 unless(edge, of_difference(row["over_lora"])),
                 (
                     f"{name_of(row)} on {100 * row['fraction']:g} % of {row['task']}, {parameters(row) or 'unknown'} "
-                    f"trained parameters, LoRA {parameters(lora) or 'unknown'}: {points(row['over_lora'])}{beside}; "
-                    f"lowest seeds {min(row['accuracies_pct']):.1f} %, LoRA's {min(lora['accuracies_pct']):.1f} %{edge}"
+                    f"trained parameters, LoRA {parameters(lora) or 'unknown'}: {points(row['over_lora'])}, median "
+                    f"{typical(row, lora)}{beside}; lowest seeds {min(row['accuracies_pct']):.1f} %, LoRA's "
+                    f"{min(lora['accuracies_pct']):.1f} %{edge}"
                 ),
             )
 
