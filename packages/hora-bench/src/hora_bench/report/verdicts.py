@@ -103,7 +103,7 @@ def _more_accurate(result: Result) -> Said:
         words = [row["word"] for row in rows if row is not first]
         counts = ", ".join(f"{words.count(word)} {word}" for word in WORDS if word in words)
         others = (
-            f". Of {len(words)} other choices: {counts} (equal: within {margin:g} point{'s' * (margin != 1)})"
+            f". Of {len(words)} other choice{'s' * (len(words) != 1)}: {counts} (equal: within {margin:g} point{'s' * (margin != 1)})"
             if words
             else ""
         )
