@@ -50,4 +50,5 @@ def others(judged: Sequence[Row], first: Row) -> str:
         for word, names in named.items()
         if names
     ]
-    return f". Of {len(judged) - 1} other choices: {', '.join(counts)}" if counts else ""
+    plural = "s" * (len(judged) != 2)
+    return f". Of {len(judged) - 1} other choice{plural}: {', '.join(counts)}" if counts else ""

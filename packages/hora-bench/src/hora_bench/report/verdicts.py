@@ -14,10 +14,10 @@ from hora_bench.report.judging import (
     CONFIRMED,
     UNRESOLVED,
     UNTESTED,
-    WORDS,
     Said,
     edge_said,
     of_difference,
+    others,
     points,
     unless,
 )
@@ -100,18 +100,12 @@ def _more_accurate(result: Result) -> Said:
         if first is None or first["fraction"] == 0.01:
             continue
         edge, margin = edge_said(first, lora), result["setting"].get("margin_pct", MARGIN)
-        words = [row["word"] for row in rows if row is not first]
-        counts = ", ".join(f"{words.count(word)} {word}" for word in WORDS if word in words)
-        others = (
-            f". Of {len(words)} other choice{'s' * (len(words) != 1)}: {counts} (equal: within {margin:g} point{'s' * (margin != 1)})"
-            if words
-            else ""
-        )
+        within = f" (equal: within {margin:g} point{'s' * (margin != 1)})" if len(rows) > 1 else ""
         yield (
             unless(edge, of_difference(first["over_lora"])),
             (
                 f"{name_of(first)} on {100 * first['fraction']:g} % of {first['task']}: {points(first['over_lora'])}"
-                f"{edge}{others}"
+                f"{edge}{others(rows, first)}{within}"
             ),
         )
 
