@@ -89,6 +89,19 @@ def test_which_rates_were_best():
     )
 
 
+def test_how_high_a_rate_may_be():
+    found = result("rates")
+    fall = {(row["value"], row["task"]): row["fall_rate"] for row in found["rows"]}
+    page, setting = (ROOT / "docs/guide/settings.md").read_text(), found["setting"]
+    tasks, highest = setting["tasks"], max(setting["rates"])
+    assert f"| | {' | '.join(tasks)} |" in page
+    assert setting["fall"] == 10
+    names = {"LoRA": "lora", "`hora`": "default", "`hora` with `gain=1.0`": "gain-1", "`joint`": "joint"}
+    for name, choice in names.items():
+        rates = (f"{fall[choice, task] or f'above {highest:g}'}" for task in tasks)
+        assert f"| {name} | {' | '.join(rates)} |" in page
+
+
 def test_what_a_joint_start_costs():
     found, text = result("speed-joint-vit-s14"), prose("docs/guide/settings.md")
     torch, jax = found["starts"]
