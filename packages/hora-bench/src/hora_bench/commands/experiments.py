@@ -32,6 +32,7 @@ File = Annotated[
 ]
 Quick = Annotated[bool, typer.Option("--quick", help="No file: a small setting on the embedded digits.")]
 Data = Annotated[Path | None, typer.Option(help="Folder of tasks.", exists=True)]
+OneTask = Annotated[str | None, typer.Option(help="In place of the file's: one of its tasks, as a piece.")]
 
 QUICK: Final[dict[str, dict[str, Any]]] = {
     "sweep": {"factors": {"residual": [True], "activation": ["tanh"]}, "references": ["lora"], "seeds": [0, 1]},
@@ -64,7 +65,7 @@ def sweep(
     quick: Quick = False,
     data: Data = None,
     seeds: Annotated[str | None, typer.Option(help="In place of the file's: 0-19 or 0,1,2.")] = None,
-    task: Annotated[str | None, typer.Option(help="In place of the file's: one of its tasks, as a piece.")] = None,
+    task: OneTask = None,
     out: Annotated[Path | None, typer.Option(help="Result file; results/NAME.json when left out.")] = None,
 ) -> None:
     """Choices that differ in one thing, with paired differences: ablations, curves, tuned comparisons, controls."""
@@ -86,7 +87,7 @@ def robustness(
     *,
     quick: Quick = False,
     data: Data = None,
-    task: Annotated[str | None, typer.Option(help="In place of the file's: one of its tasks, as a piece.")] = None,
+    task: OneTask = None,
     out: Annotated[Path | None, typer.Option(help="Result file; results/NAME.json when left out.")] = None,
 ) -> None:
     """What is kept under corruptions and adversarial steps, by choices that each have their own rate, beside LoRA."""
@@ -152,7 +153,7 @@ def rates(
     *,
     quick: Quick = False,
     data: Data = None,
-    task: Annotated[str | None, typer.Option(help="In place of the file's: one of its tasks, as a piece.")] = None,
+    task: OneTask = None,
     out: Annotated[Path | None, typer.Option(help="Result file; results/NAME.json when left out.")] = None,
 ) -> None:
     """How wide the range of good learning rates is, and whether the curvature at the start explains it."""

@@ -176,7 +176,7 @@ TEXT: Final = Protocol(
 )
 
 
-# A short run for few sentences. The rate is where MiniLM's validation was best or level with it: experiments search it.
+# A short run for few sentences; a comparison searches its rates.
 SENTENCES: Final = Protocol(
     model="minilm",
     image_size_px=None,
