@@ -22,6 +22,7 @@ from hora_spec.testing import Backend, LinearGrads
 from hora_spec.testing.profiles import use_fast
 
 use_fast()
+jax.config.update("jax_default_matmul_precision", "highest")  # what a GPU needs to be compared with anything
 
 
 @pytest.fixture

@@ -25,6 +25,21 @@ def test_a_correct_adapter_is_verified():
     assert found.effect > 100 * found.error
 
 
+def test_products_are_not_rounded_while_it_compares():
+    """GPUs round those of float32 to TF32 by default, and adapted and merged differ by a thousandth there."""
+    seen = []
+
+    def watched(params, x):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return einsum(params, x)
+
+    planned = PLANS["apart"]
+    with jax.default_matmul_precision("default"):
+        assert verify(planned, watched, PARAMS, init(planned), X).ok
+        assert jax.config.jax_default_matmul_precision == "default"
+    assert seen.count("highest") >= 3  # the adapted function, the merged one, the base
+
+
 def test_a_float64_base_with_a_float32_adapter_is_verified(x64):
     params = jax.tree.map(lambda v: v.astype("float64"), PARAMS)
     found = verify(PLANS["apart"], einsum, params, init(PLANS["apart"]), X.astype("float64"))

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from hora_spec import HoraError
+from hora_torch import lifetime
 from hora_torch.lifetime import during_call
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -68,6 +69,21 @@ def test_nothing_is_kept_after_a_scope(model, family):
     agree(evaluate(model, family.inputs()), expected)
     with hora_torch.cached_factors(model):
         agree(evaluate(model, family.inputs()), expected)
+
+
+def test_a_graph_that_is_captured_is_given_nothing_from_before(model, family, monkeypatch):
+    """At a replay it would read parameters that are gone by then; test_gpu.py captures one."""
+    with Generations() as alone:
+        evaluate(model, family.inputs())
+    with hora_torch.cached_factors(model):
+        evaluate(model, family.inputs())
+        with Generations() as between:
+            evaluate(model, family.inputs())
+        monkeypatch.setattr(lifetime, "_capturing", lambda: True)
+        with Generations() as captured:
+            evaluate(model, family.inputs())
+        monkeypatch.undo()
+    assert between.count < captured.count == alone.count
 
 
 def test_generation_opens_a_scope_of_its_own(model, family):

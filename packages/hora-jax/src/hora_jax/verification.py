@@ -78,7 +78,8 @@ def verify(
     Notes
     -----
     `fn` has to be pure: without dropout, or with its keys fixed. For a Flax NNX model pass the model as `params`, and
-    ``lambda model, x: model(x)`` as `fn`. Where weights of 16 bits are merged, their rounding is allowed for.
+    ``lambda model, x: model(x)`` as `fn`. Where weights of 16 bits are merged, their rounding is allowed for; products
+    are computed at the highest precision, unless `fn` asks for another.
     """
     check(plan, phi)
     adapted, tried = adapt(fn, plan, route=route), _moved(phi)
@@ -96,10 +97,11 @@ def verify(
     def by_merging(phi: Phi, old: Any) -> list[jax.Array]:
         return outputs(fn(merge(plan, replace_weights(params, old), phi), *args, **kwargs))
 
-    got, pullback = jax.vjp(jax.jit(by_branch), trained)
-    merged = jax.jit(by_merging)(tried, old)
-    base = outputs(fn(params, *args, **kwargs))
-    grads = pullback([jnp.asarray(np.random.default_rng(1).normal(size=v.shape), v.dtype) for v in got])[0]
+    with jax.default_matmul_precision("highest"):  # GPUs round products of float32 otherwise
+        got, pullback = jax.vjp(jax.jit(by_branch), trained)
+        merged = jax.jit(by_merging)(tried, old)
+        base = outputs(fn(params, *args, **kwargs))
+        grads = pullback([jnp.asarray(np.random.default_rng(1).normal(size=v.shape), v.dtype) for v in got])[0]
     error, effect, size = _largest(got, merged), _largest(merged, base), _largest(merged, [0 * v for v in merged])
     rounded = [*got, *old.values(), *jax.tree.leaves(tried)]  # factors are made in the dtype of phi
     eps = max(float(jnp.finfo(v.dtype).eps) for v in rounded if jnp.issubdtype(v.dtype, jnp.floating))

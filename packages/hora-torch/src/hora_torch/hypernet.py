@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 from hora_spec import AdapterSpec, Factors, HoraError, LayerShape, init_params, is_trained, param_shapes
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from hora_torch.functional import factors
 from hora_torch.linear import autocast_enabled, has_hooks
+from hora_torch.precision import exact_products
 from hora_torch.sharding import is_sharded
 
 
@@ -108,7 +110,7 @@ class HoraHypernet(nn.Module):
         return found if len(found) == len(self._keys) else None
 
     def forward(self, projections: Iterable[str] | None = None, *, gained: bool = True) -> dict[str, Factors]:
-        """Factors of the named projections, by default of all, at least float32 whatever the autocast state.
+        """Factors of the named projections, by default of all, in float32 or better whatever autocast or TF32 would do.
 
         Parameters
         ----------
@@ -130,10 +132,9 @@ class HoraHypernet(nn.Module):
         if not torch.compiler.is_compiling() and self.awaits:
             self._check_arrived(params)
         spec, param = self.spec if gained else self._ungained, next(iter(params.values()))
-        if autocast_enabled(param):
-            with torch.autocast(param.device.type, enabled=False):
-                return factors(spec, self.layer, params, wanted)
-        return factors(spec, self.layer, params, wanted)
+        half = torch.autocast(param.device.type, enabled=False) if autocast_enabled(param) else nullcontext()
+        with exact_products(), half:
+            return factors(spec, self.layer, params, wanted)
 
     def _usable(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """Parameters in 32 bits or more, and none that a hook frees, or somebody changes, after this call."""

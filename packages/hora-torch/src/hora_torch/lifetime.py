@@ -27,6 +27,7 @@ class _Scope:
         outer = _SCOPE.get()
         self.model, self.reach = model, reach
         self.chain: tuple[_Scope, ...] = (self,) if outer is None else (*outer.chain, self)
+        self.captured = _capturing()
         self.open = True
         self.kept: _Stores = {}
         self.handed: _Stores = {}
@@ -67,11 +68,13 @@ def kept(hypernet: HoraHypernet) -> dict[Any, Any] | None:
 
     Nothing is kept while gradients are recorded, since a graph belongs to one call, nor while operations are traced or
     transformed; what was made from other parameter objects, as `torch.func.functional_call` lends them, is left alone.
+    A CUDA graph reads at each replay what it was given when it was captured, so it is given nothing from before.
     """
     if torch.is_grad_enabled() or is_observed() or (inner := _SCOPE.get()) is None:
         return None
+    captured = _capturing()
     for scope in inner.chain:
-        if scope.open and (hypernet in scope.reached or hypernet in scope.members):
+        if scope.open and scope.captured is captured and (hypernet in scope.reached or hypernet in scope.members):
             break
     else:
         return None
@@ -106,6 +109,10 @@ def handed(hypernet: HoraHypernet, projections: Collection[str]) -> dict[str, Fa
     if any(p not in store for p in projections):
         store.update(hypernet(gained=False))
     return {p: store.pop(p) for p in projections}
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _store(stores: _Stores, hypernet: HoraHypernet) -> dict[Any, Any] | None:

@@ -7,10 +7,13 @@ from hora_spec import HoraError, Layout
 from hora_spec.layout import Span
 from torch import Tensor, nn
 
+from hora_torch.precision import exact_products
+
 Addition = tuple[Layout, Tensor, Tensor, float]
 """Layout, a (rank, embed), b (rows of the layout, rank) and scaling of one delta."""
 
 _CHUNK_BYTES = 1 << 20  # float32 working rows that stay in cache
+_CHUNK_BYTES_OF_GPU = 1 << 28  # where each chunk costs launches
 
 
 def merged_weight(
@@ -58,11 +61,12 @@ def merged_weight(
         limit += abs(scaling) * float((a.abs().amax(1).double() * b.abs().amax(0).double()).sum())
     working = torch.float64 if weight.dtype == torch.float64 else torch.float32
     merged = weight.clone() if weight.dtype == working else torch.empty_like(weight)
-    if weight.dtype == working:
-        for layout, a, b, scaling in additions:
-            _add(_as_rows(merged, layout), layout.rows(weight.shape), a.to(working), b.to(working), scaling)
-    else:
-        _merge_in_chunks(weight, merged, additions, working)
+    with exact_products():
+        if weight.dtype == working:
+            for layout, a, b, scaling in additions:
+                _add(_as_rows(merged, layout), layout.rows(weight.shape), a.to(working), b.to(working), scaling)
+        else:
+            _merge_in_chunks(weight, merged, additions, working)
     unsafe = limit > torch.finfo(working).max / 4 or weight.dtype == torch.float16
     if (check or unsafe) and not torch.isfinite(merged).all():
         raise HoraError(
@@ -101,7 +105,8 @@ def _merge_in_chunks(
 ) -> None:
     """Rows pass through a small float32 buffer, so that the sum costs hardly more than copying the weight."""
     source, target = (_as_rows(tensor, additions[0][0]) for tensor in (weight, merged))
-    step = max(1, _CHUNK_BYTES // (4 * source.shape[1]))
+    chunk = _CHUNK_BYTES if weight.device.type == "cpu" else _CHUNK_BYTES_OF_GPU
+    step = max(1, chunk // (4 * source.shape[1]))
     pieces = [
         piece
         for layout, a, b, scaling in additions

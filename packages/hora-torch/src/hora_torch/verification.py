@@ -14,6 +14,7 @@ from hora_torch.comparing import Outputs, one_rounding_away
 from hora_torch.findings import Finding, Report, Verdict
 from hora_torch.hypernet import HoraHypernet
 from hora_torch.layer import HoraLayer
+from hora_torch.precision import exact_products
 from hora_torch.probing import UntoldError, recorded
 from hora_torch.rows import rows_of_one_head
 from hora_torch.sites import attention_of
@@ -54,7 +55,8 @@ def verify(model: nn.Module, batch: Any) -> Report:
     -----
     Costs six or seven passes of the model, one of them backward too, and some twenty derivatives of each attention.
     While it runs, what is zero in a new adapter is replaced by random values, so that there is an update to look at,
-    and each pass starts from one seed; generators of random numbers are left as they were.
+    and each pass starts from one seed; generators of random numbers are left as they were. Products of float32 are not
+    rounded to TF32 meanwhile, whatever a program asked for.
 
     Examples
     --------
@@ -79,7 +81,7 @@ def verify(model: nn.Module, batch: Any) -> Report:
     if not layers or any(layer.merged for layer in layers.values()):
         raise HoraError(f"verify tries active adapters that are not merged, got {len(layers)} layers: unmerge first")
     trial = _Trial(model, batch, layers, {name: active[name] for name in layers})
-    with trial.prepared():
+    with exact_products(), trial.prepared():
         return Report(tuple(trial.findings()))
 
 
