@@ -6,7 +6,7 @@ import re
 import resource
 import signal
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import jax
@@ -130,6 +130,25 @@ def test_language_models_agree_on_both_backends(scoring, llama_directory, record
         assert abs(jax.scores.correct_count - torch.scores.correct_count) <= 1
 
 
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_weights_in_bfloat16_that_are_trained_go_on_where_they_were(backend, llama_directory, records_file, tmp_path):
+    text = {"scoring": "log-likelihood"}
+    task = records_task(records_file, tokenizer(str(llama_directory)), **text)
+    asked = {"image_size_px": None, "batch_size": 4, "method": "full", "dtype": "bfloat16", "backend": backend}
+    asked = request(llama_directory, **text, **asked)
+    whole = runs.run(asked, task, tmp_path / "whole", command="test")
+
+    def stop(stage, done, total, loss):
+        if stage == "train" and done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(asked, task, tmp_path / "resumed", command="test", progress=stop, every_s=0.0)
+    assert list((tmp_path / "resumed").glob("*.checkpoint.safetensors"))
+    resumed = runs.run(asked, task, tmp_path / "resumed", command="test")
+    assert comparable(resumed) == comparable(whole)
+
+
 NEW = 8
 
 
@@ -183,35 +202,55 @@ def processes(tmp_path, monkeypatch):
     return context
 
 
-@pytest.mark.parametrize("backend", ["torch", "jax"])
-def test_ten_kills_end_in_the_same_file(backend, processes, vit_directory, image_task, tmp_path):
+@pytest.fixture
+def start(processes, image_task):
+    """Starts one, which trains on images and says when something happened."""
     from process_to_kill import train
 
-    asked = request(vit_directory, backend=backend, steps=24)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-
-    def start(out, moment=0, at_step=False, waits=False):
+    def start(asked, out, moment=0, at_step=False, waits=False):
         here, there = processes.Pipe()
         process = processes.Process(target=train, args=(asked, image_task, out, moment, at_step, waits, there))
         process.start()
         there.close()  # so that reading fails if the process ends
         return process, here
 
-    start(whole)[0].join()
+    return start
+
+
+@pytest.mark.parametrize("asked", [{"backend": "torch"}, {"backend": "jax"}, {"last_blocks": 1}], ids=str)
+def test_processes_that_want_the_same_run_wait_for_the_first(asked, start, vit_directory, image_task, tmp_path):
+    asked = request(vit_directory, steps=4, **asked)
+    started = [start(asked, tmp_path, moment=1, at_step=True) for _ in range(3)]
+    trained = 0
+    for process, told in started:
+        process.join()
+        assert process.exitcode == 0
+        with suppress(EOFError):
+            trained += told.recv() == "step"
+    assert trained == 1
+    name = stored(asked, image_task, tmp_path).stem
+    assert sorted(file.name for file in tmp_path.iterdir()) == [name, f"{name}.json"]
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_ten_kills_end_in_the_same_file(backend, start, vit_directory, image_task, tmp_path):
+    asked = request(vit_directory, backend=backend, steps=24)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    start(asked, whole)[0].join()
     rng, events, torn = np.random.default_rng(0), [], 0
     for kill in range(10):
         waits = kill % 2 == 0  # the others are killed wherever they are by then, in native code too
-        process, told = start(killed, int(rng.integers(1, 16)), at_step=kill % 5 == 0, waits=waits)
+        process, told = start(asked, killed, int(rng.integers(1, 16)), at_step=kill % 5 == 0, waits=waits)
         events.append(told.recv())
         time.sleep(0 if waits else rng.uniform(0, 0.02))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
         assert not list(killed.glob("*.json"))
-        torn += any(file.name.startswith(".") for file in killed.iterdir())
+        torn += any(file.name.startswith(".") and not file.name.startswith(".lock.") for file in killed.iterdir())
     assert "step" in events
     assert torn  # some came while a checkpoint was written
-    start(killed)[0].join()
+    start(asked, killed)[0].join()
     name = stored(asked, image_task, killed).stem
     assert sorted(file.name for file in killed.iterdir()) == [name, f"{name}.json"]
     one, other = (store.read(out / f"{name}.json") for out in (whole, killed))

@@ -26,9 +26,13 @@ def cache_dir() -> Path:
 def one_at_a_time(path: Path) -> Generator[None]:
     """Other processes that are about to make `path` wait; what killed ones left of it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.parent / f".lock.{path.name}"):
+    lock = path.parent / f".lock.{path.name}"
+    with FileLock(lock):
         remove_leftovers(path)
-        yield
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)  # who waits notices, and waits for a new one
 
 
 @contextmanager

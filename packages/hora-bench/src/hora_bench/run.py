@@ -1,8 +1,9 @@
 """A run: from a request to a result file with its adapter and predictions, on either backend, resumable any time."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import psutil
 
 from hora_bench import backends, store
-from hora_bench.cache import new_directory, remove_leftovers
+from hora_bench.cache import new_directory, one_at_a_time, remove_leftovers
 from hora_bench.data.base import Judged, Score, Task
 from hora_bench.data.prompts import prompts, responses
 from hora_bench.models import load
@@ -76,6 +77,10 @@ def run(
     HoraError
         Nothing can be written to `out`, the loss is not a number, data is unreadable, or the request does not fit the
         backend.
+
+    Notes
+    -----
+    Processes that want the same run at the same time wait for the first, and read what it left.
     """
     if request.last_blocks is not None:
         (found,) = results(request, [request.seed], task, out, command=command, trials=trials, progress=progress)
@@ -85,10 +90,37 @@ def run(
     check_kind(request, task.kind)
     inputs = Inputs.of(request, task)
     name = name_of(request, inputs)
-    path, files = out / f"{name}.json", out / name
     if found := finished(request, inputs, task, out, trials):
         return found
     store.check_writable(out)
+    with one_at_a_time(out / name) if _processes(request.backend) == 1 else nullcontext():
+        if found := finished(request, inputs, task, out, trials):  # by another process, meanwhile
+            return found
+        return _run(request, inputs, task, out, command=command, trials=trials, progress=progress, every_s=every_s)
+
+
+def _processes(backend: str) -> int:
+    """How many processes compute this run together; they must not wait for each other."""
+    if backend == "jax":
+        import jax
+
+        return jax.process_count()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _run(
+    request: Request,
+    inputs: Inputs,
+    task: Task,
+    out: Path,
+    *,
+    command: str,
+    trials: Sequence[Trial],
+    progress: Progress,
+    every_s: float,
+) -> RunResult:
+    name = name_of(request, inputs)
+    path, files = out / f"{name}.json", out / name
     members = subset(task.labels(request.train_on), request.fraction, request.seed)
     learner = backends.build(request, task)
     unfinished = out / f"{name}.checkpoint.safetensors"

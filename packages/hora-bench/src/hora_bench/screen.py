@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -24,7 +25,7 @@ from torch import nn
 from hora_bench import methods, store
 from hora_bench.backends import check_device
 from hora_bench.backends.torch_methods import prepare
-from hora_bench.cache import new_directory
+from hora_bench.cache import new_directory, one_at_a_time
 from hora_bench.data.base import Split, Task
 from hora_bench.models import load
 from hora_bench.recipe import batch_indices, head_init, subset
@@ -89,10 +90,17 @@ def screen(
     inputs = Inputs.of(asked[0], task)
     names = [name_of(one, inputs) for one in asked]
     found = {name: finished(one, inputs, task, out, trials) for one, name in zip(asked, names, strict=True)}
-    if missing := [one for one, name in zip(asked, names, strict=True) if found[name] is None]:
+    if None in found.values():
         store.check_writable(out)
-        fresh = _screened(missing, task, out, inputs, command=command, trials=trials, progress=progress)
-        found |= {name_of(one, inputs): result for one, result in zip(missing, fresh, strict=True)}
+        with ExitStack() as others:  # processes that want some of these wait; in one order, so that none wait for ever
+            for name in sorted(name for name, result in found.items() if result is None):
+                others.enter_context(one_at_a_time(out / name))
+            found |= {name: finished(one, inputs, task, out, trials) for one, name in zip(asked, names, strict=True)}
+            missing = [one for one, name in zip(asked, names, strict=True) if found[name] is None]
+            if not missing:
+                return [found[name] for name in names]
+            fresh = _screened(missing, task, out, inputs, command=command, trials=trials, progress=progress)
+            found |= {name_of(one, inputs): result for one, result in zip(missing, fresh, strict=True)}
     return [found[name] for name in names]
 
 

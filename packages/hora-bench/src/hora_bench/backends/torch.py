@@ -353,14 +353,15 @@ def _host_growth(run: Callable[[], Any]) -> int:
 
 
 def _whole(tensor: torch.Tensor) -> np.ndarray:
-    """All of a tensor, also where processes hold parts of it."""
+    """All of a tensor, also where processes hold parts of it; bfloat16, which NumPy lacks, as float32."""
     tensor = tensor.detach()
+    tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
     return np.array((tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().numpy())
 
 
 def _like(value: np.ndarray, tensor: torch.Tensor | None) -> torch.Tensor:
-    """An array as a tensor that is placed as another one is; None leaves it on the CPU, as Adam keeps its count."""
+    """An array as a tensor of another one's dtype and place; None leaves it on the CPU, as Adam keeps its count."""
     new = torch.from_numpy(np.array(value))
     if isinstance(tensor, DTensor):
-        return distribute_tensor(new.to(tensor.device), tensor.device_mesh, tensor.placements)
-    return new if tensor is None else new.to(tensor.device)
+        return distribute_tensor(new.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements)
+    return new if tensor is None else new.to(tensor.device, tensor.dtype)
