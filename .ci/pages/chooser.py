@@ -51,7 +51,7 @@ def _measured(root: Path) -> Iterator[tuple[str, str]]:
     small = [found["hora"]["cpu"]["ratio"] for name, found in tiny.items() if name.startswith("tiny-step")]
     yield "a step of a tiny model, milliseconds on a CPU", f"{_range(small)}: here it is felt"
     calls = [one for speed in speeds for one in speed["inference"] if one["method"] == "hora"]
-    merged = [one["over_frozen"]["ratio"] for one in calls if one["form"] == "merged"]
+    merged = [one["over_frozen"]["ratio"] for one in calls if one["form"] == "merged" and "over_frozen" in one]
     yield "inference once merged, times the base model's", _range(merged)
 
 
@@ -69,19 +69,20 @@ def _screens(root: Path) -> Iterator[str]:
 
 
 def _parameters(root: Path) -> Iterator[str]:
-    """By rank, for each model that was counted, from the smallest."""
-    counted = [one for one in _read(root, "cost")["params"] if one["method"] in ("lora", "hora")]
-    by = {(one["model"], one["method"]): one for one in counted}
+    """By rank, for each model that was counted, from the smallest; both of a ratio are of one file."""
+    counts: dict[tuple[str, int], tuple[int, int]] = {}
+    counted = {(one["model"], one["method"]): one for one in _read(root, "cost")["params"]}
+    for (model, method), ours in counted.items():
+        if method == "hora":
+            counts[model, ours["spec"]["rank"]] = ours["params_count"], counted[model, "lora"]["params_count"]
     for path in sorted((root / RESULTS).glob("speed-*.json")):
-        found = _read(root, path.stem)
-        for one in found["steps"]:
-            if one["method"] in ("lora", "hora"):
-                by[found["setting"]["model"], one["method"]] = one | {"spec": found["setting"]["options"]}
+        setting, steps = (_read(root, path.stem)[key] for key in ("setting", "steps"))
+        own = {one["method"]: one["params_count"] for one in steps}
+        if {"hora", "lora"} <= own.keys():
+            counts[setting["model"], setting["options"]["rank"]] = own["hora"], own["lora"]
     ranks: dict[int, list[tuple[int, str]]] = {}
-    for model in [model for model, method in by if method == "lora" and (model, "hora") in by]:
-        ours, lora = by[model, "hora"], by[model, "lora"]["params_count"]
-        ratio = f"{ours['params_count'] / lora:.2f} ({model})"
-        ranks.setdefault(ours["spec"]["rank"], []).append((ours["params_count"], ratio))
+    for (model, rank), (ours, lora) in counts.items():
+        ranks.setdefault(rank, []).append((ours, f"{ours / lora:.2f} ({model})"))
     for rank, ratios in sorted(ranks.items()):
         yield f"at rank {rank}: {', '.join(ratio for _, ratio in sorted(ratios))}"
 
