@@ -402,3 +402,26 @@ def test_a_record_has_a_line_per_table_row_and_reads_back(tmp_path):
     write_experiment(tmp_path / "r.json", "cost", "hora-bench cost", seconds=1.23, result=result)
     assert read_json(tmp_path / "r.json")["result"] == result
     assert '   {"a": 1, "b": [2, 3]},\n' in (tmp_path / "r.json").read_text()
+
+
+def judged_in(file, choice):
+    """The words for a choice in the committed pieces of a comparison."""
+    contents = [read_json(path) for path in sorted(RESULTS.glob("*.json"))]
+    rows = [row for c in contents if f"experiments/{file} " in c["command"] for row in c["result"]["rows"]]
+    return [row["word"] for row in rows if row["value"] == choice]
+
+
+@pytest.mark.parametrize(("file", "choice"), [("wrong-labels.toml", "joint"), ("screen.toml", "default")])
+def test_questions_are_answered_by_what_all_files_say(file, choice, pages):
+    text = pages[0].read_text().split("## Questions and answers")[1].split("\n## ")[0]
+    words = judged_in(file, choice)
+    assert {"better", "worse"} & set(words)
+    said = re.search(rf"{file.removesuffix('.toml')} \(a screen\): ([^.|]*)", text)[1]
+    for word in {"better", "worse"} & set(words):
+        assert f"`{choice}` on {words.count(word)} of {len(words)}" in re.search(rf"{word} ([^;]*)", said)[1]
+    assert "`paper`" not in text  # of another size
+
+
+def test_files_without_an_answer_ask_no_question(tmp_path):
+    shutil.copy(RESULTS / "cost.json", tmp_path)
+    assert "Questions and answers" not in write_page(tmp_path, tmp_path / "page.md")[0].read_text()

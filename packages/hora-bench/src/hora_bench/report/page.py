@@ -12,11 +12,12 @@ from hora_spec import HoraError
 
 from hora_bench import store
 from hora_bench.cache import new_file, read_json
+from hora_bench.report.answers import answers
 from hora_bench.report.comparisons import forest, found_in
 from hora_bench.report.pieces import OVER_TASKS, never_worse, pieces_of, section
 from hora_bench.report.rows import COMPARISONS, of_wrong_labels
 from hora_bench.report.tables import notes, plots, tables
-from hora_bench.report.verdicts import verdicts
+from hora_bench.report.verdicts import Verdict, verdicts
 from hora_bench.report.writing import embedded, folded, link, save, table, write_html
 
 Records = Sequence[tuple[Path, dict[str, Any]]]
@@ -105,8 +106,9 @@ def _draw(records: Records, folder: Path) -> Plots:
 
 def _summary(records: Records, runs: Sequence[store.RunResult], page: Path, drawn: Plots, address: Address) -> str:
     """Claims with verdicts, the differences at a glance, and where the pages and files are."""
-    lines = ["# Benchmarks", "", LEAD, "", "## The paper's claims"]
-    said = [(*verdict[:3], verdict.file and link(verdict.file, page)) for verdict in verdicts(records, runs)]
+    found = verdicts(records, runs)
+    lines = ["# Benchmarks", "", LEAD, "", *_answers(records, found, page), "## The paper's claims"]
+    said = [(*verdict[:3], verdict.file and link(verdict.file, page)) for verdict in found]
     lines += table(("claim", "verdict", "why", "result"), said)
     for path in drawn[None]:
         lines += ["## Differences from LoRA", "", f"![{DIFFERENCES}]({address(path)})", ""]
@@ -125,6 +127,19 @@ def _summary(records: Records, runs: Sequence[store.RunResult], page: Path, draw
     lines += table(("result", "command", "time, resumed work left out", "machine", "versions"), where)
     lines += [f"- {letter}: {versions}" for versions, letter in letters.items()]
     return _squeezed(lines)
+
+
+def _answers(records: Records, found: Sequence[Verdict], page: Path) -> list[str]:
+    """The questions with their answers, and where these stand."""
+    rows = [
+        (question, said, f"[details]({page.stem}/{name}.md)" if page.suffix == ".md" else "", _code(commands))
+        for name, question, said, commands in answers(records, found)
+    ]
+    return ["## Questions and answers", *table(("question", "answer", "files", "made by"), rows)] if rows else []
+
+
+def _code(commands: Sequence[str]) -> str:
+    return ", ".join(f"`{command}`" for command in commands)
 
 
 def _task_by_task(title: str, lead: str, records: Records, page: Path, *, proxy: bool) -> list[str]:
