@@ -113,6 +113,20 @@ def test_what_a_joint_start_costs():
     assert "Afterwards a step is as fast as LoRA's or faster" in text
 
 
+def test_what_a_step_costs_on_a_gpu():
+    page = (ROOT / "docs/guide/scale.md").read_text()
+    named = {
+        ("speed-vit-s14-224px", "torch"): "ViT-S/14, 64 images of 257 tokens, PyTorch",
+        ("speed-vit-s14-224px", "jax"): "the same, JAX",
+        ("speed-llama-7b", "torch"): "LLaMA-7B in bfloat16, 4 sequences of 256 tokens, PyTorch",
+    }
+    for (name, backend), what in named.items():
+        found = result(name)
+        assert found["setting"]["device"] == "NVIDIA H200"
+        (step,) = (one for one in found["steps"] if (one["backend"], one["method"]) == (backend, "hora"))
+        assert f"| {what} | {step['over_lora']['ratio']:.2f} | {step['peak_over_lora']:.2f} |" in page
+
+
 def test_how_many_parameters_a_small_model_trains():
     layer = LayerShape.attention(embed_dim=384, num_heads=6)
     ours, lora = (count_params(preset(name, 8), layer) for name in ("hora", "lora"))
