@@ -78,6 +78,31 @@ def test_what_screens_say_of_settings_with_a_name():
     assert f"of up to {('one', 'two', 'three', 'four')[len(screened('hora')) - 1]} tasks" in text
 
 
+def test_what_whole_models_say_of_settings_with_a_name():
+    text, page = prose("docs/guide/settings.md"), prose("docs/design/0018-the-default.md")
+    said = {"better": "more accurate", "worse": "less accurate", "equal": "equal within a point"}
+    whole = {task: result(f"confirm-default-{task.replace('_', '-')}") for task in ("sign_digits", "cifar10")}
+    for choice, name in (("default", "`hora`, the default"), ("residual", "`residual`")):
+        found = {task: word_of(one, choice) for task, one in whole.items()}
+        assert not {"better", "worse"} & set(found.values())
+        assert f"- {name}: {', '.join(f'{said.get(w, w)} on {task}' for task, w in found.items())}." in text
+    joint = [word_of(result(name), "joint") for name in ("confirm-sign-digits", "confirm-flower-photos")]
+    assert joint == ["better", "not resolved"]
+    assert "more accurate than LoRA on sign_digits, not resolved on flower_photos" in text
+    (control,) = re.findall(r"### confirm\n.*?\| joint over a random A \|([^\n]*)", VERDICTS, re.DOTALL)[:1]
+    flowers, digits = (cell for cell in control.split(" | ") if "resolved" in cell or "better" in cell)
+    assert ", better" in flowers
+    assert ", not resolved" in digits
+    assert "Nothing changes. With 32 paired seeds on each of two tasks neither is better or worse than LoRA" in page
+    assert all(row["over_lora_pct"]["seeds_count"] == 32 for one in whole.values() for row in one["rows"])
+    assert max(row["over_lora_pct"]["detectable_pct"] for row in whole["cifar10"]["rows"]) < 1.2
+    assert [row["word"] for row in screened("paper")] == ["worse"] * 4
+
+
+def word_of(found: dict, choice: str) -> str:
+    return next(row["word"] for row in found["rows"] if row["value"] == choice)
+
+
 def test_which_rates_were_best():
     rates = {row["value"]: row["learning_rate"] for row in result("screen-sign-digits")["rows"]}
     assert rates["default"] == rates["lora"]

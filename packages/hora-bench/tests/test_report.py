@@ -232,8 +232,8 @@ def test_the_guide_says_of_a_joint_a_what_its_results_say():
     assert words["not resolved"][0] == 8
     assert words["confirmed"][0] == 16
     assert words["confirmed"][1] < 11  # of 10 classes
-    assert "not resolved with 8 seeds, and more accurate with 16 others, one of which left LoRA at guessing" in guide
-    assert "Over a random A that is fixed nothing is resolved either time" in guide
+    assert "One of its 16 seeds on sign_digits left LoRA at guessing, and 8 seeds of an earlier comparison" in guide
+    assert "Over a random A that is fixed, its control, it is the other way round: not resolved on sign_digits" in guide
 
 
 @pytest.mark.parametrize(
