@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hora_bench.cache import read_json
 from hora_bench.experiments.cost.run import cost
+from hora_bench.report import labels
 from hora_bench.report.comparisons import lines_of, plot
 from hora_bench.report.page import write_page
 from hora_bench.report.pieces import pieces_of, section
@@ -425,3 +426,24 @@ def test_questions_are_answered_by_what_all_files_say(file, choice, pages):
 def test_files_without_an_answer_ask_no_question(tmp_path):
     shutil.copy(RESULTS / "cost.json", tmp_path)
     assert "Questions and answers" not in write_page(tmp_path, tmp_path / "page.md")[0].read_text()
+
+
+def swept(task, **accuracies):
+    """A screen of one task, as a file holds it."""
+    result = piece(task, accuracies, last_blocks=4, steps=50, fraction=0.1, seeds=[0, 1, 2, 3])
+    return Path(f"{task}.json"), {"experiment": "sweep", "result": result}
+
+
+def test_wrong_labels_are_compared_at_equal_clean_accuracy():
+    right = {"lora": [50.0, 60.0, 70.0, 60.0], "joint": [80.0, 90.0, 85.0, 85.0]}
+    wrong = {"lora": [30.0, 40.0, 40.0, 30.0], "joint": [45.0, 55.0, 50.0, 50.0]}
+    answers = [{"task": "made", "answer": "corruptions", "chance_pct": 10.0}]
+    robust = (Path("robust.json"), {"experiment": "robustness", "result": {"answers": answers}})
+    records = [swept("made-wrong20", **wrong), swept("made", **right), robust]
+    lines = [line for line in labels.section(records) if line.startswith("| ")]
+    lora, joint = (next(line for line in lines if f" {name} " in line).split(" | ") for name in right)
+    assert float(lora[4]) == pytest.approx(50.0)  # 35 of 60 percent, 10 of which are chance
+    assert float(joint[4]) == pytest.approx(100 * 40 / 75, abs=0.01)
+    assert joint[5].startswith("+3.33 (")
+    assert not labels.section(records[:2])
+    assert not labels.section([records[0], robust])

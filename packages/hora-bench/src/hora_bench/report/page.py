@@ -12,6 +12,7 @@ from hora_spec import HoraError
 
 from hora_bench import store
 from hora_bench.cache import new_file, read_json
+from hora_bench.report import labels
 from hora_bench.report.answers import answers
 from hora_bench.report.comparisons import forest, found_in
 from hora_bench.report.pieces import OVER_TASKS, never_worse, pieces_of, section
@@ -166,6 +167,7 @@ def _question(name: str, records: Records, page: Path, drawn: Plots, address: Ad
         for one in tables(content["experiment"], content["result"]):
             lines += folded(one.title, one.header, one.rows)
         lines += [*(f"- {note}" for note in notes(content["result"])), ""]
+    lines += labels.section(records) if name == "robustness" else []
     return _squeezed(lines)
 
 
