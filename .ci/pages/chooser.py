@@ -60,7 +60,7 @@ def _screens(root: Path) -> Iterator[str]:
     words: dict[str, list[str]] = {}
     for path in sorted((root / RESULTS).glob("screen-*.json")):
         for row in _read(root, path.stem).get("rows", ()):
-            if row.get("value") in SCREENED and "word" in row:
+            if row.get("value") in SCREENED and "word" in row and row["fraction"] < 1:  # 100 images
                 words.setdefault(row["value"], []).append(row["word"])
     for form, found in words.items():
         counts = {word: found.count(word) for word in ("better", "worse") if word in found}
