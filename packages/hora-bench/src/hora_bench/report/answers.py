@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from hora_bench.report.pieces import FILE, TASK, pieces_of
+from hora_bench.report.pieces import FILE, TASK
 from hora_bench.report.robustness import choice_of
-from hora_bench.report.rows import Row, is_lora, name_of, of_wrong_labels, rows_of
+from hora_bench.report.rows import COMPARISONS, Row, is_lora, name_of, of_wrong_labels, proxy_of, rows_of
 from hora_bench.report.verdicts import Verdict
 
 Records = Sequence[tuple[Path, dict[str, Any]]]
@@ -73,23 +73,26 @@ def _said(page: str, records: Records, found: Sequence[Verdict]) -> Iterator[tup
 
 
 def _compared(records: Records, *, wrong: bool) -> Iterator[tuple[str, str]]:
-    """Of every comparison whose tasks are pieces, whole models first."""
-    for proxy in (False, True):
-        for command, pieces in pieces_of(records, proxy=proxy).items():
-            if all(of_wrong_labels(content["result"]) for _, content in pieces) != wrong:
-                continue
-            judged = [(name_of(row), row["word"]) for _, content in pieces for row in _as_large(content["result"])]
-            named = FILE.search(command)
+    """Of every tuned comparison, its pieces together, whole models first."""
+    found: dict[tuple[bool, str], list[dict[str, Any]]] = {}
+    for _, content in records:
+        result = content["result"]
+        if content["experiment"] in COMPARISONS and result.get("search") and of_wrong_labels(result) == wrong:
+            found.setdefault((proxy_of(result), _command(content)), []).append(result)
+    for (proxy, command), results in sorted(found.items()):
+        judged = [(name_of(row), row["word"]) for result in results for row in _as_large(result)]
+        named = FILE.search(command)
+        if said := _counted(judged):
             kind = "a screen" if proxy else "whole models"
-            yield f"{named.group(1) if named else command} ({kind}): {_counted(judged)}", command
+            yield f"{named.group(1) if named else command} ({kind}): {said}", command
 
 
 def _as_large(result: dict[str, Any]) -> Iterator[Row]:
     """Rows that train as many values as LoRA on their task, within 5 percent."""
     rows = rows_of(result)
-    of_lora = {(row["task"], row["fraction"]): row["params_count"] for row in rows if is_lora(row)}
+    of_lora = {(row["task"], row["fraction"]): row.get("params_count") for row in rows if is_lora(row)}
     for row in rows:
-        count, lora = row["params_count"], of_lora.get((row["task"], row["fraction"]))
+        count, lora = row.get("params_count"), of_lora.get((row["task"], row["fraction"]))
         if count and lora and abs(count / lora - 1) <= ALIKE:
             yield row
 
