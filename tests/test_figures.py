@@ -99,6 +99,17 @@ def test_what_whole_models_say_of_settings_with_a_name():
     assert [row["word"] for row in screened("paper")] == ["worse"] * 4
 
 
+def test_what_a_thousand_images_say_of_settings_with_a_name():
+    text = prose("docs/guide/settings.md")
+    digits, flowers = (
+        {choice: word_of(result(f"screen-1000-{task}"), choice) for choice in ("default", "joint", "residual")}
+        for task in ("sign-digits", "flower-photos")
+    )
+    assert digits == {"default": "worse", "joint": "not resolved", "residual": "not resolved"}
+    assert set(flowers.values()) == {"not resolved"}
+    assert "With all 1,000 images of sign_digits `hora` was less accurate than LoRA on a screen, `joint` and" in text
+
+
 def word_of(found: dict, choice: str) -> str:
     return next(row["word"] for row in found["rows"] if row["value"] == choice)
 
