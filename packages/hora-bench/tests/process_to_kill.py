@@ -19,15 +19,15 @@ import timm
 from hora_bench import run as runs
 
 
-def train(asked, task, out, moment, at_step, waits, told):
+def train(asked, task, out, moment, at, waits, told):
     """Run; tell when the `moment`-th event comes, a step or a file of the run that is touched, and wait for the end.
 
-    If `at_step`, that event or the next that is a step.
+    With `at`, that event or the next of this name.
     """
     events, said = count(1), []
 
     def passed(event):
-        if next(events) >= moment > 0 and not said and (event == "step" or not at_step):
+        if next(events) >= moment > 0 and not said and at in ("", event):
             said.append(event)
             told.send(event)
             if waits:

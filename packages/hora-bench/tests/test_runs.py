@@ -207,9 +207,9 @@ def start(processes, image_task):
     """Starts one, which trains on images and says when something happened."""
     from process_to_kill import train
 
-    def start(asked, out, moment=0, at_step=False, waits=False):
+    def start(asked, out, moment=0, at="", waits=False):
         here, there = processes.Pipe()
-        process = processes.Process(target=train, args=(asked, image_task, out, moment, at_step, waits, there))
+        process = processes.Process(target=train, args=(asked, image_task, out, moment, at, waits, there))
         process.start()
         there.close()  # so that reading fails if the process ends
         return process, here
@@ -220,7 +220,7 @@ def start(processes, image_task):
 @pytest.mark.parametrize("asked", [{"backend": "torch"}, {"backend": "jax"}, {"last_blocks": 1}], ids=str)
 def test_processes_that_want_the_same_run_wait_for_the_first(asked, start, vit_directory, image_task, tmp_path):
     asked = request(vit_directory, steps=4, **asked)
-    started = [start(asked, tmp_path, moment=1, at_step=True) for _ in range(3)]
+    started = [start(asked, tmp_path, moment=1, at="step") for _ in range(3)]
     trained = 0
     for process, told in started:
         process.join()
@@ -240,7 +240,8 @@ def test_ten_kills_end_in_the_same_file(backend, start, vit_directory, image_tas
     rng, events, torn = np.random.default_rng(0), [], 0
     for kill in range(10):
         waits = kill % 2 == 0  # the others are killed wherever they are by then, in native code too
-        process, told = start(asked, killed, int(rng.integers(1, 16)), at_step=kill % 5 == 0, waits=waits)
+        at = {0: "step", 2: "os.chmod"}.get(kill % 5, "")  # a checkpoint that is written gets its mode last
+        process, told = start(asked, killed, int(rng.integers(1, 16)), at=at, waits=waits)
         events.append(told.recv())
         time.sleep(0 if waits else rng.uniform(0, 0.02))
         process.kill()
