@@ -12,6 +12,8 @@ from torch import nn
 
 from .conftest import FAMILIES
 from .oracle import adapted, agree, config, current, differ, evaluate, output, parameters, truth, written
+from .quantised_models import inputs as tokens
+from .quantised_models import save_float_model
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch reaches no GPU here"),
@@ -294,13 +296,6 @@ def test_fully_sharded_on_one_gpu_trains_as_one(families, tmp_path):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantised_base_on_the_gpu_trains_exports_and_merges(bits, tmp_path):
     pytest.importorskip("bitsandbytes")
-    import sys
-    from pathlib import Path
-
-    sys.path.insert(0, str(Path(__file__).parents[1] / "quantised"))
-    from bases import inputs as tokens
-    from bases import save_float_model
-
     save_float_model(tmp_path)
     options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
     asked = transformers.BitsAndBytesConfig(**(options if bits == 4 else {"load_in_8bit": True}))

@@ -1,5 +1,7 @@
 """Factors and merges are of float32 whatever a program asked of products, and what it asked stays as it was."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import peft
 import pytest
 import torch
@@ -74,6 +76,16 @@ def test_it_is_exact_inside_and_as_before_afterwards(asked):
     assert state() == asked
     with pytest.raises(ZeroDivisionError), exact_products():
         raise ZeroDivisionError
+    assert state() == asked
+
+
+def test_a_thread_that_ends_first_leaves_the_others_exact(asked):
+    with ThreadPoolExecutor(1) as pool:
+        first, second = exact_products(), exact_products()
+        pool.submit(first.__enter__).result()
+        with second:
+            pool.submit(first.__exit__, None, None, None).result()
+            assert exact([state()[:2]])
     assert state() == asked
 
 
